@@ -1,0 +1,98 @@
+// Python's view of the row kernels: the structs of rows.h with addresses as integers. Nothing is computed here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "rows.h"
+
+namespace py = pybind11;
+using namespace drift;
+
+namespace {
+
+// An address field: read and written as an integer (a tensor's data_ptr()), 0 for null.
+template <class C, class P>
+void address(py::class_<C>& c, const char* name, P C::*field) {
+  c.def_property(
+      name, [field](const C& s) { return reinterpret_cast<uintptr_t>(s.*field); },
+      [field](C& s, uintptr_t p) { s.*field = reinterpret_cast<P>(p); });
+}
+
+void check(const Rows& rows) {
+  if (!rows.logits && rows.rows) throw std::invalid_argument("logits is null");
+  if (rows.stride < rows.vocab) throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " + std::to_string(rows.vocab));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  py::class_<Rows> rows(m, "Rows");
+  rows.def(py::init<>());
+  address(rows, "logits", &Rows::logits);
+  address(rows, "row_ptr", &Rows::row_ptr);
+  address(rows, "targets", &Rows::targets);
+  address(rows, "bias", &Rows::bias);
+  address(rows, "inv_temperature", &Rows::inv_temperature);
+  rows.def_readwrite("rows", &Rows::rows).def_readwrite("vocab", &Rows::vocab).def_readwrite("stride", &Rows::stride);
+  rows.def_readwrite("scalar_inv_temperature", &Rows::scalar_inv_temperature);
+  rows.def_readwrite("logit_scale", &Rows::logit_scale).def_readwrite("softcap", &Rows::softcap);
+
+  py::class_<Stats> stats(m, "Stats");
+  stats.def(py::init<>());
+  address(stats, "logprobs", &Stats::logprobs);
+  address(stats, "top1", &Stats::top1);
+  address(stats, "lse", &Stats::lse);
+  address(stats, "entropy", &Stats::entropy);
+  address(stats, "mean_logits", &Stats::mean_logits);
+  address(stats, "log_sum_sq", &Stats::log_sum_sq);
+
+  py::class_<Coefs> coefs(m, "Coefs");
+  coefs.def(py::init<>());
+  address(coefs, "logprobs", &Coefs::logprobs);
+  address(coefs, "entropy", &Coefs::entropy);
+  address(coefs, "row_entropy", &Coefs::row_entropy);
+  address(coefs, "lse", &Coefs::lse);
+
+  py::class_<PolicyParams> params(m, "PolicyParams");
+  params.def(py::init<>());
+  params.def_readwrite("objective", &PolicyParams::objective).def_readwrite("kl_value", &PolicyParams::kl_value);
+  params.def_readwrite("kl_grad", &PolicyParams::kl_grad).def_readwrite("low", &PolicyParams::low).def_readwrite("high", &PolicyParams::high);
+  params.def_readwrite("dual_clip", &PolicyParams::dual_clip).def_readwrite("delta", &PolicyParams::delta);
+  params.def_readwrite("tau_pos", &PolicyParams::tau_pos).def_readwrite("tau_neg", &PolicyParams::tau_neg);
+  params.def_readwrite("kl_coef", &PolicyParams::kl_coef).def_readwrite("entropy_coef", &PolicyParams::entropy_coef);
+  params.def_readwrite("z_loss_coef", &PolicyParams::z_loss_coef);
+
+  py::class_<Policy> policy(m, "Policy");
+  policy.def(py::init<>()).def_readwrite("params", &Policy::params).def_readwrite("gradient", &Policy::gradient);
+  address(policy, "advantages", &Policy::advantages);
+  address(policy, "old", &Policy::old);
+  address(policy, "ref", &Policy::ref);
+  address(policy, "weights", &Policy::weights);
+  address(policy, "loss", &Policy::loss);
+  address(policy, "ratio", &Policy::ratio);
+  address(policy, "kl", &Policy::kl);
+  address(policy, "clipped", &Policy::clipped);
+
+  const auto bytes = [](uintptr_t p) { return reinterpret_cast<uint8_t*>(p); };
+  m.def("row_stats", [](const Rows& r, const Stats& s, bool f64) {
+    check(r);
+    py::gil_scoped_release release;
+    f64 ? row_stats<double>(r, s) : row_stats<float>(r, s);
+  });
+  m.def("grad_logits", [bytes](const Rows& r, const Coefs& c, bool raw, uintptr_t live, bool f64) {
+    check(r);
+    py::gil_scoped_release release;
+    f64 ? grad_logits<double>(r, c, raw, bytes(live)) : grad_logits<float>(r, c, raw, bytes(live));
+  });
+  m.def("fused_policy", [bytes](const Rows& r, const Stats& s, const Policy& p, uintptr_t live, bool f64) {
+    check(r);
+    py::gil_scoped_release release;
+    f64 ? fused_policy<double>(r, s, p, bytes(live)) : fused_policy<float>(r, s, p, bytes(live));
+  });
+  m.def("compact", [bytes](uintptr_t logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, uintptr_t live, uintptr_t order) {
+    py::gil_scoped_release release;
+    return compact(reinterpret_cast<void*>(logits), rows, row_bytes, stride_bytes, bytes(live), reinterpret_cast<int64_t*>(order));
+  });
+}

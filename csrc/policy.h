@@ -1,0 +1,115 @@
+// Pointwise policy arithmetic: one token's log-prob in, its loss and d(loss)/d(log-prob) out.
+// The only place in C++ and CUDA where a policy loss is written; `drift_kernels/formulas.py` is the same in torch.
+#pragma once
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define DRIFT_HD __host__ __device__ __forceinline__
+#else
+#define DRIFT_HD inline __attribute__((always_inline))
+#endif
+
+namespace drift {
+
+enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3 };
+enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
+
+struct PolicyParams {
+  int objective = CLIP;
+  int kl_value = K3, kl_grad = K3;      // estimators for the value and for the gradient (straight-through forms differ)
+  double low = 0.8, high = 1.2;         // bounds of the ratio; low = 0 where there is none
+  double dual_clip = 0;                 // 0 = off
+  double delta = INFINITY;              // cap of the ratio before the unclipped product
+  double tau_pos = 1.0, tau_neg = 1.05; // sapo
+  double kl_coef = 0, entropy_coef = 0, z_loss_coef = 0;
+};
+
+template <class R>
+struct TokenLoss {
+  R loss, dlogp;   // objective + kl_coef * kl, and its derivative; entropy and z-loss belong to the row
+  R ratio, kl;
+  R clipped;       // -1 where the lower bound of the ratio cuts the gradient, +1 where the upper one does, else 0
+};
+
+template <class R>
+DRIFT_HD R kl_term(int kind, R d) {
+  switch (kind) {
+    case K1: return d;
+    case K2: return R(0.5) * d * d;
+    case K3: return std::exp(-d) + d - R(1);
+    default: return std::fabs(d);
+  }
+}
+
+template <class R>
+DRIFT_HD R kl_slope(int kind, R d) {
+  switch (kind) {
+    case K1: return R(1);
+    case K2: return d;
+    case K3: return R(1) - std::exp(-d);
+    default: return d > 0 ? R(1) : (d < 0 ? R(-1) : R(0));
+  }
+}
+
+// has_old = false is on-policy: the ratio is 1 and its gradient that of logp.
+template <class R>
+DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, bool has_old, R old, bool has_ref, R ref) {
+  const R A = advantage;
+  const R raw = has_old ? logp - old : R(0);
+  const R log_ratio = raw > R(20) ? R(20) : (raw < R(-20) ? R(-20) : raw);
+  const R inside = (raw != raw || log_ratio == raw) ? R(1) : R(0);  // the clamp has no slope outside; NaN stays NaN
+  const R r = has_old ? std::exp(raw != raw ? raw : log_ratio) : R(1);
+  const R low = R(p.low), high = R(p.high);
+  TokenLoss<R> out{R(0), R(0), r, R(0), R(0)};
+  const bool below = r < low, above = r > high;
+  const R clip = below ? low : (above ? high : r);
+  switch (p.objective) {
+    case CLIP: {
+      const bool capped = r > R(p.delta);
+      const R free = (capped ? R(p.delta) : r) * A, bound = clip * A;
+      R loss, slope;
+      if (free <= bound || free != free) {
+        loss = -free;
+        slope = capped ? R(0) : -r * A * inside;
+        if (free != free) slope = free;
+      } else {
+        loss = -bound;
+        slope = (below || above) ? R(0) : -r * A * inside;
+        out.clipped = below ? R(-1) : (above ? R(1) : R(0));
+      }
+      if (p.dual_clip > 0 && A < 0 && loss > -R(p.dual_clip) * A) {
+        loss = -R(p.dual_clip) * A;
+        slope = R(0);
+      }
+      out.loss = loss;
+      out.dlogp = slope;
+      break;
+    }
+    case CISPO:
+      out.loss = -clip * A * logp;
+      out.dlogp = -clip * A;
+      out.clipped = below ? R(-1) : (above ? R(1) : R(0));
+      break;
+    case SAPO: {
+      const R tau = A > 0 ? R(p.tau_pos) : R(p.tau_neg);
+      const R s = R(1) / (R(1) + std::exp(-tau * (r - R(1))));
+      out.loss = -(R(4) / tau) * s * A;
+      out.dlogp = -R(4) * s * (R(1) - s) * r * A * inside;
+      break;
+    }
+    default:
+      out.loss = -A * logp;
+      out.dlogp = -A;
+  }
+  if (has_ref) {
+    const R d = logp - ref;
+    out.kl = kl_term<R>(p.kl_value, d);
+    if (p.kl_coef != 0) {
+      out.loss += R(p.kl_coef) * out.kl;
+      out.dlogp += R(p.kl_coef) * kl_slope<R>(p.kl_grad, d);
+    }
+  }
+  return out;
+}
+
+}  // namespace drift

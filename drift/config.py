@@ -1,0 +1,355 @@
+"""The typed settings of a run: YAML plus dotted overrides (`train.lr=1e-4`).
+
+Every section is a frozen pydantic model that refuses unknown keys, and types are strict: a number in quotes is not a
+number. `load` turns every complaint into one `ConfigError` whose lines name the dotted path, the value, and what would
+do. YAML is read as YAML, save that 1e-4 is a number (version 1.1 takes it for text) and a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or out of range; one line a complaint."""
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters, by peft."""
+
+    rank: Positive
+    alpha: Rate
+    dropout: BelowOne = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    """Which model, and how it runs."""
+
+    path: str | None = None  # a local folder or a hub name; null is the embedded tiny model
+    hidden_size: Positive = 96  # of the tiny model, as are layers and heads
+    layers: Positive = 2
+    heads: Positive = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoRAConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.path is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of heads {self.heads}")
+        return self
+
+
+class TaskConfig(Section):
+    """Where problems and their verifier come from."""
+
+    kind: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    name: str = "chain_sum"  # of the reasoning-gym generator
+    options: dict[str, Any] = {}  # the generator's own
+    path: str | None = None  # of the JSONL file
+    answer_tag: str = "answer"
+    seed: int = 0
+    warm_problems: Count = 2000
+    train_problems: Positive = 192
+    eval_problems: Positive = 1000
+
+    @model_validator(mode="after")
+    def _path_fits_kind(self) -> Self:
+        if self.kind == "jsonl" and self.path is None:
+            raise ValueError("path should name the JSONL file, since kind is jsonl")
+        if self.kind != "jsonl" and self.path is not None:
+            raise ValueError(f"path is {self.path!r}, which only kind jsonl reads; set kind=jsonl, or leave path out")
+        return self
+
+
+class WarmStartConfig(Section):
+    """Supervised training of the tiny model up to a target, not for a number of steps."""
+
+    enabled: bool = True
+    target_low: Share = 0.30  # share of problems solved within rollout.turns sampled turns
+    target_high: Share = 0.50
+    max_steps: Positive = 2000
+    check_every: Positive = 25
+    check_problems: Positive = 200
+    batch_size: Positive = 64
+    lr: Rate = 2e-3
+    wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> Self:
+        if self.target_low >= self.target_high:
+            raise ValueError(f"target_low {self.target_low} should be below target_high {self.target_high}")
+        return self
+
+
+class RolloutConfig(Section):
+    """How trajectories are sampled (A1)."""
+
+    n: Positive = 16  # trajectories a prompt
+    turns: Positive = 5
+    temperature: Rate = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 512
+    feedback: Literal["simple", "full"] = "simple"
+    history: Literal["keep", "template"] = "keep"
+    batch_size: Positive = 512
+    format_penalty: Annotated[float, Field(le=0)] = -0.1  # a turn whose answer cannot be parsed
+
+
+class WeightsConfig(Section):
+    """Returns and importance weights (A2, A3)."""
+
+    beta: Rate = 0.1
+    gamma: Share = 0.9
+    repetition: Annotated[float, Field(ge=0)] = 0.5
+    skip_unsolved_groups: bool = False
+    min_weight: Annotated[float, Field(ge=0)] = 0.0
+
+
+EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
+
+
+class TrainConfig(Section):
+    """Weighted supervised training (A4, A5)."""
+
+    lr: Rate = 5e-6
+    warmup_ratio: Share = 0.1
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
+    grad_clip: Rate = 1.0
+    epochs: Rate = 1.0
+    batch_size: Positive = 128  # trajectories an optimizer step, over all ranks
+    max_tokens: Annotated[int, Field(ge=2)] = 8192  # a pack, which is a micro-batch
+    max_length: Annotated[int, Field(ge=2)] = 8704  # a trajectory: its oldest prompt turns are cut to fit
+    turns: Literal["last", "assistant"] = "last"
+    normalize: Literal["samples", "weights"] = "samples"
+    token_reduction: Literal["mean", "sum"] = "mean"
+    preset: Literal["exact"] | None = None  # exact: the maximum-likelihood fit, sets the three above
+    rounds: Positive = 1
+    save_every: Count = 0  # optimizer steps; 0 saves at the end alone
+    workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("preset") != "exact":
+            return data
+        for key, value in EXACT.items():
+            if data.get(key, value) != value:
+                raise ValueError(f"{key} {data[key]!r} contradicts preset exact, which sets it to {value!r}; drop one")
+        return {**data, **EXACT}
+
+
+class EvalConfig(Section):
+    """Greedy multi-turn evaluation (A6)."""
+
+    turns: Positive = 5
+    max_new_tokens: Positive = 1024
+    batch_size: Positive = 512
+
+
+class TrackConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    progress: bool = True
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of the run's folder in output_dir
+    output_dir: str = "runs"
+    seeds: Annotated[list[Count], Field(min_length=1)] = [0]
+    arms: Annotated[list[Literal["uniform", "success_only", "drift"]], Field(min_length=1)] = [
+        "uniform",
+        "success_only",
+        "drift",
+    ]
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weights: WeightsConfig = WeightsConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Self:
+        for key, values in (("seeds", self.seeds), ("arms", self.arms)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} {values} should not name one twice")
+        return self
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=value` overrides (values are YAML), and checks the whole.
+
+    Raises ConfigError, one line a complaint; OSError where the file cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    raw = _parse(text, str(path))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: {raw!r} is not a mapping; write `name: …` and the sections, one a line")
+    for override in overrides:
+        _apply(raw, override)
+    return parse(raw)
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """Checks a plain mapping, as YAML gives it. Raises ConfigError."""
+    complaints = [_unknown(path) for path in _unknown_paths(Config, raw, ())]
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(map(_ill_typed, error.errors()))) from None
+
+
+def dump(config: Config) -> str:
+    """The YAML that `load` reads back as the same config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# --- YAML ---
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _class in (_Loader, _Dumper):  # 1e-4, 1E5: numbers in YAML 1.2, text in 1.1
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} should read section.key=value, such as train.lr=1e-4")
+    section = raw
+    for depth, key in enumerate(keys[:-1], 1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {section!r}, which has no keys")
+    section[keys[-1]] = _parse(text, f"override {override!r}")
+
+
+# --- complaints ---
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
+
+
+def _unknown_paths(model: type[Section], raw: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Paths in `raw` that the model has no field for, down to the keys under an unknown section."""
+    if not isinstance(raw, dict):
+        return
+    for key, value in raw.items():
+        path = (*prefix, str(key))
+        field = model.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            yield from ((*path, str(below)) for below in value) if isinstance(value, dict) and value else (path,)
+        elif section := _section_of(field.annotation):
+            yield from _unknown_paths(section, value, path)
+
+
+def _known_paths(model: type[Section], prefix: str = "") -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        yield prefix + key
+        if section := _section_of(field.annotation):
+            yield from _known_paths(section, f"{prefix}{key}.")
+
+
+def _unknown(path: tuple[str, ...]) -> str:
+    """Names the path at the same depth that is spelt much alike, else the same key elsewhere, else the most alike."""
+    dotted, known = ".".join(path), list(_known_paths(Config))
+    near = difflib.get_close_matches(dotted, [other for other in known if other.count(".") == len(path) - 1], 1, 0.8)
+    near = near or [other for other in known if other.split(".")[-1] == path[-1]]
+    near = near or difflib.get_close_matches(dotted, known, 1, 0.0)
+    return f"{dotted}: no such setting; did you mean {' or '.join(near)}?"
+
+
+def _ill_typed(error: Any) -> str:
+    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in error["loc"]).lstrip(".")
+    where = f"{path}: " if path else ""
+    match error["type"]:
+        case "missing":
+            return f"{where}is missing; add it to the file, or give {path}=…"
+        case "value_error":
+            return f"{where}{error['ctx']['error']}"
+        case "string_pattern_mismatch":
+            return f"{where}{error['input']!r} should be letters, digits, '_', '-' and '.', since it names a folder"
+        case "model_type" | "model_attributes_type":
+            return f"{where}{error['input']!r} should be a mapping of keys to values, or left out"
+        case "too_short":
+            return f"{where}{error['input']!r} should have at least {error['ctx']['min_length']} item"
+        case _:
+            or_null = " or null" if _nullable(error["loc"]) else ""
+            return f"{where}{error['input']!r} {error['msg'].removeprefix('Input ')}{or_null}"
+
+
+def _nullable(loc: tuple[str | int, ...]) -> bool:
+    annotation: Any = Config
+    for key in loc:
+        section = _section_of(annotation)
+        if section is None or key not in section.model_fields:
+            return False
+        annotation = section.model_fields[str(key)].annotation
+    return type(None) in typing.get_args(annotation)

@@ -1,0 +1,294 @@
+"""The figures of a report, as SVG text that lives inside a page: its colours, its fonts, nothing from elsewhere.
+
+matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables, so that one drawing serves
+light, dark and paper. Figures are 4.4 inches wide: at a phone's width they shrink by a sixth, and stay legible.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from drift.intervals import mean_stderr
+from drift.records import Results, Sampled
+
+_STAND_INS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--base)",
+    "#050505": "var(--uniform)",
+    "#060606": "var(--success)",
+    "#070707": "var(--drift)",
+    "#080808": "var(--other)",
+}
+INK, MUTED, LINE, BASE, UNIFORM, SUCCESS, DRIFT, OTHER = _STAND_INS
+COLOURS = {"base": BASE, "uniform": UNIFORM, "success_only": SUCCESS, "drift": DRIFT}
+MARKERS = {"base": "s", "uniform": "^", "success_only": "D", "drift": "o"}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "drift",
+    "font.size": 9.5,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
+}
+
+
+def by_turn(results: Mapping[str, Results]) -> str:
+    """Share solved within 1..k turns, the mean over seeds with a band of one standard error."""
+
+    def draw(axes: Axes) -> None:
+        longest = 1
+        for arm, result in results.items():
+            table = np.asarray(result.by_turn, dtype=float)  # [seeds, turns]
+            if not table.size:
+                continue
+            turns, colour = np.arange(1, table.shape[1] + 1), COLOURS.get(arm, OTHER)
+            longest = max(longest, table.shape[1])
+            mean = table.mean(0)
+            axes.plot(turns, mean, color=colour, marker=MARKERS.get(arm, "x"), markersize=5, label=arm)
+            if len(table) > 1:
+                spread = table.std(0, ddof=1) / math.sqrt(len(table))
+                axes.fill_between(turns, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
+        axes.set_xticks(range(1, longest + 1))
+        axes.set_xlabel("turns allowed")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="lower right")
+
+    return _svg("Solved within so many turns", draw)
+
+
+def by_seed(results: Mapping[str, Results], turns: int) -> str:
+    """multi@k of every seed in every arm: a line is a seed, a bar the mean of an arm."""
+
+    def draw(axes: Axes) -> None:
+        arms = list(results)
+        table = np.asarray([results[arm].multi for arm in arms], dtype=float)  # [arms, seeds]
+        for seed in table.T:
+            axes.plot(range(len(arms)), seed, color=LINE, linewidth=1.2, zorder=1)
+        for place, arm in enumerate(arms):
+            colour = COLOURS.get(arm, OTHER)
+            axes.scatter([place] * table.shape[1], table[place], s=26, color=colour, zorder=3, alpha=0.75, linewidth=0)
+            axes.plot([place - 0.2, place + 0.2], [table[place].mean()] * 2, color=colour, linewidth=3, zorder=4)
+        axes.set_xticks(range(len(arms)), arms)
+        axes.set_xlim(-0.45, len(arms) - 0.55)
+        axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+    return _svg(f"multi@{turns}, seed by seed", draw)
+
+
+def returns_histogram(sampled: Sequence[Sampled]) -> str:
+    """Returns of all trajectories, solved and not."""
+    values = np.array([value for part in sampled for value in part.returns])
+    solved = np.array([row["t_star"] is not None for part in sampled for row in part.rows])
+
+    def draw(axes: Axes) -> None:
+        edges = np.linspace(values.min() - 0.025, values.max() + 0.025, 32)
+        both = [values[solved], values[~solved]]
+        axes.hist(both, edges, stacked=True, color=[DRIFT, BASE], label=["solved", "never solved"], linewidth=0)
+        axes.set_xlabel("return R")
+        axes.set_ylabel("trajectories")
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="best")
+
+    return _svg("Returns", draw)
+
+
+def weights_histogram(sampled: Sequence[Sampled]) -> str:
+    """Importance weights on a log scale: what share of the trajectories, and what share of all weight, lies where."""
+    weights = np.array([weight for part in sampled for weight in part.weights])
+
+    def draw(axes: Axes) -> None:
+        lowest = 1e-6
+        edges = np.logspace(math.log10(lowest), math.log10(max(2.0, weights.max() * 1.1)), 30)
+        shown = np.clip(weights, lowest * 1.0001, None)
+        kinds = ((np.full(len(weights), 1 / len(weights)), BASE, "of trajectories"),)
+        if weights.sum() > 0:
+            kinds += ((weights / weights.sum(), DRIFT, "of all weight"),)
+        for share, colour, label in kinds:
+            axes.hist(shown, edges, weights=share, color=colour, alpha=0.7, label=label, linewidth=0)
+        axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xscale("log")
+        axes.set_xlabel(r"weight w (1 is average; ≤ 1e-6 in the first bar)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper left")
+
+    return _svg("Importance weights", draw)
+
+
+def ess_histogram(sampled: Sequence[Sampled]) -> str:
+    """Effective sample size of each prompt's group, as a share of it."""
+    values = np.array([share for part in sampled for share in part.ess_by_group])
+
+    def draw(axes: Axes) -> None:
+        axes.hist(values, np.linspace(0, 1, 26), color=DRIFT, alpha=0.85, linewidth=0)
+        if len(values):
+            axes.axvline(values.mean(), color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"mean {values.mean():.0%}",
+                (values.mean(), 1.0),
+                (4 if values.mean() < 0.75 else -4, -8),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="left" if values.mean() < 0.75 else "right",
+                fontsize=9,
+            )
+        axes.set_xlabel("(Σw)² / (n Σw²)")
+        axes.set_ylabel("groups")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="x", visible=False)
+
+    return _svg("Effective sample size, group by group", draw)
+
+
+def group_histogram(sampled: Sequence[Sampled]) -> str:
+    """How many trajectories of a group solved its problem; groups at 0 teach nothing about being right."""
+    solved = [[part.rows[i]["t_star"] is not None for i in group] for part in sampled for group in part.groups]
+    size = max(map(len, solved))
+    counts = np.bincount([sum(group) for group in solved], minlength=size + 1)
+
+    def draw(axes: Axes) -> None:
+        axes.bar(range(size + 1), counts, color=[BASE] + [DRIFT] * size, width=0.85, linewidth=0)
+        axes.set_xlabel(f"trajectories solved, of {size}")
+        axes.set_ylabel("groups")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.grid(axis="x", visible=False)
+
+    return _svg("How often a prompt was solved", draw)
+
+
+def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """One metric over steps: a thin line a series, and the mean of each arm where it has several seeds."""
+
+    def draw(axes: Axes) -> None:
+        by_arm: dict[str, list[np.ndarray]] = {}
+        for name, points in sorted(series.items()):
+            by_arm.setdefault(arm_of(name), []).append(np.asarray(points, dtype=float))
+        for arm, runs in by_arm.items():
+            colour, label = COLOURS.get(arm, OTHER), arm or None
+            if len(runs) == 1:
+                axes.plot(runs[0][:, 0], runs[0][:, 1], color=colour, linewidth=1.5, label=label, **_dot(runs[0]))
+                continue
+            for run in runs:
+                axes.plot(run[:, 0], run[:, 1], color=colour, linewidth=0.7, alpha=0.3)
+            steps = np.unique(np.concatenate([run[:, 0] for run in runs]))
+            there = [np.interp(steps, run[:, 0], run[:, 1], left=np.nan, right=np.nan) for run in runs]
+            kept = ~np.isnan(there).all(0)
+            axes.plot(steps[kept], np.nanmean(np.array(there)[:, kept], 0), color=colour, linewidth=1.8, label=label)
+        axes.set_xlabel("step")
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        if len(by_arm) > 1:
+            axes.legend(loc="best")
+
+    return _svg(metric, draw, height=2.5)
+
+
+def intervals(rows: Sequence[tuple[str, str, float, float, float]], title: str, xlabel: str) -> Figure:
+    """Points with intervals, one line a row of (label, arm, mean, low, high), for the study. Plain colours."""
+    with mpl.rc_context({**_STYLE, **_plain_style()}):
+        figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(rows)))
+        axes = figure.subplots()
+        for place, (_, arm, mean, low, high) in enumerate(rows):
+            colour = PLAIN.get(COLOURS.get(arm, OTHER))
+            axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
+            axes.plot([mean], [place], color=colour, marker=MARKERS.get(arm, "o"), markersize=8)
+            axes.annotate(f"{mean:.1%}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.75)
+        axes.set_xlabel(xlabel)
+        axes.set_title(title)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="y", visible=False)
+        return figure
+
+
+PLAIN = {
+    INK: "#1b1f24",
+    MUTED: "#59636e",
+    LINE: "#d1d9e0",
+    BASE: "#8b949e",
+    UNIFORM: "#0072b2",
+    SUCCESS: "#00916b",
+    DRIFT: "#d1490c",
+    OTHER: "#9a5bd0",
+}
+
+
+def _plain_style() -> dict[str, Any]:
+    plain = {key: PLAIN[value] for key, value in _STYLE.items() if isinstance(value, str) and value in PLAIN}
+    return {**plain, "svg.fonttype": "path", "figure.facecolor": "white"}
+
+
+def arm_of(series: str) -> str:
+    """The arm that a series' name mentions, or the name without its seed."""
+    parts = [part for part in series.split("/") if not re.fullmatch(r"seed-\d+", part)]
+    return next((part for part in parts if part in COLOURS), "/".join(parts))
+
+
+def _dot(run: np.ndarray) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4} if len(run) == 1 else {}
+
+
+def _svg(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
+    """An <svg> element for the page: stand-in colours become variables, unused ids go, used ones are made unique."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, height))
+        axes = figure.subplots()
+        axes.set_title(title)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for stand_in, variable in _STAND_INS.items():
+        text = text.replace(stand_in, variable)
+    prefix = re.sub(r"\W+", "-", title)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", text)
+    head = re.search(r"<svg[^>]*>", text)
+    view = re.search(r'viewBox="([^"]+)"', head[0] if head else "")
+    if head is None or view is None:
+        raise ValueError("matplotlib wrote an SVG without a view box; the report's figures rely on it")
+    label = f'role="img" aria-label="{_attribute(title)}"'
+    opening = f'<svg viewBox="{view[1]}" {label} xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return opening + text[head.end() :].strip()
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

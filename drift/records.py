@@ -1,0 +1,228 @@
+"""What a run folder holds, finished or not: everything that the report, the study and the command line show.
+
+Read from files alone, so a run that was interrupted, or copied from another machine, reads the same. What is absent or
+unreadable is listed in `Records.missing` in words instead of being an error: half a run is still worth looking at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from drift import returns, store
+from drift.config import Config, ConfigError, WeightsConfig, load
+
+ARMS = {
+    "base": "before training",
+    "uniform": "all weights 1",
+    "success_only": "successes alone",
+    "drift": "importance-weighted",
+}  # in the order they are shown
+
+
+@dataclass(slots=True)
+class Results:
+    """Accuracies of one arm, each list one entry a seed."""
+
+    multi: list[float]  # multi@k: share of problems solved within k turns
+    single: list[float]  # share solved in the first turn
+    by_turn: list[list[float]]  # cumulative shares after turns 1..k
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One rollout file with what its rows are worth."""
+
+    source: str  # path within the run folder
+    rows: list[dict[str, Any]]
+    returns: list[float]  # A2, aligned with rows
+    weights: list[float]  # A3, aligned with rows
+    groups: list[list[int]]  # row numbers of each prompt
+    ess_by_group: list[float]  # effective sample size as a share of the group
+    ess: float  # of all rows together, as a share
+    unsolved: float  # share of groups without a success
+
+
+@dataclass(slots=True)
+class Records:
+    """A run folder, read."""
+
+    path: Path
+    config: Config | None = None
+    config_text: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+    turns: int = 5  # the k of multi@k
+    seeds: list[int] = field(default_factory=list)
+    results: dict[str, Results] = field(default_factory=dict)  # arm -> accuracies over `seeds`
+    solved_at: dict[str, list[list[int]]] = field(default_factory=dict)  # arm -> [seeds][problems], 0 = never
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)  # metric -> series -> points
+    sampled: list[Sampled] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def weights_config(self) -> WeightsConfig:
+        """The settings that returns and weights are computed with."""
+        return self.config.weights if self.config else WeightsConfig()
+
+
+def read(run_dir: str | Path, *, rollouts: bool = True) -> Records:
+    """Everything in the folder; `rollouts` False leaves the trajectories unread (they are most of its size).
+
+    Raises NotADirectoryError where there is no such folder.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise NotADirectoryError(f"run_dir: {str(path)!r} is not a folder; a run writes to output_dir/name")
+    records = Records(path)
+    _read_config(records)
+    _read_results(records)
+    _read_curves(records)
+    if rollouts:
+        _read_rollouts(records)
+    return records
+
+
+def _read_config(records: Records) -> None:
+    file = records.path / "config.yaml"
+    if not file.exists():
+        records.missing.append("config.yaml: returns and weights are computed with the default settings")
+        return
+    records.config_text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        records.config = load(file, [])
+        records.turns = records.config.eval.turns
+    except (ConfigError, OSError) as error:
+        records.missing.append(f"config.yaml cannot be read, so default settings are shown: {error}")
+
+
+def _json(records: Records, file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        records.missing.append(f"{file.relative_to(records.path)} cannot be read: {error}")
+        return None
+    if not isinstance(content, dict):
+        records.missing.append(f"{file.relative_to(records.path)} holds no JSON object")
+        return None
+    return content
+
+
+def _read_results(records: Records) -> None:
+    """From summary.json where it is there, else from the evaluations that are."""
+    evaluations = _read_evaluations(records)
+    complete = sorted(seed for seed, arms in evaluations.items() if arms.keys() == _all_arms(evaluations))
+    for arm in _ordered(_all_arms(evaluations)) if complete else ():
+        records.solved_at[arm] = [evaluations[seed][arm] for seed in complete]
+    file = records.path / "summary.json"
+    if file.exists():
+        records.summary = _json(records, file) or {}
+    else:
+        records.missing.append("summary.json: the run is not finished")
+    if results := records.summary.get("results"):
+        records.seeds = list(records.summary.get("seeds", range(len(next(iter(results.values()))["single"]))))
+        for arm in _ordered(results):
+            multi = next(key for key in results[arm] if key.startswith("multi_at_"))
+            records.turns = int(multi.removeprefix("multi_at_"))
+            values = results[arm]
+            records.results[arm] = Results(values[multi], values["single"], values.get("by_turn", []))
+        return
+    records.seeds = complete
+    for arm, tables in records.solved_at.items():
+        by_turn = [_cumulative(table, records.turns) for table in tables]
+        records.results[arm] = Results([b[-1] for b in by_turn], [b[0] for b in by_turn], by_turn)
+    if not records.results:
+        records.missing.append("evaluations: no seed has been evaluated in all its arms yet")
+
+
+def _read_evaluations(records: Records) -> dict[int, dict[str, list[int]]]:
+    found: dict[int, dict[str, list[int]]] = defaultdict(dict)
+    for file in sorted(records.path.glob("seed-*/eval-*.json")):
+        seed = re.fullmatch(r"seed-(\d+)", file.parent.name)
+        content = _json(records, file) if seed else None
+        if seed and content and content.get("solved_at"):
+            found[int(seed[1])][file.stem.removeprefix("eval-")] = content["solved_at"]
+    return found
+
+
+def _all_arms(evaluations: dict[int, dict[str, list[int]]]) -> set[str]:
+    return {arm for arms in evaluations.values() for arm in arms}
+
+
+def _ordered(arms: Iterable[str]) -> list[str]:
+    """Known arms in the order of `ARMS`, then the others by name."""
+    return sorted(arms, key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm))
+
+
+def _cumulative(solved_at: list[int], turns: int) -> list[float]:
+    return [sum(0 < t <= turn for t in solved_at) / len(solved_at) for turn in range(1, turns + 1)]
+
+
+def _read_curves(records: Records) -> None:
+    """metric -> series -> points; "seed-0/drift/loss" is the metric loss of the series seed-0/drift.
+
+    A step that was logged twice (a resumed run) keeps its last value.
+    """
+    files = [records.path / "metrics.jsonl", *sorted(records.path.glob("seed-*/metrics.jsonl"))]
+    files = [file for file in files if file.exists()]
+    if not files:
+        records.missing.append("metrics.jsonl: nothing has been logged")
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for file in files:
+        inside = "" if file.parent == records.path else f"{file.parent.name}/"
+        unreadable = 0
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                step = int(row.pop("step"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                unreadable += 1
+                continue
+            for name, value in row.items():
+                if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    series, _, metric = (inside + name).rpartition("/")
+                    found[metric][series][step] = float(value)
+        if unreadable:
+            records.missing.append(f"{file.relative_to(records.path)}: {unreadable} lines cannot be read")
+    records.curves = {
+        metric: {name: sorted(points.items()) for name, points in series.items()} for metric, series in found.items()
+    }
+
+
+def _read_rollouts(records: Records) -> None:
+    files = [*sorted(records.path.glob("rollouts*.jsonl")), *sorted(records.path.glob("seed-*/rollouts*.jsonl"))]
+    for file in files:
+        rejected: list[tuple[int, str]] = []
+        rows = store.read(file, rejected=rejected)
+        source = str(file.relative_to(records.path))
+        if rejected:
+            line, reason = rejected[0]
+            records.missing.append(f"{source}: {len(rejected)} rows are left out, the first at line {line}: {reason}")
+        if rows:
+            records.sampled.append(weighed(source, rows, records.weights_config))
+    if not records.sampled:
+        records.missing.append("rollouts.jsonl: no trajectory has been sampled")
+
+
+def weighed(source: str, rows: list[dict[str, Any]], settings: WeightsConfig) -> Sampled:
+    """Rows with their returns, weights and groups."""
+    weights, stats = returns.weigh(rows, settings)
+    by_prompt: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_prompt[row["prompt_id"]].append(number)
+    groups = list(by_prompt.values())
+    alive = [group for group in groups if any(weights[i] > 0 for i in group)]
+    return Sampled(
+        source=source,
+        rows=rows,
+        returns=[returns.trajectory_return(row, settings.gamma, settings.repetition) for row in rows],
+        weights=weights,
+        groups=groups,
+        ess_by_group=[returns.effective_sample_size([weights[i] for i in group]) / len(group) for group in alive],
+        ess=stats["ess_overall"],
+        unsolved=sum(all(rows[i]["t_star"] is None for i in group) for group in groups) / len(groups),
+    )

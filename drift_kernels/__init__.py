@@ -1,0 +1,28 @@
+"""Fused log-prob, policy and weighted cross-entropy ops from hidden states and lm_head, never holding [T, V] logits."""
+
+from drift_kernels.backends import available_backends
+from drift_kernels.ops import (
+    LinearLogprob,
+    LossOutput,
+    linear_logprob,
+    pointwise_loss,
+    policy_loss,
+    shift_targets,
+    weighted_cross_entropy,
+)
+from drift_kernels.spec import KernelConfig, PolicySpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KernelConfig",
+    "LinearLogprob",
+    "LossOutput",
+    "PolicySpec",
+    "available_backends",
+    "linear_logprob",
+    "pointwise_loss",
+    "policy_loss",
+    "shift_targets",
+    "weighted_cross_entropy",
+]

@@ -1,0 +1,49 @@
+"""Backends by name. A backend module supplies the row kernels; `reference` is whole ops in plain torch instead."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+MODULES = {"cpu": "drift_kernels.backends.cpu"}
+MISSING = {
+    "triton": "this release has no Triton row kernels",
+    "cuda": "this release has no CUDA row kernels",
+}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name with None where it can run, else the reason why it cannot."""
+    return {"reference": None, **{name: _reason(name) for name in ("cpu", "triton", "cuda")}}
+
+
+def _reason(name: str) -> str | None:
+    if name in MISSING:
+        return MISSING[name]
+    try:
+        importlib.import_module(MODULES[name])
+    except ImportError as error:
+        return f"the compiled extension does not import ({error}); build it with: pip install -e ."
+    return None
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """The backend's name for `device`; "auto" picks by device. Raises RuntimeError with the reason where it cannot run."""
+    if name == "reference":
+        return name
+    wanted = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "") if name == "auto" else name
+    if not wanted:
+        raise RuntimeError(f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU")
+    reason = _reason(wanted)
+    if reason:
+        raise RuntimeError(f"backend={wanted!r} cannot run: {reason}. backend='reference' runs anywhere, with full logits")
+    if (wanted == "cpu") != (device.type == "cpu"):
+        raise RuntimeError(f"backend={wanted!r} does not run on device {device}; use backend='auto'")
+    return wanted
+
+
+def load(name: str) -> ModuleType:
+    """The module of row kernels called `name`."""
+    return importlib.import_module(MODULES[name])

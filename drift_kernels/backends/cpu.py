@@ -1,0 +1,132 @@
+"""Row kernels in C++ (`csrc/cpu/rows.cpp`), on torch tensors. C rows of V logits, M entries; R is float32 or float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
+from drift_kernels.formulas import ratio_bounds
+from drift_kernels.spec import HeadOptions, PolicySpec
+
+ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
+ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
+POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
+OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What row kernels read of some rows besides their logits. Every tensor is contiguous and of the logits' dtype."""
+
+    targets: Tensor  # [M] int64
+    row_ptr: Tensor | None  # [C + 1] int64, None = one entry a row
+    inv_temperature: Tensor | None  # [C], None = the head's own
+    bias: Tensor | None  # [V]
+    head: HeadOptions
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(logits: Tensor, chunk: Chunk):
+    rows = _cpu.Rows()
+    rows.logits, rows.rows, rows.vocab, rows.stride = logits.data_ptr(), *logits.shape, logits.stride(0)
+    rows.targets, rows.row_ptr = chunk.targets.data_ptr(), _address(chunk.row_ptr)
+    rows.bias, rows.inv_temperature = _address(chunk.bias), _address(chunk.inv_temperature)
+    rows.scalar_inv_temperature = 1 / chunk.head.temperature
+    rows.logit_scale, rows.softcap = chunk.head.logit_scale, chunk.head.softcap or 0.0
+    return rows
+
+
+def _stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]):
+    stats, outputs = _cpu.Stats(), {}
+    for name in want:
+        if name in ROW_OUTPUTS or name in ENTRY_OUTPUTS:
+            size = logits.shape[0] if name in ROW_OUTPUTS else chunk.targets.numel()
+            outputs[name] = logits.new_empty(size)
+            setattr(stats, ROW_OUTPUTS.get(name) or ENTRY_OUTPUTS[name], outputs[name].data_ptr())
+    return stats, outputs
+
+
+def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
+    """Products [C, V] become logits in place; returns the statistics in `want`, per row or per entry."""
+    stats, outputs = _stats(logits, chunk, want)
+    _cpu.row_stats(_rows(logits, chunk), stats, logits.dtype == torch.float64)
+    return outputs
+
+
+def grad_logits(
+    logits: Tensor,
+    chunk: Chunk,
+    coefs: Tensor | None,
+    lse: Tensor,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    *,
+    raw: bool,
+) -> Tensor:
+    """Products (raw) or logits [C, V] become d(loss)/d(product) in place; returns which rows are not all zero [C] uint8.
+
+    `coefs` [M] and `entropy_coefs` [C] are d(loss)/d(log-prob) and d(loss)/d(entropy).
+    """
+    c = _cpu.Coefs()
+    c.logprobs, c.lse = _address(coefs), lse.data_ptr()
+    c.entropy, c.row_entropy = _address(entropy_coefs), _address(entropy)
+    live = torch.empty(logits.shape[0], dtype=torch.uint8)
+    _cpu.grad_logits(_rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
+    return live
+
+
+def fused_policy(
+    logits: Tensor,
+    chunk: Chunk,
+    spec: PolicySpec,
+    advantages: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    weights: Tensor | None,
+    want: tuple[str, ...],
+    *,
+    gradient: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics, policy loss and, with `gradient`, d(loss)/d(product) in place; returns outputs and live rows [C]."""
+    stats, outputs = _stats(logits, chunk, want)
+    policy = _cpu.Policy()
+    policy.params, policy.gradient = policy_params(spec), gradient
+    policy.advantages, policy.old, policy.ref = _address(advantages), _address(old), _address(ref)
+    policy.weights = _address(weights)
+    for name in POLICY_OUTPUTS:
+        if name in want:
+            outputs[name] = logits.new_empty(chunk.targets.numel())
+            setattr(policy, name, outputs[name].data_ptr())
+    live = torch.empty(logits.shape[0], dtype=torch.uint8)
+    _cpu.fused_policy(_rows(logits, chunk), stats, policy, live.data_ptr(), logits.dtype == torch.float64)
+    return outputs, live
+
+
+def policy_params(spec: PolicySpec):
+    """The spec as `csrc/policy.h` wants it."""
+    p = _cpu.PolicyParams()
+    p.objective = OBJECTIVES[spec.objective]
+    p.kl_value = ESTIMATORS[spec.kl_estimator.rstrip("+")]
+    p.kl_grad = ESTIMATORS["k2"] if spec.kl_estimator.endswith("+") else p.kl_value
+    p.low, p.high = ratio_bounds(spec)
+    p.dual_clip, p.delta = spec.dual_clip or 0.0, math.inf if spec.delta is None else spec.delta
+    p.tau_pos, p.tau_neg = spec.sapo_temperatures
+    p.kl_coef, p.entropy_coef, p.z_loss_coef = spec.kl_coef, spec.entropy_coef, spec.z_loss_coef
+    return p
+
+
+def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:
+    """Moves live rows of [C, V] to the front; returns how many, and where each came from (None: all are live)."""
+    order = torch.empty(logits.shape[0], dtype=torch.int64)
+    size = logits.element_size()
+    row, stride = logits.shape[1] * size, logits.stride(0) * size
+    count = _cpu.compact(logits.data_ptr(), logits.shape[0], row, stride, live.data_ptr(), order.data_ptr())
+    return (count, None) if count == logits.shape[0] else (count, order[:count])

@@ -1,0 +1,149 @@
+"""Every shape, dtype and value check, and how padded, packed and per-segment arguments become flat [N] tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from drift_kernels.driver import compute_dtype
+from drift_kernels.spec import Call
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """The head's tensors without their batch shape: hidden [T, D], everything per entry [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor  # [N] int64
+    rows: Tensor | None
+    active: Tensor | None
+    temperature: Tensor | None  # [T], None = the number in HeadOptions
+    shape: torch.Size  # of `targets` as given; per-entry outputs get it back
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, losses and sums."""
+        return compute_dtype(self.hidden.dtype)
+
+    def per_entry(self, name: str, value: Tensor | None) -> Tensor | None:
+        """`value` of the targets' shape as [N] in the compute dtype, without gradient."""
+        if value is None:
+            return None
+        if value.shape != self.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, targets {tuple(self.shape)}; they must agree")
+        return value.detach().reshape(-1).to(self.dtype).contiguous()
+
+    def mask(self, ignore_index: int) -> Tensor:
+        """Which entries have a target and lie in `active` [N] bool."""
+        mask = self.targets != ignore_index
+        if self.active is not None:
+            mask = mask & torch.zeros_like(mask).index_fill(0, self.active, True)
+        return mask
+
+
+def flatten(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    rows: Tensor | None,
+    active: Tensor | None,
+) -> Flat:
+    """Checks what every op takes and drops its batch shape; raises TypeError or ValueError naming the argument."""
+    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias)):
+        if isinstance(value, DTensor):
+            raise NotImplementedError(f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()")
+    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"hidden has dtype {hidden.dtype}; it must be one of float64, float32, bfloat16, float16")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or use torch.autocast")
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [V] = {tuple(weight.shape[:1])}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets has dtype {targets.dtype}; it must be int64")
+    if rows is None and targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must have the leading shape of hidden {tuple(hidden.shape[:-1])}")
+    if rows is not None and (targets.dim() != 1 or hidden.dim() != 2 or rows.shape != targets.shape or rows.dtype != torch.int64):
+        raise ValueError(f"with rows= targets and rows must be [N] int64 and hidden [T, D]; got {tuple(targets.shape)}, {tuple(rows.shape)}")
+    per_row = None
+    if isinstance(temperature, Tensor):
+        if temperature.shape != hidden.shape[:-1]:
+            raise ValueError(f"temperature has shape {tuple(temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}")
+        per_row = temperature.detach().reshape(-1)
+    if active is not None and (active.dim() != 1 or active.dtype != torch.int64):
+        raise ValueError(f"active must be a 1-d int64 tensor of positions; got {tuple(active.shape)} {active.dtype}")
+    devices = {t.device for t in (hidden, weight, targets, bias, rows, active, per_row) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return Flat(flat, weight, bias, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
+
+
+def _cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def segment_ids(shape: torch.Size, cu_seqlens: Tensor | None, given: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """Which sequence each entry belongs to [N] int64, and how many sequences there are; (None, 0) where nothing says.
+
+    From `segment_ids` as given, from `cu_seqlens` [S + 1] of a packed batch, or from the rows of a padded [B, L] one.
+    """
+    total = shape.numel()
+    if given is not None:
+        if given.shape != shape or given.dtype != torch.int64:
+            raise ValueError(f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}")
+        return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+        positions = torch.arange(total, device=device)
+        return torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1, cu_seqlens.numel() - 1
+    if len(shape) == 2:
+        return torch.arange(total, device=device) // shape[1], shape[0]
+    return None, 0
+
+
+def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
+    """The denominator as a 0-d tensor of like's dtype and device, without gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        return value.detach().reshape(()).to(like)
+    if not value > 0:
+        raise ValueError(f"normalizer={value} must be positive; it is the global denominator of the loss")
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
+OUTPUTS = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs")
+POLICY_OUTPUTS = (*OUTPUTS, "ratio", "kl", "clipped")
+
+
+def check_outputs(outputs: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """`outputs` as a tuple; ValueError names the one that is not known and those that are."""
+    for name in outputs:
+        if name not in allowed:
+            raise ValueError(f"outputs has {name!r}; this op knows {', '.join(allowed)}")
+    return tuple(outputs)
+
+
+def with_needs(call: Call, flat: Flat) -> Call:
+    """`call` with what has to be differentiated: looked up here, since inside a Function requires_grad stays True."""
+    on = torch.is_grad_enabled()
+    need_bias = on and flat.bias is not None and flat.bias.requires_grad
+    needs = (on and flat.hidden.requires_grad, on and flat.weight.requires_grad, need_bias)
+    return Call(call.spec, call.head, call.config, call.outputs, *needs)

@@ -1,0 +1,347 @@
+"""The public ops: check → autograd → LossOutput. Each takes hidden states and the lm_head, and never holds [T, V] logits.
+
+Shapes: hidden [T, D] (packed) or [B, L, D] (padded), targets of its leading shape, weight [V, D]. Row i predicts targets[i]
+(`shift_targets` makes them). The logit is z = softcap(logit_scale·(h·Wᵀ + b)) / temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from drift_kernels import backends, formulas
+from drift_kernels.autograd import FusedLoss, LinearLogprobs, PointwiseLoss, Rest, Tokens
+from drift_kernels.backends import reference
+from drift_kernels.inputs import OUTPUTS, POLICY_OUTPUTS, Flat, as_normalizer, check_outputs, flatten, segment_ids, with_needs
+from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class LinearLogprob:
+    """Of `linear_logprob`; tensors of the targets' shape in fp32 (fp64 for fp64), 0 at masked positions."""
+
+    logprobs: Tensor  # differentiable
+    entropy: Tensor | None = None  # differentiable; with return_entropy=True
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # the further statistics asked for, no gradient
+
+
+@dataclass
+class LossOutput:
+    """Of every loss. Per-token outputs carry no gradient, have the targets' shape and are 0 at masked positions."""
+
+    loss: Tensor  # 0-d fp32 (fp64 for fp64), differentiable
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # by the names in `outputs=`
+    metrics: Metrics = field(default_factory=dict)  # name → (sum, count), to be added up over micro-batches and ranks
+
+    @property
+    def logprobs(self) -> Tensor | None:
+        """Log-probs of the targets, where asked for."""
+        return self.outputs.get("logprobs")
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """Entropies of the predicted distributions, where asked for."""
+        return self.outputs.get("entropy")
+
+
+def shift_targets(input_ids: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Targets for `input_ids` [T] or [B, L] int64: the next token, `ignore_index` at the end of every segment."""
+    targets = torch.full_like(input_ids, ignore_index)
+    targets[..., :-1] = input_ids[..., 1:]
+    if cu_seqlens is not None:
+        if input_ids.dim() != 1:
+            raise ValueError(f"cu_seqlens goes with packed [T] input_ids; got {tuple(input_ids.shape)}")
+        ends = cu_seqlens[1:].to(torch.int64)
+        targets[ends[ends > 0] - 1] = ignore_index
+    return targets
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_entropy: bool = False,
+    outputs: Sequence[str] = (),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    active: Tensor | None = None,
+    config: KernelConfig = KernelConfig(),
+) -> LinearLogprob:
+    """log p(target) of every unmasked position, differentiable under any loss on top.
+
+    Without gradients it costs one GEMM. Backward recomputes logits for rows whose incoming gradient is not 0; where only
+    `hidden` needs a gradient (a frozen head) the forward keeps ∂logp/∂hidden instead, and backward is a product.
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    names = check_outputs(tuple(outputs), OUTPUTS)
+    wanted = tuple(dict.fromkeys(("logprobs", *(("entropy",) if return_entropy else ()))))
+    call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, wanted), flat)
+    extra = _unflatten({}, flat)
+    if backends.resolve(config.backend, hidden.device) == "reference":
+        stats = _reference_stats(flat, call, flat.mask(ignore_index))
+        logprobs, entropy = stats["logprobs"], stats["entropy"]
+        extra = _unflatten({name: stats[name].detach() for name in names}, flat)
+    else:
+        rest = Rest(flat.targets, rows, active, flat.temperature)
+        logprobs, entropy = LinearLogprobs.apply(flat.hidden, flat.weight, flat.bias, rest, call)
+        further = tuple(name for name in names if name not in wanted)
+        found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
+        if further:
+            scored = Call(call.spec, call.head, config, further)
+            values = torch.ops.drift_kernels.score(flat.hidden, flat.weight, flat.bias, *rest.flat(), scored.encode())
+            found |= dict(zip(further, values))
+        extra = _unflatten({name: found[name] for name in names}, flat)
+    return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
+
+
+def weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    active: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    normalizer: float | Tensor | None = None,
+    config: KernelConfig = KernelConfig(),
+) -> LossOutput:
+    """Σᵢ token_weightsᵢ·(−log p(targetᵢ)) / normalizer, in one pass: the gradient is made in the forward.
+
+    `token_weights` has the targets' shape (default 1); rows of weight 0 are never computed. `normalizer` is the global
+    denominator over all micro-batches and ranks; default: this call's Σ token_weights over unmasked positions.
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    weights = flat.per_entry("token_weights", token_weights)
+    names = check_outputs(tuple(outputs), OUTPUTS)
+    head = _head(temperature, softcap, logit_scale, ignore_index)
+    call = with_needs(Call(PolicySpec(objective="reinforce"), head, config, names), flat)
+    if normalizer is None:
+        mask = flat.mask(ignore_index)
+        total = mask.sum() if weights is None else torch.where(mask, weights, 0.0).sum()
+        normalizer = _or_one(total, flat)
+    return _fused(flat, Tokens(weights=weights), call, normalizer)[0]
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    spec: PolicySpec = PolicySpec(),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    active: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    normalizer: float | Tensor | None = None,
+    config: KernelConfig = KernelConfig(),
+) -> LossOutput:
+    """A policy loss (`PolicySpec`) straight from hidden states, in one pass: 2 units for rows read, 4 for rows not clipped.
+
+    advantages        of the targets' shape, or one per segment [S] with `cu_seqlens`, `segment_ids` or padded inputs
+    old_logprobs      log-probs under the policy that is being improved on; None = on-policy, the ratio is 1
+    ref_logprobs      of the reference policy, for spec.kl_coef
+    rollout_logprobs  of the sampler, for spec.correction (needs old_logprobs)
+    token_weights     factor on each token's whole loss (objective, KL, entropy)
+    normalizer        the global denominator; default, this call's own: unmasked tokens for token_mean, sequences with at
+                      least one of them for the sequence forms, 1 for token_sum
+    outputs           per-token statistics: logprobs, entropy, lse, is_top1, mean_logits, log_sum_sq_probs, ratio, kl, clipped
+    Metrics, as (sum, count): clip_ratio/{low,high,region}_mean, and kl where outputs has "kl", entropy likewise.
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    names = check_outputs(tuple(outputs), POLICY_OUTPUTS)
+    mask = flat.mask(ignore_index)
+    segments, count = _segments(flat, spec, advantages, cu_seqlens, segment_ids)
+    tokens = _tokens(flat, mask, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights, spec)
+    head = _head(temperature, softcap, logit_scale, ignore_index)
+    wanted = tuple(dict.fromkeys((*names, "clipped")))
+    call = with_needs(Call(spec, head, config, wanted), flat)
+    if normalizer is None:
+        normalizer = _own_normalizer(flat, mask, segments, count, spec)
+    result, values = _fused(flat, tokens, call, normalizer)
+    result.outputs = {name: result.outputs[name] for name in names}
+    result.metrics = _metrics(values, mask, names)
+    return result
+
+
+def pointwise_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    fn: Callable[..., Tensor],
+    *per_token_tensors: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    rows: Tensor | None = None,
+    active: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    normalizer: float | Tensor | None = None,
+    config: KernelConfig = KernelConfig(),
+) -> LossOutput:
+    """Σᵢ fn(logprobs, *per_token_tensors)ᵢ / normalizer for any plain torch `fn`, still in one pass.
+
+    `fn` gets log-probs [n] and the tensors' slices [n] of whichever positions are at hand, and returns losses [n]; token i's
+    loss may read token i alone. That is checked on each call by comparing fn of the whole with fn of its halves; a function
+    that mixes tokens, and tensors that require grad, raise ValueError. Default normalizer: the number of unmasked positions.
+    """
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    for i, tensor in enumerate(per_token_tensors):
+        if tensor.requires_grad:
+            raise ValueError(f"per_token_tensors[{i}] requires grad, and no gradient would reach it; detach it")
+        if tensor.shape != flat.shape:
+            raise ValueError(f"per_token_tensors[{i}] has shape {tuple(tensor.shape)}, targets {tuple(flat.shape)}; they must agree")
+    tensors = tuple(tensor.reshape(-1) for tensor in per_token_tensors)
+    mask = flat.mask(ignore_index)
+    _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
+    names = check_outputs(tuple(outputs), OUTPUTS)
+    call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, names), flat)
+    denominator = as_normalizer(_or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
+    if backends.resolve(config.backend, hidden.device) == "reference":
+        stats = _reference_stats(flat, call, mask)
+        picked = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
+        return LossOutput(picked.sum() / denominator, _unflatten({name: stats[name].detach() for name in names}, flat))
+    rest = Rest(flat.targets, rows, active, flat.temperature)
+    loss, values = PointwiseLoss.apply(flat.hidden, flat.weight, flat.bias, denominator, rest, fn, tensors, call)
+    return LossOutput(loss, _unflatten(dict(zip(names, values)), flat))
+
+
+def _head(temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> HeadOptions:
+    return HeadOptions(1.0 if isinstance(temperature, Tensor) else float(temperature), softcap, float(logit_scale), ignore_index)
+
+
+def _unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
+    return {name: value.reshape(flat.shape) for name, value in values.items()}
+
+
+def _or_one(total: Tensor, flat: Flat) -> Tensor:
+    """A denominator that is 1 where nothing counts, so that an empty batch has loss 0 and zero gradients."""
+    total = total.to(flat.dtype)
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
+    z = reference.logits(flat.hidden, flat.weight, flat.bias, flat.temperature, call.head)
+    return reference.statistics(z, flat.targets, flat.rows, mask)
+
+
+def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -> tuple[LossOutput, dict[str, Tensor]]:
+    """The loss, and per-token outputs flat by name."""
+    denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
+    if backends.resolve(call.config.backend, flat.hidden.device) == "reference":
+        mask = flat.mask(call.head.ignore_index)
+        stats = _reference_stats(flat, call, mask)
+        terms = reference.policy(stats, mask, tokens.advantages, tokens.old, tokens.ref, tokens.weights, call.spec)
+        loss = terms["loss"].sum() / denominator
+        values = {name: (stats | terms)[name].detach() for name in call.outputs}
+    else:
+        rest = Rest(flat.targets, flat.rows, flat.active, flat.temperature)
+        loss, stacked = FusedLoss.apply(flat.hidden, flat.weight, flat.bias, denominator, rest, tokens, call)
+        values = dict(zip(call.outputs, stacked))
+    return LossOutput(loss, _unflatten(values, flat)), values
+
+
+def _segments(flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None) -> tuple[Tensor | None, int]:
+    segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
+    if segments is None:
+        wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
+        wants += [spec.correction] if spec.correction and spec.correction.startswith("sequence") else []
+        wants += ["advantages per segment"] if advantages.shape != flat.shape else []
+        if wants:
+            raise ValueError(f"{', '.join(wants)}: pass cu_seqlens (or segment_ids), since packed tokens alone do not say where sequences end")
+    return segments, count
+
+
+def _tokens(flat: Flat, mask, segments, count, advantages, old, ref, rollout, weights, spec: PolicySpec) -> Tokens:
+    """Per-entry data; corrections are folded into advantages and aggregation into weights (losses are linear in both)."""
+    if advantages.shape != flat.shape:
+        if advantages.shape != (count,):
+            raise ValueError(f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment")
+        advantages = advantages.detach()[segments].reshape(flat.shape)
+    advantage = flat.per_entry("advantages", advantages)
+    old_flat, ref_flat = flat.per_entry("old_logprobs", old), flat.per_entry("ref_logprobs", ref)
+    weight = flat.per_entry("token_weights", weights)
+    if spec.kl_coef and ref is None:
+        raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
+    if spec.correction:
+        rollout_flat = flat.per_entry("rollout_logprobs", rollout)
+        if old_flat is None or rollout_flat is None:
+            raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
+        assert advantage is not None
+        advantage = advantage * formulas.correction(old_flat, rollout_flat, mask, segments, spec)
+    if spec.aggregation == "sequence_mean_token_mean":
+        lengths = torch.zeros(count, dtype=flat.dtype, device=mask.device).index_add_(0, segments, mask.to(flat.dtype))
+        share = 1 / lengths.clamp(min=1)[segments]
+        weight = share if weight is None else weight * share
+    return Tokens(advantage, old_flat, ref_flat, weight)
+
+
+def _own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: int, spec: PolicySpec) -> Tensor:
+    match spec.aggregation:
+        case "token_mean":
+            return _or_one(mask.sum(), flat)
+        case "token_sum":
+            return torch.ones((), dtype=flat.dtype, device=mask.device)
+        case _:
+            lengths = torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
+            return _or_one((lengths > 0).sum(), flat)
+
+
+def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...]) -> Metrics:
+    count, clipped = mask.sum(), values["clipped"]
+    sums = {
+        "clip_ratio/low_mean": (clipped < 0).sum(),
+        "clip_ratio/high_mean": (clipped > 0).sum(),
+        "clip_ratio/region_mean": (clipped != 0).sum(),
+    }
+    sums |= {name: values[name].sum() for name in ("kl", "entropy") if name in names}
+    if "ratio" in names:
+        sums["sampling/importance_sampling_ratio/mean"] = values["ratio"].sum()
+    return {name: (total, count) for name, total in sums.items()}
+
+
+def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> None:
+    """Raises ValueError unless fn of the whole is fn of its halves, and has a loss a token."""
+    device = tensors[0].device if tensors else None
+    with torch.no_grad():
+        logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
+        whole = fn(logprobs, *tensors)
+        if whole.shape != logprobs.shape:
+            raise ValueError(f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce")
+        if count < 2:
+            return
+        half = count // 2
+        parts = [fn(logprobs[s], *(t[s] for t in tensors)) for s in (slice(None, half), slice(half, None))]
+        if not torch.allclose(whole, torch.cat(parts), rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError("fn of all tokens differs from fn of two halves: a token's loss may read that token alone")

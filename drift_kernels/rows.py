@@ -1,0 +1,77 @@
+"""Which rows count. What nothing reads is dropped before the first GEMM: most of a multi-turn batch.
+
+T hidden rows; N entries (targets), N = T unless `rows` says that several entries share a hidden row. A `Plan` keeps the
+entries that something reads, and the hidden rows that carry them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drift_kernels.spec import Call
+
+# A caller who asks for one of these reads every unmasked row.
+DENSE_OUTPUTS = frozenset({"logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs", "kl", "ratio"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Entries and hidden rows that take part, in order."""
+
+    count: int  # R, hidden rows that take part
+    index: Tensor | None  # [R] int64, which hidden rows; None = all T of them
+    entries: Tensor | None  # [M] int64, which entries; None = all N of them
+    row_ptr: Tensor | None  # [R + 1] int64, entries of each kept row (CSR); None = one each
+
+    def pick(self, values: Tensor | None) -> Tensor | None:
+        """Of [N] values those of the kept entries [M]."""
+        return values if values is None or self.entries is None else values[self.entries]
+
+    def pick_rows(self, values: Tensor | None) -> Tensor | None:
+        """Of [T] values those of the kept hidden rows [R]."""
+        return values if values is None or self.index is None else values[self.index]
+
+
+def counting(
+    targets: Tensor, active: Tensor | None, advantages: Tensor | None, weights: Tensor | None, has_ref: bool, call: Call
+) -> Tensor:
+    """Which entries anything reads [N] bool.
+
+    An entry is read unless its target is ignored, it lies outside `active`, or both hold: no requested output reads it,
+    and its loss is zero whatever its log-prob (weight 0; advantage 0 without a KL, entropy or z term).
+    """
+    mask = targets != call.head.ignore_index
+    if active is not None:
+        mask &= torch.zeros_like(mask).index_fill_(0, active, True)
+    if DENSE_OUTPUTS.intersection(call.outputs):
+        return mask
+    spec = call.spec
+    if weights is not None:
+        mask = mask & (weights != 0)
+    other_terms = (has_ref and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
+    if advantages is not None and not other_terms:
+        mask = mask & (advantages != 0)
+    return mask
+
+
+def plan(mask: Tensor, rows: Tensor | None) -> Plan:
+    """The plan for the entries in `mask` [N]; `rows` [N] int64 sorted, or None where entry i is of hidden row i."""
+    total = mask.numel()
+    entries = mask.nonzero().squeeze(1)
+    everything = entries.numel() == total
+    if rows is None:
+        return Plan(entries.numel(), None, None, None) if everything else Plan(entries.numel(), entries, entries, None)
+    index, counts = torch.unique_consecutive(rows[entries], return_counts=True)
+    row_ptr = torch.zeros(index.numel() + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(counts, 0, out=row_ptr[1:])
+    return Plan(index.numel(), index, None if everything else entries, row_ptr)
+
+
+def chunks(count: int, largest: int) -> list[tuple[int, int]]:
+    """[0, count) cut into the fewest spans of at most `largest` rows, all about equally long."""
+    pieces = -(-count // max(largest, 1))
+    edges = [count * i // pieces for i in range(pieces + 1)] if pieces else [0]
+    return list(zip(edges[:-1], edges[1:]))
