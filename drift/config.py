@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import Self
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -57,7 +56,7 @@ class ModelConfig(Section):
     lora: LoRAConfig | None = None
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _heads_divide(self) -> ModelConfig:
         if self.path is None and self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of heads {self.heads}")
         return self
@@ -77,7 +76,7 @@ class TaskConfig(Section):
     eval_problems: Positive = 1000
 
     @model_validator(mode="after")
-    def _path_fits_kind(self) -> Self:
+    def _path_fits_kind(self) -> TaskConfig:
         if self.kind == "jsonl" and self.path is None:
             raise ValueError("path should name the JSONL file, since kind is jsonl")
         if self.kind != "jsonl" and self.path is not None:
@@ -99,7 +98,7 @@ class WarmStartConfig(Section):
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
 
     @model_validator(mode="after")
-    def _low_below_high(self) -> Self:
+    def _low_below_high(self) -> WarmStartConfig:
         if self.target_low >= self.target_high:
             raise ValueError(f"target_low {self.target_low} should be below target_high {self.target_high}")
         return self
@@ -201,7 +200,7 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
-    def _no_repeats(self) -> Self:
+    def _no_repeats(self) -> Config:
         for key, values in (("seeds", self.seeds), ("arms", self.arms)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} {values} should not name one twice")

@@ -37,7 +37,9 @@ def mean_stderr(values: Sequence[float]) -> Difference:
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Mean and standard error of `ours - theirs`, seed by seed. Raises ValueError where the lengths differ."""
     if len(ours) != len(theirs):
-        raise ValueError(f"ours has {len(ours)} seeds and theirs {len(theirs)}; a paired difference needs the same seeds")
+        raise ValueError(
+            f"ours has {len(ours)} seeds and theirs {len(theirs)}; a paired difference needs the same seeds"
+        )
     return mean_stderr(np.subtract(ours, theirs).tolist())
 
 

@@ -116,7 +116,7 @@ def _read_results(records: Records) -> None:
     """From summary.json where it is there, else from the evaluations that are."""
     evaluations = _read_evaluations(records)
     complete = sorted(seed for seed, arms in evaluations.items() if arms.keys() == _all_arms(evaluations))
-    for arm in _ordered(_all_arms(evaluations)) if complete else ():
+    for arm in ordered(_all_arms(evaluations)) if complete else ():
         records.solved_at[arm] = [evaluations[seed][arm] for seed in complete]
     file = records.path / "summary.json"
     if file.exists():
@@ -125,7 +125,7 @@ def _read_results(records: Records) -> None:
         records.missing.append("summary.json: the run is not finished")
     if results := records.summary.get("results"):
         records.seeds = list(records.summary.get("seeds", range(len(next(iter(results.values()))["single"]))))
-        for arm in _ordered(results):
+        for arm in ordered(results):
             multi = next(key for key in results[arm] if key.startswith("multi_at_"))
             records.turns = int(multi.removeprefix("multi_at_"))
             values = results[arm]
@@ -153,7 +153,7 @@ def _all_arms(evaluations: dict[int, dict[str, list[int]]]) -> set[str]:
     return {arm for arms in evaluations.values() for arm in arms}
 
 
-def _ordered(arms: Iterable[str]) -> list[str]:
+def ordered(arms: Iterable[str]) -> list[str]:
     """Known arms in the order of `ARMS`, then the others by name."""
     return sorted(arms, key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm))
 

@@ -1,7 +1,7 @@
 """The only autograd.Functions, and the registration of what they call with `torch.library`.
 
-A fused op makes its gradients in the forward pass; backward scales them by normaliser × incoming gradient out of place, so
-a second backward over a retained graph gives the same. `linear_logprob` saves log-sum-exps and recomputes in backward, or,
+A fused op makes its gradients in the forward pass; backward scales them by the incoming gradient out of place, so a second
+backward over a retained graph gives the same. `linear_logprob` saves log-sum-exps and recomputes in backward, or,
 where only `hidden` needs a gradient, keeps ∂logp/∂hidden. Double backward raises.
 """
 
@@ -19,7 +19,7 @@ from drift_kernels.spec import Call, PolicySpec
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
 _TOKENS = "Tensor? advantages, Tensor? old, Tensor? ref, Tensor? weights"
-torch.library.define("drift_kernels::fused", f"({_HEAD}, {_TOKENS}, str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define("drift_kernels::fused", f"({_HEAD}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("drift_kernels::score", f"({_HEAD}, str call) -> Tensor")
 torch.library.define(
     "drift_kernels::logprob_backward",
@@ -33,9 +33,9 @@ def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("drift_kernels::fused", "CPU")
-def _fused_cpu(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, call):
+def _fused_cpu(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call):
     x = driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights)
-    loss, grads, outputs = driver.fused(x, Call.decode(call))
+    loss, grads, outputs = driver.fused(x, Call.decode(call), normalizer)
     return (loss, *_given(grads, loss), outputs)
 
 
@@ -58,7 +58,7 @@ def _fake_grads(hidden: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, Ten
 
 
 @torch.library.register_fake("drift_kernels::fused")
-def _fused_fake(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, call):
+def _fused_fake(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call):
     options, dtype = Call.decode(call), driver.compute_dtype(hidden.dtype)
     outputs = hidden.new_empty((len(options.outputs), targets.shape[0]), dtype=dtype)
     return (hidden.new_empty((), dtype=dtype), *_fake_grads(hidden, weight, options), outputs)
@@ -104,8 +104,14 @@ def _no_double_backward() -> None:
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad·scale in `dtype`, without a copy in between."""
+    """grad·scale in `dtype`, without a copy in between; grad itself where that is the same and reading scale is free.
+
+    Handing out the saved tensor is safe: autograd takes a gradient over only when nobody else holds it, and a retained
+    graph does.
+    """
     if dtype == grad.dtype:
+        if grad.device.type == "cpu" and not torch.compiler.is_compiling() and scale.numel() == 1 and float(scale) == 1.0:
+            return grad
         return grad * scale
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
@@ -116,8 +122,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, normalizer, rest: Rest, tokens: Tokens, call: Call):
         values = (tokens.advantages, tokens.old, tokens.ref, tokens.weights)
-        out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *values, call.encode())
-        return _finish_forward(ctx, out, normalizer, (hidden, weight, bias), call)
+        out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *values, normalizer, call.encode())
+        return _finish_forward(ctx, out, (hidden, weight, bias), call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
@@ -129,31 +135,29 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, normalizer, rest: Rest, fn: Callable, tensors: tuple, call: Call):
-        loss, grads, outputs = driver.pointwise(driver.Inputs(hidden, weight, bias, *rest.flat()), call, fn, tensors)
-        return _finish_forward(ctx, (loss, *_given(grads, loss), outputs), normalizer, (hidden, weight, bias), call)
+        loss, grads, outputs = driver.pointwise(driver.Inputs(hidden, weight, bias, *rest.flat()), call, fn, tensors, normalizer)
+        return _finish_forward(ctx, (loss, *_given(grads, loss), outputs), (hidden, weight, bias), call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
         return (*_finish_backward(ctx, grad_outputs[0]), None, None, None, None, None)
 
 
-def _finish_forward(ctx: Any, out: tuple, normalizer: Tensor, heads: tuple, call: Call) -> tuple[Tensor, Tensor]:
+def _finish_forward(ctx: Any, out: tuple, heads: tuple, call: Call) -> tuple[Tensor, Tensor]:
     loss, dhidden, dweight, dbias, outputs = out
-    ctx.save_for_backward(dhidden, dweight, dbias, normalizer)
+    ctx.save_for_backward(dhidden, dweight, dbias)
     ctx.needs = (call.need_hidden, call.need_weight, call.need_bias)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in heads)
     ctx.mark_non_differentiable(outputs)
     ctx.set_materialize_grads(False)
-    return loss / normalizer, outputs
+    return loss, outputs
 
 
 def _finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     _no_double_backward()
     if grad_loss is None:
         return None, None, None
-    *grads, normalizer = ctx.saved_tensors
-    scale = grad_loss / normalizer
-    made = [_scaled(g, scale, dtype) if need else None for need, g, dtype in zip(ctx.needs, grads, ctx.dtypes)]
+    made = [_scaled(g, grad_loss, dtype) if need else None for need, g, dtype in zip(ctx.needs, ctx.saved_tensors, ctx.dtypes)]
     return made[0], made[1], made[2]
 
 
@@ -168,8 +172,8 @@ class LinearLogprobs(torch.autograd.Function):
         if call.need_hidden and not (call.need_weight or call.need_bias or with_entropy) and rest.rows is None:
             # only hidden is differentiated: keep dlogp/dhidden, and backward is a product
             jacobian = Call(PolicySpec(objective="reinforce"), call.head, call.config, ("logprobs",), need_hidden=True)
-            none = (None, None, None, None)
-            _, dhidden, _, _, out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *none, jacobian.encode())
+            none, one = (None, None, None, None), hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
+            _, dhidden, _, _, out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *none, one, jacobian.encode())
             ctx.jacobian = True
             ctx.save_for_backward(dhidden)
             ctx.dtype = hidden.dtype

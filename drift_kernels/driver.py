@@ -4,7 +4,7 @@ Logits live in one scratch block of at most `workspace_bytes`; a row's gradient 
 gradient turns out to be zero (clipped ones) are squeezed out before the two gradient GEMMs. Half-precision inputs are
 widened tile by tile, since fp32 GEMMs keep logits, log-probs and gradients in fp32 (and are faster on most CPUs).
 
-Gradients come out as sums: not divided by any normaliser. Nothing here is differentiable; see `autograd`.
+The normaliser is folded into the token weights, so gradients come out final. Nothing here is differentiable; see `autograd`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Inputs:
 
 @dataclass
 class Grads:
-    """Unnormalised gradients in the compute dtype; None where nobody asked."""
+    """Gradients in the compute dtype; None where nobody asked."""
 
     hidden: Tensor | None  # [T, D]
     weight: Tensor | None  # [V, D]
@@ -206,12 +206,14 @@ def _plan(x: Inputs, call: Call) -> rows.Plan:
     return rows.plan(mask, x.rows)
 
 
-def fused(x: Inputs, call: Call) -> tuple[Tensor, Grads, Tensor]:
-    """Σ weight·loss over the entries (0-d), its gradients, and `call.outputs` [K, N], in one pass."""
+def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
+    """Σ weight·loss over the entries / normalizer (0-d), its gradients, and `call.outputs` [K, N], in one pass."""
     sweep = Sweep(x, call, plan := _plan(x, call))
     advantages, old, ref, weights = (plan.pick(v) for v in (x.advantages, x.old, x.ref, x.weights))
     if call.config.check_finite:
         _check_finite({"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "token_weights": weights})
+    weights = sweep.targets.new_ones(sweep.targets.shape, dtype=sweep.dtype) if weights is None else weights
+    weights = weights / normalizer
     want = tuple(dict.fromkeys((*call.outputs, "loss")))
     collected: dict[str, list[Tensor]] = {}
     for piece in sweep:
@@ -263,7 +265,7 @@ def backward(x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor 
     return sweep.finish()
 
 
-def pointwise(x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Grads, Tensor]:
+def pointwise(x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
     """As `fused`, for a token loss fn(logprobs, *tensors) in torch: its derivative by autograd, chunk by chunk."""
     sweep = Sweep(x, call, plan := _plan(x, call))
     tensors = tuple(plan.pick(t) for t in tensors)
@@ -273,7 +275,7 @@ def pointwise(x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[T
         outputs = sweep.kernels.row_stats(piece.logits, piece.chunk, want)
         with torch.enable_grad():
             logprobs = outputs["logprobs"].detach().requires_grad_()
-            token = fn(logprobs, *(piece.pick(t) for t in tensors))
+            token = fn(logprobs, *(piece.pick(t) for t in tensors)) / normalizer
             coefs = torch.autograd.grad(token.sum(), logprobs)[0] if token.requires_grad else torch.zeros_like(logprobs)
         _collect(collected, outputs | {"loss": token.detach()}, piece.chunk)
         if call.need_grad:

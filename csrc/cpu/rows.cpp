@@ -1,7 +1,8 @@
 // Row kernels for a CPU. One thread takes one row; a row (0.6 MB at V = 151,936) stays in its L2 between sweeps.
 //
-// The sweeps are cloned for AVX-512, AVX2 and the baseline and chosen at load time. The OpenMP region stays outside the
-// cloned functions, since an outlined body is not cloned.
+// The sweeps are compiled for AVX-512, AVX2 and the baseline, and chosen once by what the CPU has (target_clones would go by
+// its maker: arch=haswell is not chosen on an AMD one). The OpenMP region stays outside, since an outlined body keeps the
+// baseline's instructions.
 #include "rows.h"
 
 #include <algorithm>
@@ -10,11 +11,6 @@
 #include <vector>
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONED
-#endif
 
 namespace drift {
 namespace {
@@ -49,7 +45,7 @@ struct Transform {  // x -> z, and dz/dx from z
   ALWAYS_INLINE bool identity() const { return !bias && softcap == 0 && logit_scale == 1 && inv_temperature == 1; }
   ALWAYS_INLINE R apply(R x, int64_t j) const {
     R u = logit_scale * (bias ? x + bias[j] : x);
-    if (softcap != 0) u = softcap * (R(1) - R(2) / (fast_exp(R(2) * u / softcap) + R(1)));
+    if (softcap != 0) u = softcap - R(2) * softcap / (fast_exp(u * (R(2) / softcap)) + R(1));
     return u * inv_temperature;
   }
   ALWAYS_INLINE R slope(R z) const {
@@ -61,6 +57,25 @@ struct Transform {  // x -> z, and dz/dx from z
     return s;
   }
 };
+
+template <class R, bool BIAS, bool CAPPED>
+ALWAYS_INLINE void transform_block(R* __restrict x, int64_t n, const R* __restrict bias, R scale, R cap, R inverse) {
+  const R twice = R(2) / (CAPPED ? cap : R(1));
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    R u = scale * (BIAS ? x[i] + bias[i] : x[i]);
+    if (CAPPED) u = cap - R(2) * cap / (fast_exp(u * twice) + R(1));
+    x[i] = u * inverse;
+  }
+}
+
+template <class R>
+ALWAYS_INLINE void transform_any(R* x, int64_t n, int64_t first, const Transform<R>& t) {
+  const R* b = t.bias ? t.bias + first : nullptr;
+  const R s = t.logit_scale, c = t.softcap, i = t.inv_temperature;
+  if (b) c != 0 ? transform_block<R, true, true>(x, n, b, s, c, i) : transform_block<R, true, false>(x, n, b, s, c, i);
+  else c != 0 ? transform_block<R, false, true>(x, n, b, s, c, i) : transform_block<R, false, false>(x, n, b, s, c, i);
+}
 
 template <class R>
 struct RowStats {
@@ -77,10 +92,7 @@ ALWAYS_INLINE RowStats<R> stats_sweep(R* __restrict z, int64_t V, const Transfor
   for (int64_t b = 0; b < V; b += BLOCK) {
     const int64_t n = std::min(BLOCK, V - b);
     R* __restrict x = z + b;
-    if (!identity) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) x[i] = t.apply(x[i], b + i);
-    }
+    if (!identity) transform_any(x, n, b, t);
     R bm = NEG;
 #pragma omp simd reduction(max : bm)
     for (int64_t i = 0; i < n; i++) bm = x[i] > bm ? x[i] : bm;
@@ -125,29 +137,69 @@ ALWAYS_INLINE RowStats<R> stats_sweep(R* __restrict z, int64_t V, const Transfor
 }
 
 // z (or, raw, the products) become -(P p + E p (log p + H)) times dz/dx; the targets' own terms are added by the caller.
-template <class R, bool RAW, bool ENTROPY>
-ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, R lse, R P, R E, R H) {
-  const bool capped = t.softcap != 0;
-  const R flat = t.logit_scale * t.inv_temperature;
+template <class R, bool CAPPED, bool ENTROPY>
+ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {
+  const R flat = t.logit_scale * t.inv_temperature, per_cap = CAPPED ? R(1) / (t.inv_temperature * t.softcap) : R(0);
+  const R minus_p = -P * flat, minus_e = -E * flat;
+  for (int64_t b = 0; b < V; b += BLOCK) {
+    const int64_t n = std::min(BLOCK, V - b);
+    R* __restrict x = z + b;
+    if (raw) transform_any(x, n, b, t);
 #pragma omp simd
-  for (int64_t j = 0; j < V; j++) {
-    const R v = RAW ? t.apply(z[j], j) : z[j];
-    const R lp = v - lse, p = fast_exp(lp);
-    R g = -P * p;
-    if (ENTROPY) g -= p != 0 ? E * p * (lp + H) : R(0);
-    z[j] = g * (capped ? t.slope(v) : flat);
+    for (int64_t i = 0; i < n; i++) {
+      const R v = x[i], lp = v - lse, p = fast_exp(lp);
+      R g = minus_p * p;
+      if (ENTROPY) g += p != 0 ? minus_e * p * (lp + H) : R(0);
+      if (CAPPED) g *= R(1) - v * per_cap * v * per_cap;
+      x[i] = g;
+    }
   }
 }
 
-CLONED RowStats<float> stats_row(float* z, int64_t V, const Transform<float>& t, bool extra) { return stats_sweep(z, V, t, extra); }
-CLONED RowStats<double> stats_row(double* z, int64_t V, const Transform<double>& t, bool extra) { return stats_sweep(z, V, t, extra); }
-CLONED void grad_row(float* z, int64_t V, const Transform<float>& t, bool raw, float lse, float P, float E, float H) {
-  if (raw) E != 0 ? grad_sweep<float, true, true>(z, V, t, lse, P, E, H) : grad_sweep<float, true, false>(z, V, t, lse, P, E, H);
-  else E != 0 ? grad_sweep<float, false, true>(z, V, t, lse, P, E, H) : grad_sweep<float, false, false>(z, V, t, lse, P, E, H);
+template <class R>
+ALWAYS_INLINE void grad_any(R* z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {
+  raw = raw && !t.identity();
+  if (t.softcap != 0) E != 0 ? grad_sweep<R, true, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, true, false>(z, V, t, raw, lse, P, E, H);
+  else E != 0 ? grad_sweep<R, false, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, false, false>(z, V, t, raw, lse, P, E, H);
 }
-CLONED void grad_row(double* z, int64_t V, const Transform<double>& t, bool raw, double lse, double P, double E, double H) {
-  if (raw) E != 0 ? grad_sweep<double, true, true>(z, V, t, lse, P, E, H) : grad_sweep<double, true, false>(z, V, t, lse, P, E, H);
-  else E != 0 ? grad_sweep<double, false, true>(z, V, t, lse, P, E, H) : grad_sweep<double, false, false>(z, V, t, lse, P, E, H);
+
+// The two sweeps, compiled once for each instruction set.
+template <class R>
+struct Sweeps {
+  RowStats<R> (*stats)(R*, int64_t, const Transform<R>&, bool);
+  void (*grad)(R*, int64_t, const Transform<R>&, bool, R, R, R, R);
+};
+
+#define SWEEPS(NAME, TARGET)                                                                                          \
+  template <class R>                                                                                                  \
+  struct NAME {                                                                                                       \
+    TARGET static RowStats<R> stats(R* z, int64_t V, const Transform<R>& t, bool extra) { return stats_sweep(z, V, t, extra); } \
+    TARGET static void grad(R* z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {                  \
+      grad_any(z, V, t, raw, lse, P, E, H);                                                                           \
+    }                                                                                                                 \
+  };
+
+SWEEPS(Baseline, )
+#if defined(__x86_64__)
+SWEEPS(Avx2, __attribute__((target("avx2,fma"))))
+SWEEPS(Avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))))
+#endif
+
+template <class R>
+Sweeps<R> choose() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return {Avx512<R>::stats, Avx512<R>::grad};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {Avx2<R>::stats, Avx2<R>::grad};
+#endif
+  return {Baseline<R>::stats, Baseline<R>::grad};
+}
+
+template <class R>
+const Sweeps<R>& sweeps() {
+  static const Sweeps<R> chosen = choose<R>();
+  return chosen;
 }
 
 template <class R>
@@ -172,7 +224,7 @@ void put(void* p, int64_t i, R v) { if (p) static_cast<R*>(p)[i] = v; }
 template <class R>
 RowStats<R> measure(const Rows& rows, const Stats& stats, int64_t i) {
   R* z = row_of<R>(rows, i);
-  const auto s = stats_row(z, rows.vocab, transform_of<R>(rows, i), stats.mean_logits || stats.log_sum_sq);
+  const auto s = sweeps<R>().stats(z, rows.vocab, transform_of<R>(rows, i), stats.mean_logits || stats.log_sum_sq);
   put<R>(stats.lse, i, s.lse);
   put<R>(stats.entropy, i, s.entropy);
   put<R>(stats.mean_logits, i, s.mean);
@@ -208,7 +260,7 @@ bool differentiate(const Rows& rows, int64_t i, bool raw, R lse, R extra, R E, R
     const int64_t y = rows.targets[k];
     if (y >= 0) slope[k - e.begin] = t.slope(raw ? t.apply(z[y], y) : z[y]);
   }
-  grad_row(z, rows.vocab, t, raw, lse, P, E, H);
+  sweeps<R>().grad(z, rows.vocab, t, raw, lse, P, E, H);
   for (int64_t k = e.begin; k < e.end; k++) {
     const int64_t y = rows.targets[k];
     if (y >= 0) z[y] += coef(k) * slope[k - e.begin];

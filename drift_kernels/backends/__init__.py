@@ -19,6 +19,7 @@ def available_backends() -> dict[str, str | None]:
     return {"reference": None, **{name: _reason(name) for name in ("cpu", "triton", "cuda")}}
 
 
+@torch.compiler.assume_constant_result  # the same for the life of a process; keeps imports out of compiled graphs
 def _reason(name: str) -> str | None:
     if name in MISSING:
         return MISSING[name]

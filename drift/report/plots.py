@@ -16,10 +16,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from drift.intervals import mean_stderr
-from drift.records import Results, Sampled
+from drift.records import Results, Sampled, ordered
 
 _STAND_INS = {
     "#010101": "var(--ink)",
@@ -32,10 +31,11 @@ _STAND_INS = {
     "#080808": "var(--other)",
 }
 INK, MUTED, LINE, BASE, UNIFORM, SUCCESS, DRIFT, OTHER = _STAND_INS
+_PERCENT = FuncFormatter(lambda share, _: f"{round(100 * share, 6):g}%")
 COLOURS = {"base": BASE, "uniform": UNIFORM, "success_only": SUCCESS, "drift": DRIFT}
 MARKERS = {"base": "s", "uniform": "^", "success_only": "D", "drift": "o"}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "drift",
     "font.size": 9.5,
@@ -43,7 +43,7 @@ _STYLE = {
     "axes.labelcolor": MUTED,
     "axes.titlecolor": INK,
     "axes.titlesize": 10.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 9,
     "axes.spines.top": False,
@@ -82,7 +82,7 @@ def by_turn(results: Mapping[str, Results]) -> str:
                 axes.fill_between(turns, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
         axes.set_xticks(range(1, longest + 1))
         axes.set_xlabel("turns allowed")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(_PERCENT)
         axes.legend(loc="lower right")
 
     return _svg("Solved within so many turns", draw)
@@ -103,7 +103,7 @@ def by_seed(results: Mapping[str, Results], turns: int) -> str:
         axes.set_xticks(range(len(arms)), arms)
         axes.set_xlim(-0.45, len(arms) - 0.55)
         axes.grid(axis="x", visible=False)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(_PERCENT)
 
     return _svg(f"multi@{turns}, seed by seed", draw)
 
@@ -114,7 +114,7 @@ def returns_histogram(sampled: Sequence[Sampled]) -> str:
     solved = np.array([row["t_star"] is not None for part in sampled for row in part.rows])
 
     def draw(axes: Axes) -> None:
-        edges = np.linspace(values.min() - 0.025, values.max() + 0.025, 32)
+        edges = np.linspace(values.min() - 0.025, values.max() + 0.025, 32).tolist()
         both = [values[solved], values[~solved]]
         axes.hist(both, edges, stacked=True, color=[DRIFT, BASE], label=["solved", "never solved"], linewidth=0)
         axes.set_xlabel("return R")
@@ -131,7 +131,7 @@ def weights_histogram(sampled: Sequence[Sampled]) -> str:
 
     def draw(axes: Axes) -> None:
         lowest = 1e-6
-        edges = np.logspace(math.log10(lowest), math.log10(max(2.0, weights.max() * 1.1)), 30)
+        edges = np.logspace(math.log10(lowest), math.log10(max(2.0, weights.max() * 1.1)), 30).tolist()
         shown = np.clip(weights, lowest * 1.0001, None)
         kinds = ((np.full(len(weights), 1 / len(weights)), BASE, "of trajectories"),)
         if weights.sum() > 0:
@@ -141,7 +141,7 @@ def weights_histogram(sampled: Sequence[Sampled]) -> str:
         axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         axes.set_xlabel(r"weight w (1 is average; ≤ 1e-6 in the first bar)")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper left")
 
@@ -153,7 +153,7 @@ def ess_histogram(sampled: Sequence[Sampled]) -> str:
     values = np.array([share for part in sampled for share in part.ess_by_group])
 
     def draw(axes: Axes) -> None:
-        axes.hist(values, np.linspace(0, 1, 26), color=DRIFT, alpha=0.85, linewidth=0)
+        axes.hist(values, np.linspace(0, 1, 26).tolist(), color=DRIFT, alpha=0.85, linewidth=0)
         if len(values):
             axes.axvline(values.mean(), color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
@@ -167,7 +167,8 @@ def ess_histogram(sampled: Sequence[Sampled]) -> str:
             )
         axes.set_xlabel("(Σw)² / (n Σw²)")
         axes.set_ylabel("groups")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="x", visible=False)
 
     return _svg("Effective sample size, group by group", draw)
@@ -197,8 +198,9 @@ def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str
         by_arm: dict[str, list[np.ndarray]] = {}
         for name, points in sorted(series.items()):
             by_arm.setdefault(arm_of(name), []).append(np.asarray(points, dtype=float))
-        for arm, runs in by_arm.items():
-            colour, label = COLOURS.get(arm, OTHER), arm or None
+        for arm in ordered(by_arm):
+            runs = by_arm[arm]
+            colour, label = COLOURS.get(arm, OTHER), _no_math(arm) or None
             if len(runs) == 1:
                 axes.plot(runs[0][:, 0], runs[0][:, 1], color=colour, linewidth=1.5, label=label, **_dot(runs[0]))
                 continue
@@ -231,7 +233,7 @@ def intervals(rows: Sequence[tuple[str, str, float, float, float]], title: str, 
         axes.set_ylim(len(rows) - 0.4, -0.75)
         axes.set_xlabel(xlabel)
         axes.set_title(title)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="y", visible=False)
         return figure
 
@@ -248,7 +250,7 @@ PLAIN = {
 }
 
 
-def _plain_style() -> dict[str, Any]:
+def _plain_style() -> dict[Any, Any]:
     plain = {key: PLAIN[value] for key, value in _STYLE.items() if isinstance(value, str) and value in PLAIN}
     return {**plain, "svg.fonttype": "path", "figure.facecolor": "white"}
 
@@ -268,7 +270,7 @@ def _svg(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.4, height))
         axes = figure.subplots()
-        axes.set_title(title)
+        axes.set_title(_no_math(title))
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -288,6 +290,11 @@ def _svg(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
     label = f'role="img" aria-label="{_attribute(title)}"'
     opening = f'<svg viewBox="{view[1]}" {label} xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + text[head.end() :].strip()
+
+
+def _no_math(text: str) -> str:
+    """matplotlib reads what stands between dollar signs as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _attribute(text: str) -> str:

@@ -1,0 +1,212 @@
+"""One self-contained page about a run, made from the files in its folder: `write(run_dir)` -> report.html.
+
+No script, no font, no image and no request comes from elsewhere; figures are inline SVG. Everything that a model, a
+data set or a settings file wrote is escaped. A run that is not finished gives a page that says what is missing.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from drift.intervals import mean_stderr, paired_difference
+from drift.records import Records, read
+from drift.report import plots, results, trajectories
+from drift.report.style import CSS
+from drift.report.text import count_of, duration, esc, figures, percent, points, tile, tiles
+
+_FIRST_CURVES = ("loss", "grad_norm", "lr", "ess", "tokens_per_second")
+_SHOWN_SETTINGS = (
+    ("model", "path"),
+    ("task", "name"),
+    ("task", "train_problems"),
+    ("task", "eval_problems"),
+    ("rollout", "n"),
+    ("rollout", "turns"),
+    ("rollout", "temperature"),
+    ("weights", "beta"),
+    ("weights", "gamma"),
+    ("weights", "repetition"),
+    ("train", "lr"),
+    ("train", "epochs"),
+    ("train", "batch_size"),
+    ("train", "turns"),
+    ("train", "normalize"),
+    ("train", "rounds"),
+)
+
+
+def write(run_dir: str | Path) -> Path:
+    """Reads the run folder and writes report.html into it; returns its path.
+
+    Raises NotADirectoryError where there is no such folder.
+    """
+    records = read(run_dir)
+    path = records.path / "report.html"
+    # A model can emit half of a surrogate pair, which UTF-8 cannot hold.
+    path.write_text(page(records), encoding="utf-8", errors="replace")
+    return path
+
+
+def page(records: Records) -> str:
+    """The whole document."""
+    name = str(records.summary.get("name") or (records.config and records.config.name) or records.path.resolve().name)
+    sections = [
+        _header(name, records),
+        _missing(records),
+        results.section(records),
+        _sampling(records),
+        _training(records),
+        _time(records),
+        trajectories.section(records),
+        _settings(records),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{esc(name)} · drift</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, sections))
+        + "\n<footer>Made by <code>drift report</code> from the files in this run’s folder, and from nothing else."
+        "</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(name: str, records: Records) -> str:
+    means = {arm: percent(mean_stderr(result.multi).mean) for arm, result in records.results.items()}
+    if "drift" in means and "base" in means:
+        ours, base = records.results["drift"].multi, records.results["base"].multi
+        lede = (
+            f"Importance-weighted training solves <b>{means['drift']}</b> of the held-out problems within "
+            f"{records.turns} turns. Before training it was {means['base']}: {points(paired_difference(ours, base))} "
+            f"points over {count_of(len(ours), 'seed', 'seeds')}."
+        )
+        controls = {"uniform": "with all weights 1", "success_only": "on the successes alone"}
+        others = [f"{text} it is {means[arm]}" for arm, text in controls.items() if arm in means]
+        lede += f" Trained {', and '.join(others)}." if others else ""
+    else:
+        lede = "This run has no finished comparison yet; what there is, is below."
+    return (
+        f'<header><p class="eyebrow">DRIFT RUN</p><h1>{esc(name)}</h1>'
+        f'<p class="lede">{lede}</p><p class="muted">{" · ".join(_facts(records))}</p></header>'
+    )
+
+
+def _facts(records: Records) -> list[str]:
+    """What was run, in a few words: model, task, seeds, time."""
+    facts = []
+    if records.config is not None:
+        config = records.config
+        facts = [esc(config.model.path or "embedded tiny model"), esc(config.task.path or config.task.name)]
+    if records.seeds:
+        facts.append(count_of(len(records.seeds), "seed", "seeds"))
+    total = (records.summary.get("seconds") or {}).get("total")
+    return facts + ([duration(total)] if isinstance(total, (int, float)) else [])
+
+
+def _missing(records: Records) -> str:
+    if not records.missing:
+        return ""
+    items = "".join(f"<li>{esc(item)}</li>" for item in records.missing)
+    return f'<div class="notice" role="note"><b>Not everything is here.</b><ul>{items}</ul></div>'
+
+
+def _sampling(records: Records) -> str:
+    sampled = records.sampled
+    if not sampled:
+        return ""
+    rows = [row for part in sampled for row in part.rows]
+    settings, groups = records.weights_config, sum(len(part.groups) for part in sampled)
+    weighted = [(part.ess, len(part.rows)) for part in sampled]
+    ess = sum(share * size for share, size in weighted) / len(rows)
+    unsolved = sum(part.unsolved * len(part.groups) for part in sampled) / groups
+    answers = [message for row in rows for message in row["messages"] if message["role"] == "assistant"]
+    parsed = sum(len(row.get("answer_norms") or []) for row in rows)
+    by_group = [share for part in sampled for share in part.ess_by_group]
+    numbers = [
+        tile("trajectories", f"{len(rows):,}", f"of {groups:,} groups"),
+        tile("solved", percent(sum(row["t_star"] is not None for row in rows) / len(rows)), "of the trajectories"),
+        tile("in the first turn", percent(sum(row["t_star"] == 1 for row in rows) / len(rows)), "of the trajectories"),
+        tile(
+            "effective sample size",
+            percent(ess),
+            f"of all; {percent(sum(by_group) / max(len(by_group), 1))} in a group",
+        ),
+        tile("unsolved groups", percent(unsolved), "no trajectory succeeded"),
+        tile("answers not parsed", percent(1 - parsed / max(len(answers), 1)), f"of {len(answers):,} turns"),
+    ]
+    drawn = [
+        (
+            plots.returns_histogram(sampled),
+            f"Discount γ = {settings.gamma}, repetition penalty λ = {settings.repetition}.",
+        ),
+        (plots.weights_histogram(sampled), f"exp(R/β) with β = {settings.beta}, of mean 1 in every group."),
+        (plots.ess_histogram(sampled), "100 %: all siblings weigh the same; 1/n: one of them carries the group."),
+        (
+            plots.group_histogram(sampled),
+            "A group at 0 says nothing about being right, only about format and repetition.",
+        ),
+    ]
+    note = (
+        '<p class="why">The frozen starting model answers every training prompt several times, with feedback after a '
+        "wrong answer. What a trajectory is worth decides how much it counts in training.</p>"
+    )
+    return f"<section><h2>What was sampled</h2>{note}{tiles(numbers)}{figures(drawn)}</section>"
+
+
+def _training(records: Records) -> str:
+    lengths = {metric: max(map(len, series.values())) for metric, series in records.curves.items()}
+    drawable = [metric for metric, length in lengths.items() if length > 1]
+    if not drawable:
+        return ""
+    rank = {metric: place for place, metric in enumerate(_FIRST_CURVES)}
+    drawable.sort(key=lambda metric: (rank.get(metric, len(rank)), metric))
+    shown, others = drawable[:4], drawable[4:16]
+    first = figures([(plots.curve(metric, records.curves[metric]), "") for metric in shown])
+    more = figures([(plots.curve(metric, records.curves[metric]), "") for metric in others])
+    more = f"<details><summary>{len(others)} more curves</summary>{more}</details>" if others else ""
+    note = '<p class="why">Against optimizer steps. A thin line is a seed, a thick one the mean of an arm.</p>'
+    return f"<section><h2>Learning curves</h2>{note}{first}{more}</section>"
+
+
+def _time(records: Records) -> str:
+    seconds = {k: v for k, v in (records.summary.get("seconds") or {}).items() if isinstance(v, (int, float))}
+    total = seconds.pop("total", sum(seconds.values()))
+    if not seconds or total <= 0:
+        return ""
+    if total - sum(seconds.values()) > 0.01 * total:
+        seconds["everything else"] = total - sum(seconds.values())
+    colours = dict(zip(seconds, (f"var(--{name})" for name in cycle(("uniform", "success", "drift", "other", "base")))))
+    bars = "".join(f'<i style="flex:{v:.3f};background:{colours[k]};opacity:.85"></i>' for k, v in seconds.items())
+    legend = "".join(
+        f'<li><span class="dot" style="background:{colours[k]}"></span>{esc(k)} '
+        f'<span class="muted">{duration(v)} · {v / total:.0%}</span></li>'
+        for k, v in seconds.items()
+    )
+    return (
+        f'<section><h2>Where the time went</h2><p class="why">{duration(total)} in all.</p>'
+        f'<div class="stages" aria-hidden="true">{bars}</div><ul class="legend">{legend}</ul></section>'
+    )
+
+
+def _settings(records: Records) -> str:
+    if not records.config_text:
+        return ""
+    facts = "".join(
+        f"<div><dt>{esc(label)}</dt><dd>{esc(value)}</dd></div>" for label, value in _shown_settings(records)
+    )
+    facts = f'<dl class="facts">{facts}</dl>' if facts else ""
+    full = f'<pre class="yaml">{esc(records.config_text)}</pre>'
+    return f"<section><h2>Settings</h2>{facts}<details><summary>config.yaml in full</summary>{full}</details></section>"
+
+
+def _shown_settings(records: Records) -> list[tuple[str, Any]]:
+    if records.config is None:
+        return []
+    shown: list[tuple[str, Any]] = []
+    for section, key in _SHOWN_SETTINGS:
+        value = getattr(getattr(records.config, section), key)
+        if (section, key) == ("model", "path") and value is None:
+            value = "embedded tiny model"
+        shown.append((f"{section}.{key}", value))
+    return [*shown, ("seeds", ", ".join(map(str, records.config.seeds)))]

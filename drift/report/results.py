@@ -1,0 +1,74 @@
+"""The headline of a report: how well each arm solves held-out problems, and how sure the differences are."""
+
+from __future__ import annotations
+
+import math
+
+from drift.intervals import Difference, mean_stderr, paired_difference
+from drift.records import ARMS, Records, Results
+from drift.report import plots
+from drift.report.text import count_of, esc, figures, percent, points
+
+_CSS_COLOURS = {"base": "base", "uniform": "uniform", "success_only": "success", "drift": "drift"}
+
+
+def section(records: Records) -> str:
+    """The table, the two figures, and every seed's numbers; empty where nothing has been evaluated."""
+    if not records.results:
+        return ""
+    results, turns = records.results, records.turns
+    number = len(next(iter(results.values())).multi)
+    reference = next(arm for arm in ("drift", *results) if arm in results)
+    rows = "".join(_result_row(arm, result, records, reference) for arm, result in results.items())
+    gain = "<small>points over base</small>" if "base" in results and len(results) > 1 else ""
+    last = f"<th>{esc(reference)} ahead by<small>multi@{turns}, points</small></th>" if len(results) > 1 else ""
+    head = f"<tr><th>Arm</th><th>multi@{turns}{gain}</th><th>single turn{gain}</th>{last}</tr>"
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    error = "± is the standard error over seeds" if number > 1 else "With one seed there is no standard error"
+    note = (
+        '<p class="why">Greedy answers on problems that no model was trained on, mean over '
+        f"{count_of(number, 'seed', 'seeds')}. multi@{turns} counts a problem as solved when one of {turns} attempts, "
+        f"each after the same feedback, is right. {error}; differences are taken seed by seed.</p>"
+    )
+    drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
+    if all(result.by_turn for result in results.values()):
+        drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))
+    return f"<section><h2>Results</h2>{note}{table}{figures(drawn)}{_all_seeds(records)}</section>"
+
+
+def _result_row(arm: str, result: Results, records: Records, reference: str) -> str:
+    base, ours = records.results.get("base"), records.results[reference]
+    cells = []
+    for values, before in ((result.multi, base and base.multi), (result.single, base and base.single)):
+        mean = mean_stderr(values).mean
+        gain = f"<small>{points(paired_difference(values, before))}</small>" if before and arm != "base" else ""
+        colour = f"var(--{_CSS_COLOURS.get(arm, 'other')})"
+        bar = f'<span class="bar"><i style="width:{100 * mean:.1f}%;background:{colour}"></i></span>'
+        cells.append(f"<td>{percent(mean)}{bar}{gain}</td>")
+    if len(records.results) > 1:
+        cells.append(f"<td>{_verdict(paired_difference(ours.multi, result.multi)) if arm != reference else '—'}</td>")
+    dot = f'<span class="dot" style="background:var(--{_CSS_COLOURS.get(arm, "other")})"></span>'
+    label = f'<span class="arm">{dot}{esc(arm)}</span><small>{esc(ARMS.get(arm, ""))}</small>'
+    key = ' class="key"' if arm == reference else ""
+    return f"<tr{key}><td>{label}</td>{''.join(cells)}</tr>"
+
+
+def _verdict(difference: Difference) -> str:
+    """The difference, in colour and with a word where it is more than twice its standard error from zero."""
+    if math.isnan(difference.stderr):
+        return points(difference)
+    if abs(difference.mean) <= 2 * difference.stderr:
+        return f"{points(difference)}<small>within 2 s.e.</small>"
+    colour = "good" if difference.mean > 0 else "bad"
+    return f'<span class="{colour}">{points(difference)}</span><small>beyond 2 s.e.</small>'
+
+
+def _all_seeds(records: Records) -> str:
+    seeds = "".join(f"<th>seed {esc(seed)}</th>" for seed in records.seeds)
+    rows = []
+    for arm, result in records.results.items():
+        for label, values in ((f"multi@{records.turns}", result.multi), ("single", result.single)):
+            cells = "".join(f"<td>{percent(value)}</td>" for value in values)
+            rows.append(f"<tr><td>{esc(arm)} <small>{label}</small></td>{cells}</tr>")
+    table = f"<table><thead><tr><th></th>{seeds}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<details><summary>Every seed in numbers</summary><div class="scroll">{table}</div></details>'

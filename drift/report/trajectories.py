@@ -1,0 +1,94 @@
+"""The trajectories that a report shows in full: a few that say most about returns and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from drift.records import Records, Sampled
+from drift.report.text import count_of, esc
+
+LONGEST = 4000  # characters of one message that are shown
+
+
+def section(records: Records) -> str:
+    """Siblings of one prompt from heavy to light, then a group nobody solved, then an answer that was not parsed."""
+    if not records.sampled:
+        return ""
+    part = records.sampled[0]
+    every_turn = records.config is not None and records.config.train.turns == "assistant"
+    blocks = [_block(title, part, numbers, every_turn) for title, numbers in choose(part)]
+    trained = "turns that are trained are" if every_turn else "turn that is trained is"
+    return (
+        "<section><h2>Trajectories to read</h2>"
+        f'<p class="why">From <code>{esc(part.source)}</code>. R is the return, w the weight; the {trained} marked.</p>'
+        f"{''.join(blocks)}</section>"
+    )
+
+
+def choose(part: Sampled) -> list[tuple[str, list[int]]]:
+    """(heading, row numbers) pairs; the same file gives the same choice."""
+    chosen: list[tuple[str, list[int]]] = []
+    solved = [
+        [part.rows[i]["t_star"] is not None for i in group] for part_group in [part.groups] for group in part_group
+    ]
+    mixed = [group for group, flags in zip(part.groups, solved) if any(flags) and not all(flags)]
+    if mixed:
+        group = max(mixed, key=lambda g: len({round(part.weights[i], 6) for i in g}))
+        by_weight = sorted(group, key=lambda i: -part.weights[i])
+        siblings = list(dict.fromkeys([by_weight[0], by_weight[len(by_weight) // 2], by_weight[-1]]))
+        title = f"{count_of(len(siblings), 'sibling', 'siblings')} of {len(group)}, from heaviest to lightest"
+        chosen.append((title, siblings))
+    unsolved = [group for group, flags in zip(part.groups, solved) if not any(flags)]
+    if unsolved:
+        group = max(unsolved, key=lambda g: max(part.weights[i] for i in g))
+        chosen.append(("From a group that nobody solved", [max(group, key=lambda i: part.weights[i])]))
+    seen = {i for _, numbers in chosen for i in numbers}
+    unparsed = (i for i, row in enumerate(part.rows) if i not in seen and len(_answers(row)) < len(_turns(row)))
+    if (number := next(unparsed, None)) is not None:
+        chosen.append(("With an answer that could not be parsed", [number]))
+    if not chosen:
+        chosen.append(("Always solved", part.groups[0][:2]))
+    return chosen
+
+
+def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [message for message in row["messages"] if message["role"] == "assistant"]
+
+
+def _answers(row: dict[str, Any]) -> list[str]:
+    return row.get("answer_norms") or []
+
+
+def _block(title: str, part: Sampled, numbers: list[int], every_turn: bool) -> str:
+    shown = "".join(_trajectory(part.rows[i], part.returns[i], part.weights[i], every_turn) for i in numbers)
+    return f"<h3>{title}</h3>{shown}"
+
+
+def _trajectory(row: dict[str, Any], value: float, weight: float, every_turn: bool) -> str:
+    star, number = row["t_star"], len(_turns(row))
+    outcome = (
+        f'<span class="right">solved in turn {esc(star)}</span>' if star else '<span class="wrong">never solved</span>'
+    )
+    sibling = f" · trajectory {esc(row['traj_idx'])}" if row.get("traj_idx") is not None else ""
+    head = (
+        f"<header><b>w = {weight:.3g}</b><b>R = {value:.3f}</b>{outcome}"
+        f'<span class="id">{esc(row["prompt_id"])}{sibling}</span></header>'
+    )
+    turns, turn = [], 0
+    for message in row["messages"]:
+        turn += message["role"] == "assistant"
+        trained = message["role"] == "assistant" and weight > 0 and (every_turn or turn == number)
+        turns.append(_message(message, turn, row["verifier"].get(f"t{turn}"), trained))
+    return f'<article class="trajectory">{head}{"".join(turns)}</article>'
+
+
+def _message(message: dict[str, Any], turn: int, verdict: Any, trained: bool) -> str:
+    content = str(message["content"])
+    rest = len(content) - LONGEST
+    text = esc(content[:LONGEST]) + (f"\n<small>… and {rest:,} characters more</small>" if rest > 0 else "")
+    role, kind, label = message["role"], "turn", esc(message["role"])
+    if role == "assistant":
+        kind += " assistant" + " trained" * trained
+        outcome = '<span class="right">right</span>' if verdict else '<span class="wrong">wrong</span>'
+        label = f"<div>turn {turn}</div><div>{outcome}</div>" + '<div class="tag">trained</div>' * trained
+    return f'<div class="{kind}"><div>{label}</div><pre dir="auto">{text}</pre></div>'

@@ -1,0 +1,281 @@
+"""Rollout files: one JSON object a line, every row checked, appended to and resumed without loss.
+
+The names are those of the public release of arXiv 2605.31455 (A1), so that its files load here and ours load there:
+prompt_id, messages, verifier, turn_rewards, answer_norms, format_penalty, t_star, traj_idx. Ours on top, all optional:
+temperature, top_p, policy_hash, policy_version, and per token token_ids, loss_mask, logprobs, turn_starts, which hold
+what was sampled; text is never tokenised again. Keys that this file does not know pass through untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+class StoreError(ValueError):
+    """A row that cannot be used, or may not be written; the message says which, and why."""
+
+
+# --- one row ---
+
+
+def validate(row: Any) -> Row:
+    """A checked copy of a row in the current names and types: `trajectory_penalty` renamed, null padding dropped.
+
+    Raises StoreError naming the key, its value and what it should be.
+    """
+    _expect(isinstance(row, dict), f"a row should be a JSON object, not {type(row).__name__}")
+    row = dict(row)
+    if "trajectory_penalty" in row:
+        old = row.pop("trajectory_penalty")
+        row.setdefault("format_penalty", old)
+    for key in ("prompt_id", "messages", "verifier", "turn_rewards", "format_penalty", "t_star"):
+        _expect(key in row, f"{key} is missing")
+    _expect(isinstance(row["prompt_id"], str) and row["prompt_id"] != "", _bad(row, "prompt_id", "a non-empty string"))
+    _check_messages(row["messages"])
+    row["verifier"] = _turns(row, "verifier", lambda v: v in (0, 1), "0 or 1")
+    row["verifier"] = {key: int(value) for key, value in row["verifier"].items()}
+    row["turn_rewards"] = _turns(row, "turn_rewards", _is_real, "a finite number")
+    penalty = row["format_penalty"]
+    _expect(_is_real(penalty) and penalty <= 0, _bad(row, "format_penalty", "a number, at most 0"))
+    _check_t_star(row)
+    answers = row.setdefault("answer_norms", [])
+    fits = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+    _expect(fits, _bad(row, "answer_norms", "a list of strings, one per parsed answer"))
+    _check_optional(row)
+    _check_tokens(row)
+    return row
+
+
+def _expect(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise StoreError(complaint)
+
+
+def _bad(row: Row, key: str, should_be: str) -> str:
+    shown = repr(row[key])
+    return f"{key} is {shown if len(shown) <= 80 else shown[:77] + '…'}; it should be {should_be}"
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_messages(messages: Any) -> None:
+    _expect(isinstance(messages, list) and len(messages) > 0, "messages should be a non-empty list")
+    for index, message in enumerate(messages):
+        fits = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        _expect(fits, f"messages[{index}] should be an object with the strings role and content")
+
+
+def _turns(row: Row, key: str, fits: Any, should_be: str) -> Row:
+    values = row[key]
+    _expect(isinstance(values, dict), _bad(row, key, 'an object with keys "t1", "t2", …'))
+    for turn, value in values.items():
+        number = turn[1:]
+        well_named = turn[:1] == "t" and number.isascii() and number.isdigit() and number[0] != "0"
+        _expect(well_named, f'{key} has the key {turn!r}; keys should be "t1", "t2", …')
+        _expect(value is None or fits(value), f"{key}.{turn} is {value!r}; it should be {should_be}")
+    return {turn: value for turn, value in values.items() if value is not None}
+
+
+def _check_t_star(row: Row) -> None:
+    right = min((int(key[1:]) for key, value in row["verifier"].items() if value), default=None)
+    expected = "null, since no turn is verified" if right is None else f"{right}, the first turn that is verified"
+    t_star = row["t_star"]
+    _expect((t_star is None or _is_count(t_star)) and t_star == right, _bad(row, "t_star", expected))
+
+
+def _check_optional(row: Row) -> None:
+    for key in ("traj_idx", "policy_version"):
+        _expect(
+            key not in row or _is_count(row[key]), _bad(row, key, "a whole number, at least 0") if key in row else ""
+        )
+    if "temperature" in row:
+        _expect(_is_real(row["temperature"]) and row["temperature"] >= 0, _bad(row, "temperature", "at least 0"))
+    if "top_p" in row:
+        _expect(_is_real(row["top_p"]) and 0 < row["top_p"] <= 1, _bad(row, "top_p", "above 0 and at most 1"))
+    if "policy_hash" in row:
+        _expect(isinstance(row["policy_hash"], str), _bad(row, "policy_hash", "a string"))
+
+
+def _check_tokens(row: Row) -> None:
+    present = [key for key in ("loss_mask", "logprobs", "turn_starts") if key in row]
+    if "token_ids" not in row:
+        _expect(not present, f"{', '.join(present)} without token_ids; per-token keys should come with it")
+        return
+    _expect("loss_mask" in row, "token_ids without loss_mask; it should say which tokens were sampled")
+    ids, mask = row["token_ids"], row["loss_mask"]
+    fits = isinstance(ids, list) and len(ids) > 0 and all(map(_is_count, ids))
+    _expect(fits, _bad(row, "token_ids", "a non-empty list of token numbers"))
+    fits = isinstance(mask, list) and all(value in (0, 1) for value in mask)
+    _expect(fits, _bad(row, "loss_mask", "a list of 0 and 1"))
+    _expect(len(mask) == len(ids), f"loss_mask has {len(mask)} entries; it should have one per token, {len(ids)}")
+    if "logprobs" in row:
+        logprobs = row["logprobs"]
+        fits = isinstance(logprobs, list) and all(map(_is_real, logprobs))
+        _expect(fits, _bad(row, "logprobs", "a list of finite numbers"))
+        _expect(
+            len(logprobs) == len(ids), f"logprobs has {len(logprobs)} entries; it should have {len(ids)}, as tokens"
+        )
+        outside = next((i for i, (m, value) in enumerate(zip(mask, logprobs)) if not m and value), None)
+        _expect(outside is None, f"logprobs[{outside}] should be 0.0, since loss_mask is 0 there")
+    if "turn_starts" in row:
+        rises = [i for i, value in enumerate(mask) if value and (i == 0 or not mask[i - 1])]
+        _expect(row["turn_starts"] == rises, _bad(row, "turn_starts", f"{rises}, where loss_mask turns to 1"))
+
+
+# --- reading ---
+
+
+def read(path: str | Path, rejected: list[tuple[int, str]] | None = None) -> list[Row]:
+    """The rows of a rollout file, each checked; a missing `traj_idx` is assigned in order within its prompt.
+
+    A bad row, or one whose (prompt_id, traj_idx) came before, raises StoreError naming file and line; given a list
+    `rejected`, it is skipped and (line, reason) appended there. Lines count from 1. A last line that was torn by an
+    interrupted write is logged, noted in `rejected`, and skipped. Blank lines are skipped.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")
+    rows: list[Row] = []
+    seen: dict[tuple[str, int], int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = validate(_decode(line))
+            if "traj_idx" in row:
+                key = row["prompt_id"], row["traj_idx"]
+                _expect(key not in seen, f"prompt_id {key[0]!r}, traj_idx {key[1]} is on line {seen.get(key)} already")
+                seen[key] = number
+            rows.append(row)
+        except StoreError as error:
+            reason = str(error)
+            if number == len(lines) and _is_torn(line):
+                reason = "torn last line, left by an interrupted write"
+                logger.warning("%s:%d: %s; skipped", path, number, reason)
+            elif rejected is None:
+                raise StoreError(f"{path}:{number}: {reason}") from None
+            if rejected is not None:
+                rejected.append((number, reason))
+    used = set(seen)
+    for row in rows:
+        if "traj_idx" not in row:
+            row["traj_idx"] = _next_index(row["prompt_id"], used)
+    return rows
+
+
+def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
+    """Refuses rows that another policy sampled: their weights would be those of the wrong reference (A1).
+
+    Returns how many rows do not say who sampled them (published files do not), for the caller to report. Raises
+    StoreError with the first offending row; `drift.returns.offpolicy_correction` is the way to use such rows.
+    """
+    unknown = 0
+    for row in rows:
+        if "policy_hash" not in row:
+            unknown += 1
+        elif row["policy_hash"] != policy_hash:
+            raise StoreError(
+                f"prompt_id {row['prompt_id']!r}, traj_idx {row.get('traj_idx')} was sampled by policy "
+                f"{row['policy_hash']!r}, not by the reference {policy_hash!r}; sample again from the reference, or "
+                "correct the weights with drift.returns.offpolicy_correction"
+            )
+    return unknown
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except ValueError as error:  # both kinds: not UTF-8, not JSON
+        raise StoreError(f"not JSON in UTF-8: {error}") from None
+
+
+def _is_torn(line: bytes) -> bool:
+    try:
+        _decode(line)
+    except StoreError:
+        return True
+    return False
+
+
+def _next_index(prompt_id: str, used: set[tuple[str, int]]) -> int:
+    index = 0
+    while (prompt_id, index) in used:
+        index += 1
+    used.add((prompt_id, index))
+    return index
+
+
+# --- writing ---
+
+
+class Writer:
+    """Appends checked rows to a rollout file; a context manager.
+
+    Opening makes the folder, mends a torn last line (cuts it off, and logs that), and reads what is there: `done` is
+    the set of (prompt_id, traj_idx) on file. Every row is flushed; fsync=True also waits for the disk.
+    Raises StoreError where the file holds a bad row: a run should not go on from it.
+    """
+
+    def __init__(self, path: str | Path, fsync: bool = False):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.fsync = fsync
+        self.done: set[tuple[str, int]] = set()
+        if self.path.exists():
+            _mend(self.path)
+            self.done = {(row["prompt_id"], row["traj_idx"]) for row in read(self.path)}
+        self._file = self.path.open("ab")
+
+    def write(self, row: Row) -> Row:
+        """Checks and appends one row, and returns it as written; a missing `traj_idx` is the prompt's next.
+
+        Raises StoreError for a bad row, and for a (prompt_id, traj_idx) that is in the file already.
+        """
+        row = validate(row)
+        if "traj_idx" not in row:
+            row["traj_idx"] = _next_index(row["prompt_id"], set(self.done))
+        key = row["prompt_id"], row["traj_idx"]
+        _expect(key not in self.done, f"prompt_id {key[0]!r}, traj_idx {key[1]} is in {self.path} already")
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+        self._file.flush()
+        if self.fsync:
+            os.fsync(self._file.fileno())
+        self.done.add(key)
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _mend(path: Path) -> None:
+    """Makes the file end with a whole line."""
+    with path.open("rb+") as file:
+        content = file.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last.strip():
+            file.truncate(len(content) - len(last))
+        elif _is_torn(last):
+            logger.warning("%s: cut off a torn last line of %d bytes, left by an interrupted write", path, len(last))
+            file.truncate(len(content) - len(last))
+        else:
+            file.write(b"\n")

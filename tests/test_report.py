@@ -1,0 +1,212 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_up_run import make_run, write_lines
+
+from drift import report
+from drift.config import dump, parse
+from drift.records import read
+
+ATTACK = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+def page_of(folder):
+    path = report.write(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+class Parsed(HTMLParser):
+    """Every tag with its attributes, checked to be closed in order, and the text outside style."""
+
+    EMPTY = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(page)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def text_of(page):
+    return re.sub(r"\s+", " ", " ".join(Parsed(page).text))
+
+
+def test_the_page_needs_nothing_from_elsewhere(finished):
+    page = page_of(finished)
+    tags = Parsed(page).tags
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags}
+    for tag, attributes in tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"{tag} {name}"
+            if name.endswith(("href", "src")):
+                assert value.startswith("#"), f"{tag} {name}={value}"
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert set(re.findall(r"https?://[^\"' <]+", page)) <= {
+        "http://www.w3.org/1999/xlink",
+        "http://www.w3.org/2000/svg",
+    }
+
+
+def test_ids_are_unique_and_every_reference_is_met(finished):
+    page = page_of(finished)
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {a or b for a, b in used} <= set(ids)
+
+
+def test_the_headline_has_means_and_paired_differences(finished):
+    results = json.loads((finished / "summary.json").read_text())["results"]
+    ours, uniform = (np.array(results[arm]["multi_at_5"]) for arm in ("drift", "uniform"))
+    gain = ours - uniform
+    text = text_of(page_of(finished))
+    narrow = "\N{NARROW NO-BREAK SPACE}"
+    assert f"{100 * ours.mean():.1f}{narrow}%".replace(narrow, " ") in text
+    stderr = gain.std(ddof=1) / np.sqrt(len(gain))
+    assert f"+{100 * gain.mean():.1f} ± {100 * stderr:.1f}" in text
+    assert "beyond 2 s.e." in text
+    for words in ("7 min 11 s", "24 groups", "effective sample size", "unsolved groups", "embedded tiny model"):
+        assert words in text
+    assert page_of(finished).count("<svg") == 10
+
+
+def test_the_effective_sample_size_is_that_of_the_weights(finished):
+    part = read(finished).sampled[0]
+    weights = np.array(part.weights)
+    expected = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    assert part.ess == pytest.approx(expected)
+    assert f"{100 * expected:.1f} %" in text_of(page_of(finished))
+    assert [weights[group].mean() for group in part.groups] == pytest.approx([1.0] * len(part.groups))
+
+
+def test_trajectories_show_weight_return_and_the_trained_turn(finished):
+    page = page_of(finished)
+    articles = re.findall(r'<article class="trajectory">.*?</article>', page, flags=re.DOTALL)
+    assert len(articles) >= 4
+    for article in articles:
+        assert re.search(r"<b>w = [\d.e+-]+</b><b>R = -?[\d.]+</b>", article)
+        assert article.count('class="turn assistant trained"') == 1
+        last = article.rindex('class="turn assistant')
+        assert article[last:].startswith('class="turn assistant trained"')
+
+
+def test_every_assistant_turn_is_marked_where_all_are_trained(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=1, prompts=4)
+    (folder / "config.yaml").write_text(dump(parse({"name": "x", "train": {"turns": "assistant"}})))
+    page = page_of(folder)
+    assert 'class="turn assistant"' not in page
+    assert 'class="turn assistant trained"' in page
+
+
+def test_markup_from_models_data_and_settings_is_escaped(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=1, prompts=3)
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["prompt_id"] += ATTACK
+        row["answer_norms"] = [answer + ATTACK for answer in row["answer_norms"]]
+        for message in row["messages"]:
+            message["content"] = ATTACK + message["content"]
+    write_lines(folder / "rollouts.jsonl", rows)
+    (folder / "config.yaml").write_text(
+        dump(parse({"name": "x", "model": {"path": ATTACK}, "task": {"name": ATTACK, "options": {"k": ATTACK}}}))
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"name": ATTACK, "seconds": {ATTACK: 1.0, "total": 1.0}, "seeds": [ATTACK]}
+    summary["results"][ATTACK] = summary["results"]["drift"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in (1, 2):
+            name = ATTACK.replace("/", "∕")
+            file.write(json.dumps({"step": step, f"{name}$a$/loss": 1.0, f"seed-0/drift/{name}": 2.0}) + "\n")
+    page = page_of(folder)
+    tags = {tag for tag, _ in Parsed(page).tags}
+    assert not {"script", "img"} & tags
+    assert "onerror" not in {name for _, attributes in Parsed(page).tags for name in attributes}
+    assert text_of(page).count('<script>alert("x")</script>') > 10
+
+
+def test_odd_characters_reach_the_page(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=1, prompts=1)
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"][0]["content"] = "half \ud83d of a pair, a \x00 and a \x1b[31m, שלום, " + "long " * 2000
+    write_lines(folder / "rollouts.jsonl", rows)
+    page = page_of(folder)
+    assert "a ␀ and a ␛[31m, שלום" in page
+    assert "characters more" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", page)
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path):
+    text = text_of(page_of(tmp_path))
+    for words in ("config.yaml", "summary.json", "metrics.jsonl", "rollouts.jsonl", "no seed has been evaluated"):
+        assert words in text
+
+
+def test_an_unfinished_run_is_read_from_its_evaluations(tmp_path):
+    folder = make_run(tmp_path / "run", summary=False)
+    (folder / "seed-2" / "eval-drift.json").unlink()
+    records = read(folder)
+    assert records.seeds == [0, 1]
+    solved = json.loads((folder / "seed-1" / "eval-drift.json").read_text())["solved_at"]
+    assert records.results["drift"].multi[1] == sum(0 < t <= 5 for t in solved) / len(solved)
+    assert records.results["drift"].single[1] == sum(t == 1 for t in solved) / len(solved)
+    text = text_of(page_of(folder))
+    assert "summary.json: the run is not finished" in text
+    assert "2 seeds" in text
+
+
+def test_broken_files_are_reported_not_fatal(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=1, prompts=2)
+    (folder / "summary.json").write_text('{"name": "x", "resu')
+    (folder / "config.yaml").write_text("name: x\nnonsense: 3\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"no_step": 1}\n{"step": 4, "lo')
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.write('{"prompt_id": "a"}\n')
+    text = text_of(page_of(folder))
+    for words in ("summary.json cannot be read", "nonsense", "metrics.jsonl: 2 lines", "1 rows are left out"):
+        assert words in text
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        report.write(tmp_path / "nowhere")
+
+
+def test_a_step_logged_twice_keeps_its_last_value(tmp_path):
+    lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": None}, {"step": 1, "loss": 3.0}, {"step": 3, "loss": 1.0}]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    assert read(tmp_path).curves == {"loss": {"": [(1, 3.0), (3, 1.0)]}}
+
+
+def test_one_seed_has_no_standard_error(tmp_path):
+    text = text_of(page_of(make_run(tmp_path / "run", seeds=1, prompts=2)))
+    assert "With one seed there is no standard error" in text
+    assert "±" not in text
+    assert "nan" not in text
