@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     console = Console()
     console.print(results_table(records))
     if done:
-        console.print(_how_to_start_afresh(folder), markup=False, highlight=False)
+        console.print(_how_to_start_afresh(folder), markup=False, highlight=False, soft_wrap=True)
     for name in ("summary.json", "report.html", "metrics.jsonl", "rollouts.jsonl"):
         if (folder / name).exists():
             console.print(f"  {folder / name}", markup=False, highlight=False, soft_wrap=True)
@@ -162,3 +162,7 @@ def _how_to_start_afresh(folder: Path) -> str:
 
 def _complain(text: str) -> None:
     Console(stderr=True).print(f"drift: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,12 +72,12 @@ def sum_values(*values: float) -> list[float]:
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Leaves in each `.grad` the sum over the ranks; a rank without a gradient adds zeros. All ranks, same parameters."""
-    if world_size() == 1:
-        return
+    """Leaves in each `.grad` the sum over the ranks; no gradient counts as zeros. All ranks, the same parameters."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if world_size() == 1:
+        return
     for bucket in _buckets(parameters):
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -1,7 +1,8 @@
 """AdamW over float32 masters of whatever can be trained, and the learning rate of each step.
 
-A step of 5e-6 is lost in bfloat16, whose neighbours lie 0.4 % apart, so half-precision parameters get a float32 copy
-that is stepped and written back. Gradients are added up there too, pack by pack. float32 parameters are their own master.
+A step of 5e-6 is lost in bfloat16, whose neighbours lie 0.4 to 0.8 % apart, so half-precision parameters get a
+float32 copy that is stepped and written back. Gradients are added up there too, pack by pack. Parameters in float32 are
+their own masters.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ class MasterAdamW:
             if master.grad is None:
                 master.grad = gradient
             else:
-                master.grad += gradient
+                master.grad = gradient
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scales the gradient to a norm of at most `limit`; returns the norm before, 0-d, not finite if the gradient is."""
+        """Scales the gradient to a norm of at most `limit`; returns the norm before, 0-d."""
         return nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def step(self, lr: float) -> None:

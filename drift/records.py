@@ -43,9 +43,10 @@ class Sampled:
     returns: list[float]  # A2, aligned with rows
     weights: list[float]  # A3, aligned with rows
     groups: list[list[int]]  # row numbers of each prompt
-    ess_by_group: list[float]  # effective sample size as a share of the group
+    ess_by_group: list[float]  # effective sample size as a share of the group, of groups that are not skipped
     ess: float  # of all rows together, as a share
     unsolved: float  # share of groups without a success
+    dropped: float  # share of all weight that min_weight leaves out
 
 
 @dataclass(slots=True)
@@ -215,14 +216,21 @@ def weighed(source: str, rows: list[dict[str, Any]], settings: WeightsConfig) ->
     for number, row in enumerate(rows):
         by_prompt[row["prompt_id"]].append(number)
     groups = list(by_prompt.values())
-    alive = [group for group in groups if any(weights[i] > 0 for i in group)]
+    values = [returns.trajectory_return(row, settings.gamma, settings.repetition) for row in rows]
+    shares = []
+    for group in groups:
+        if settings.skip_unsolved_groups and all(rows[i]["t_star"] is None for i in group):
+            continue
+        whole = returns.importance_weights([values[i] for i in group], settings.beta)  # before min_weight
+        shares.append(returns.effective_sample_size(whole) / len(group))
     return Sampled(
         source=source,
         rows=rows,
-        returns=[returns.trajectory_return(row, settings.gamma, settings.repetition) for row in rows],
+        returns=values,
         weights=weights,
         groups=groups,
-        ess_by_group=[returns.effective_sample_size([weights[i] for i in group]) / len(group) for group in alive],
+        ess_by_group=shares,
         ess=stats["ess_overall"],
-        unsolved=sum(all(rows[i]["t_star"] is None for i in group) for group in groups) / len(groups),
+        unsolved=stats["unsolved_share"],
+        dropped=stats["dropped_weight_share"],
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from drift.config import WeightsConfig
 
-_TURN = re.compile(r"t([1-9]\d*)")
+_TURN = re.compile(r"t([1-9][0-9]*)")
 
 
 def turn_number(key: str) -> int:

@@ -12,12 +12,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+_TURN = re.compile(r"t[1-9][0-9]*")
 
 
 class StoreError(ValueError):
@@ -39,17 +41,16 @@ def validate(row: Any) -> Row:
         row.setdefault("format_penalty", old)
     for key in ("prompt_id", "messages", "verifier", "turn_rewards", "format_penalty", "t_star"):
         _expect(key in row, f"{key} is missing")
-    _expect(isinstance(row["prompt_id"], str) and row["prompt_id"] != "", _bad(row, "prompt_id", "a non-empty string"))
+    prompt_id, penalty = row["prompt_id"], row["format_penalty"]
+    _require(row, "prompt_id", isinstance(prompt_id, str) and prompt_id != "", "a non-empty string")
     _check_messages(row["messages"])
-    row["verifier"] = _turns(row, "verifier", lambda v: v in (0, 1), "0 or 1")
-    row["verifier"] = {key: int(value) for key, value in row["verifier"].items()}
+    verifier = _turns(row, "verifier", lambda value: value in (0, 1), "0 or 1")
+    row["verifier"] = {key: int(value) for key, value in verifier.items()}
     row["turn_rewards"] = _turns(row, "turn_rewards", _is_real, "a finite number")
-    penalty = row["format_penalty"]
-    _expect(_is_real(penalty) and penalty <= 0, _bad(row, "format_penalty", "a number, at most 0"))
+    _require(row, "format_penalty", _is_real(penalty) and penalty <= 0, "a number, at most 0")
     _check_t_star(row)
-    answers = row.setdefault("answer_norms", [])
-    fits = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    _expect(fits, _bad(row, "answer_norms", "a list of strings, one per parsed answer"))
+    row.setdefault("answer_norms", [])
+    _require(row, "answer_norms", _is_list_of(str, row["answer_norms"]), "a list of strings, one per parsed answer")
     _check_optional(row)
     _check_tokens(row)
     return row
@@ -60,9 +61,10 @@ def _expect(holds: bool, complaint: str) -> None:
         raise StoreError(complaint)
 
 
-def _bad(row: Row, key: str, should_be: str) -> str:
-    shown = repr(row[key])
-    return f"{key} is {shown if len(shown) <= 80 else shown[:77] + '…'}; it should be {should_be}"
+def _require(row: Row, key: str, holds: bool, should_be: str) -> None:
+    if not holds:
+        shown = repr(row[key])
+        raise StoreError(f"{key} is {shown if len(shown) <= 80 else shown[:77] + '…'}; it should be {should_be}")
 
 
 def _is_real(value: Any) -> bool:
@@ -73,6 +75,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
 def _check_messages(messages: Any) -> None:
     _expect(isinstance(messages, list) and len(messages) > 0, "messages should be a non-empty list")
     for index, message in enumerate(messages):
@@ -80,13 +86,11 @@ def _check_messages(messages: Any) -> None:
         _expect(fits, f"messages[{index}] should be an object with the strings role and content")
 
 
-def _turns(row: Row, key: str, fits: Any, should_be: str) -> Row:
+def _turns(row: Row, key: str, fits: Callable[[Any], bool], should_be: str) -> Row:
     values = row[key]
-    _expect(isinstance(values, dict), _bad(row, key, 'an object with keys "t1", "t2", …'))
+    _require(row, key, isinstance(values, dict), 'an object with keys "t1", "t2", …')
     for turn, value in values.items():
-        number = turn[1:]
-        well_named = turn[:1] == "t" and number.isascii() and number.isdigit() and number[0] != "0"
-        _expect(well_named, f'{key} has the key {turn!r}; keys should be "t1", "t2", …')
+        _expect(_TURN.fullmatch(turn) is not None, f'{key} has the key {turn!r}; keys should be "t1", "t2", …')
         _expect(value is None or fits(value), f"{key}.{turn} is {value!r}; it should be {should_be}")
     return {turn: value for turn, value in values.items() if value is not None}
 
@@ -95,20 +99,19 @@ def _check_t_star(row: Row) -> None:
     right = min((int(key[1:]) for key, value in row["verifier"].items() if value), default=None)
     expected = "null, since no turn is verified" if right is None else f"{right}, the first turn that is verified"
     t_star = row["t_star"]
-    _expect((t_star is None or _is_count(t_star)) and t_star == right, _bad(row, "t_star", expected))
+    _require(row, "t_star", (t_star is None or _is_count(t_star)) and t_star == right, expected)
 
 
 def _check_optional(row: Row) -> None:
-    for key in ("traj_idx", "policy_version"):
-        _expect(
-            key not in row or _is_count(row[key]), _bad(row, key, "a whole number, at least 0") if key in row else ""
-        )
-    if "temperature" in row:
-        _expect(_is_real(row["temperature"]) and row["temperature"] >= 0, _bad(row, "temperature", "at least 0"))
-    if "top_p" in row:
-        _expect(_is_real(row["top_p"]) and 0 < row["top_p"] <= 1, _bad(row, "top_p", "above 0 and at most 1"))
-    if "policy_hash" in row:
-        _expect(isinstance(row["policy_hash"], str), _bad(row, "policy_hash", "a string"))
+    for key, fits, should_be in (
+        ("traj_idx", _is_count, "a whole number, at least 0"),
+        ("policy_version", _is_count, "a whole number, at least 0"),
+        ("temperature", lambda value: _is_real(value) and value >= 0, "a number, at least 0"),
+        ("top_p", lambda value: _is_real(value) and 0 < value <= 1, "a number above 0, at most 1"),
+        ("policy_hash", lambda value: isinstance(value, str), "a string"),
+    ):
+        if key in row:
+            _require(row, key, fits(row[key]), should_be)
 
 
 def _check_tokens(row: Row) -> None:
@@ -118,23 +121,23 @@ def _check_tokens(row: Row) -> None:
         return
     _expect("loss_mask" in row, "token_ids without loss_mask; it should say which tokens were sampled")
     ids, mask = row["token_ids"], row["loss_mask"]
-    fits = isinstance(ids, list) and len(ids) > 0 and all(map(_is_count, ids))
-    _expect(fits, _bad(row, "token_ids", "a non-empty list of token numbers"))
-    fits = isinstance(mask, list) and all(value in (0, 1) for value in mask)
-    _expect(fits, _bad(row, "loss_mask", "a list of 0 and 1"))
-    _expect(len(mask) == len(ids), f"loss_mask has {len(mask)} entries; it should have one per token, {len(ids)}")
+    _require(row, "token_ids", _is_list_of(int, ids) and ids != [] and min(ids) >= 0, "a non-empty list of token ids")
+    _require(row, "loss_mask", _is_list_of(int, mask) and {*mask} <= {0, 1}, "a list of 0 and 1")
+    _expect(len(mask) == len(ids), f"loss_mask has {len(mask)} entries for {len(ids)} tokens; it should have one each")
     if "logprobs" in row:
         logprobs = row["logprobs"]
-        fits = isinstance(logprobs, list) and all(map(_is_real, logprobs))
-        _expect(fits, _bad(row, "logprobs", "a list of finite numbers"))
-        _expect(
-            len(logprobs) == len(ids), f"logprobs has {len(logprobs)} entries; it should have {len(ids)}, as tokens"
+        _require(
+            row, "logprobs", isinstance(logprobs, list) and all(map(_is_real, logprobs)), "a list of finite numbers"
         )
-        outside = next((i for i, (m, value) in enumerate(zip(mask, logprobs)) if not m and value), None)
+        _expect(
+            len(logprobs) == len(ids),
+            f"logprobs has {len(logprobs)} entries for {len(ids)} tokens; it should have one each",
+        )
+        outside = next((i for i, value in enumerate(logprobs) if value and not mask[i]), None)
         _expect(outside is None, f"logprobs[{outside}] should be 0.0, since loss_mask is 0 there")
     if "turn_starts" in row:
         rises = [i for i, value in enumerate(mask) if value and (i == 0 or not mask[i - 1])]
-        _expect(row["turn_starts"] == rises, _bad(row, "turn_starts", f"{rises}, where loss_mask turns to 1"))
+        _require(row, "turn_starts", row["turn_starts"] == rises, f"{rises}, where loss_mask turns to 1")
 
 
 # --- reading ---
@@ -174,6 +177,7 @@ def read(path: str | Path, rejected: list[tuple[int, str]] | None = None) -> lis
     for row in rows:
         if "traj_idx" not in row:
             row["traj_idx"] = _next_index(row["prompt_id"], used)
+            used.add((row["prompt_id"], row["traj_idx"]))
     return rows
 
 
@@ -211,11 +215,10 @@ def _is_torn(line: bytes) -> bool:
     return False
 
 
-def _next_index(prompt_id: str, used: set[tuple[str, int]]) -> int:
+def _next_index(prompt_id: str, used: Container[tuple[str, int]]) -> int:
     index = 0
     while (prompt_id, index) in used:
         index += 1
-    used.add((prompt_id, index))
     return index
 
 
@@ -247,7 +250,7 @@ class Writer:
         """
         row = validate(row)
         if "traj_idx" not in row:
-            row["traj_idx"] = _next_index(row["prompt_id"], set(self.done))
+            row["traj_idx"] = _next_index(row["prompt_id"], self.done)
         key = row["prompt_id"], row["traj_idx"]
         _expect(key not in self.done, f"prompt_id {key[0]!r}, traj_idx {key[1]} is in {self.path} already")
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")

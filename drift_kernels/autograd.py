@@ -104,16 +104,21 @@ def _no_double_backward() -> None:
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad·scale in `dtype`, without a copy in between; grad itself where that is the same and reading scale is free.
-
-    Handing out the saved tensor is safe: autograd takes a gradient over only when nobody else holds it, and a retained
-    graph does.
-    """
+    """grad·scale in `dtype`, without a copy in between; see `_may_hand_over` for when that is grad itself."""
     if dtype == grad.dtype:
-        if grad.device.type == "cpu" and not torch.compiler.is_compiling() and scale.numel() == 1 and float(scale) == 1.0:
-            return grad
-        return grad * scale
+        return grad if _may_hand_over(grad, scale) else grad * scale
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _may_hand_over(grad: Tensor, scale: Tensor) -> bool:
+    """Whether the saved gradient itself may leave backward, which saves a pass over [V, D].
+
+    Only where reading `scale` costs no synchronisation, it is 1, and the graph is freed after this backward: whoever gets
+    the tensor may add to it in place, and a second backward would see that.
+    """
+    if grad.device.type != "cpu" or torch.compiler.is_compiling() or scale.numel() != 1:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and float(scale) == 1.0
 
 
 class FusedLoss(torch.autograd.Function):
@@ -198,6 +203,8 @@ class LinearLogprobs(torch.autograd.Function):
         call: Call = ctx.call
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(lse)
+        if "entropy" not in call.outputs:
+            grad_entropy = None  # a compiled graph hands in an empty tensor here
         saved_entropy = None if grad_entropy is None else entropy
         grads = torch.ops.drift_kernels.logprob_backward(
             hidden, weight, bias, *ctx.rest.flat(), grad_logprobs.contiguous(), grad_entropy, lse, saved_entropy, call.encode()

@@ -39,7 +39,7 @@ def objective(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
             return -ratio.clamp(low, high).detach() * advantages * logprobs
         case "sapo":
             positive, negative = spec.sapo_temperatures
-            tau = torch.where(advantages > 0, positive, negative).to(ratio.dtype)
+            tau = torch.full_like(ratio, negative).masked_fill(advantages > 0, positive)
             return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
         case "reinforce":
             return -advantages * logprobs

@@ -90,7 +90,7 @@ def test_the_headline_has_means_and_paired_differences(finished):
     stderr = gain.std(ddof=1) / np.sqrt(len(gain))
     assert f"+{100 * gain.mean():.1f} ± {100 * stderr:.1f}" in text
     assert "beyond 2 s.e." in text
-    for words in ("7 min 11 s", "24 groups", "effective sample size", "unsolved groups", "embedded tiny model"):
+    for words in ("7 min 11 s", "in 24 groups", "effective sample size", "unsolved groups", "embedded tiny model"):
         assert words in text
     assert page_of(finished).count("<svg") == 10
 
@@ -101,6 +101,7 @@ def test_the_effective_sample_size_is_that_of_the_weights(finished):
     expected = weights.sum() ** 2 / (weights**2).sum() / len(weights)
     assert part.ess == pytest.approx(expected)
     assert f"{100 * expected:.1f} %" in text_of(page_of(finished))
+    assert part.unsolved == np.mean([all(part.rows[i]["t_star"] is None for i in group) for group in part.groups])
     assert [weights[group].mean() for group in part.groups] == pytest.approx([1.0] * len(part.groups))
 
 

@@ -253,18 +253,22 @@ bool differentiate(const Rows& rows, int64_t i, bool raw, R lse, R extra, R E, R
   if (!any) return false;
   R* z = row_of<R>(rows, i);
   const auto t = transform_of<R>(rows, i);
-  R small[8];
-  std::vector<R> large(e.end - e.begin > 8 ? e.end - e.begin : 0);
-  R* slope = large.empty() ? small : large.data();
+  struct Target { R slope, rest; };  // dz/dx there, and all of the gradient but the target's own term
+  Target small[8];
+  std::vector<Target> large(e.end - e.begin > 8 ? e.end - e.begin : 0);
+  Target* at_target = (large.empty() ? small : large.data()) - e.begin;
   for (int64_t k = e.begin; k < e.end; k++) {
     const int64_t y = rows.targets[k];
-    if (y >= 0) slope[k - e.begin] = t.slope(raw ? t.apply(z[y], y) : z[y]);
+    if (y < 0) continue;
+    const R v = raw ? t.apply(z[y], y) : z[y], lp = v - lse, p = fast_exp(lp), slope = t.slope(v);
+    at_target[k] = {slope, slope * (-P * p - (E != 0 && p != 0 ? E * p * (lp + H) : R(0)))};
   }
   sweeps<R>().grad(z, rows.vocab, t, raw, lse, P, E, H);
-  for (int64_t k = e.begin; k < e.end; k++) {
-    const int64_t y = rows.targets[k];
-    if (y >= 0) z[y] += coef(k) * slope[k - e.begin];
-  }
+  // the same arithmetic for both terms, so that they cancel exactly where p = 1
+  for (int64_t k = e.begin; k < e.end; k++)
+    if (rows.targets[k] >= 0) z[rows.targets[k]] = at_target[k].rest;
+  for (int64_t k = e.begin; k < e.end; k++)
+    if (rows.targets[k] >= 0) z[rows.targets[k]] += at_target[k].slope * coef(k);
   return true;
 }
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from drift.intervals import mean_stderr, paired_difference
-from drift.records import Records, read
-from drift.report import plots, results, trajectories
+from drift.records import ARMS, Records, read
+from drift.report import plots, results, sampling, trajectories
 from drift.report.style import CSS
-from drift.report.text import count_of, duration, esc, figures, percent, points, tile, tiles
+from drift.report.text import count_of, duration, esc, figures, percent, points
 
-_FIRST_CURVES = ("loss", "grad_norm", "lr", "ess", "tokens_per_second")
+MOST_CURVES = 24
+_FIRST_CURVES = ("loss", "ess", "grad_norm", "lr", "tokens_per_second")
 _SHOWN_SETTINGS = (
     ("model", "path"),
     ("task", "name"),
@@ -56,7 +57,7 @@ def page(records: Records) -> str:
         _header(name, records),
         _missing(records),
         results.section(records),
-        _sampling(records),
+        sampling.section(records),
         _training(records),
         _time(records),
         trajectories.section(records),
@@ -111,62 +112,34 @@ def _missing(records: Records) -> str:
     return f'<div class="notice" role="note"><b>Not everything is here.</b><ul>{items}</ul></div>'
 
 
-def _sampling(records: Records) -> str:
-    sampled = records.sampled
-    if not sampled:
-        return ""
-    rows = [row for part in sampled for row in part.rows]
-    settings, groups = records.weights_config, sum(len(part.groups) for part in sampled)
-    weighted = [(part.ess, len(part.rows)) for part in sampled]
-    ess = sum(share * size for share, size in weighted) / len(rows)
-    unsolved = sum(part.unsolved * len(part.groups) for part in sampled) / groups
-    answers = [message for row in rows for message in row["messages"] if message["role"] == "assistant"]
-    parsed = sum(len(row.get("answer_norms") or []) for row in rows)
-    by_group = [share for part in sampled for share in part.ess_by_group]
-    numbers = [
-        tile("trajectories", f"{len(rows):,}", f"of {groups:,} groups"),
-        tile("solved", percent(sum(row["t_star"] is not None for row in rows) / len(rows)), "of the trajectories"),
-        tile("in the first turn", percent(sum(row["t_star"] == 1 for row in rows) / len(rows)), "of the trajectories"),
-        tile(
-            "effective sample size",
-            percent(ess),
-            f"of all; {percent(sum(by_group) / max(len(by_group), 1))} in a group",
-        ),
-        tile("unsolved groups", percent(unsolved), "no trajectory succeeded"),
-        tile("answers not parsed", percent(1 - parsed / max(len(answers), 1)), f"of {len(answers):,} turns"),
-    ]
-    drawn = [
-        (
-            plots.returns_histogram(sampled),
-            f"Discount γ = {settings.gamma}, repetition penalty λ = {settings.repetition}.",
-        ),
-        (plots.weights_histogram(sampled), f"exp(R/β) with β = {settings.beta}, of mean 1 in every group."),
-        (plots.ess_histogram(sampled), "100 %: all siblings weigh the same; 1/n: one of them carries the group."),
-        (
-            plots.group_histogram(sampled),
-            "A group at 0 says nothing about being right, only about format and repetition.",
-        ),
-    ]
-    note = (
-        '<p class="why">The frozen starting model answers every training prompt several times, with feedback after a '
-        "wrong answer. What a trajectory is worth decides how much it counts in training.</p>"
-    )
-    return f"<section><h2>What was sampled</h2>{note}{tiles(numbers)}{figures(drawn)}</section>"
-
-
 def _training(records: Records) -> str:
-    lengths = {metric: max(map(len, series.values())) for metric, series in records.curves.items()}
-    drawable = [metric for metric, length in lengths.items() if length > 1]
+    drawable = _curves(records)
     if not drawable:
         return ""
-    rank = {metric: place for place, metric in enumerate(_FIRST_CURVES)}
-    drawable.sort(key=lambda metric: (rank.get(metric, len(rank)), metric))
-    shown, others = drawable[:4], drawable[4:16]
-    first = figures([(plots.curve(metric, records.curves[metric]), "") for metric in shown])
-    more = figures([(plots.curve(metric, records.curves[metric]), "") for metric in others])
-    more = f"<details><summary>{len(others)} more curves</summary>{more}</details>" if others else ""
+    drawn = [(plots.curve(title, series), "") for title, series in drawable.items()]
+    more = (
+        f"<details><summary>More curves: {len(drawn) - 4}</summary>{figures(drawn[4:])}</details>" if drawn[4:] else ""
+    )
     note = '<p class="why">Against optimizer steps. A thin line is a seed, a thick one the mean of an arm.</p>'
-    return f"<section><h2>Learning curves</h2>{note}{first}{more}</section>"
+    return f"<section><h2>Learning curves</h2>{note}{figures(drawn[:4])}{more}</section>"
+
+
+def _curves(records: Records) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Title -> series, the most telling first. Arms share a figure, other stages have their own, flat zeros none."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for metric, series in records.curves.items():
+        for name, curve in series.items():
+            stage = plots.arm_of(name)
+            title = metric if stage in ARMS or not stage else f"{metric} · {stage}"
+            found.setdefault(title, {})[name] = curve
+    telling = [t for t, series in found.items() if any(len(c) > 1 for c in series.values()) and _moves(series)]
+    rank = {metric: place for place, metric in enumerate(_FIRST_CURVES)}
+    telling.sort(key=lambda title: (rank.get(title, len(rank)), title))
+    return {title: found[title] for title in telling[:MOST_CURVES]}
+
+
+def _moves(series: dict[str, list[tuple[int, float]]]) -> bool:
+    return any(value != 0 for curve in series.values() for _, value in curve)
 
 
 def _time(records: Records) -> str:

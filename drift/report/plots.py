@@ -76,7 +76,7 @@ def by_turn(results: Mapping[str, Results]) -> str:
             turns, colour = np.arange(1, table.shape[1] + 1), COLOURS.get(arm, OTHER)
             longest = max(longest, table.shape[1])
             mean = table.mean(0)
-            axes.plot(turns, mean, color=colour, marker=MARKERS.get(arm, "x"), markersize=5, label=arm)
+            axes.plot(turns, mean, color=colour, marker=MARKERS.get(arm, "x"), markersize=5, label=_no_math(arm, 16))
             if len(table) > 1:
                 spread = table.std(0, ddof=1) / math.sqrt(len(table))
                 axes.fill_between(turns, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
@@ -100,7 +100,7 @@ def by_seed(results: Mapping[str, Results], turns: int) -> str:
             colour = COLOURS.get(arm, OTHER)
             axes.scatter([place] * table.shape[1], table[place], s=26, color=colour, zorder=3, alpha=0.75, linewidth=0)
             axes.plot([place - 0.2, place + 0.2], [table[place].mean()] * 2, color=colour, linewidth=3, zorder=4)
-        axes.set_xticks(range(len(arms)), arms)
+        axes.set_xticks(range(len(arms)), [_no_math(arm, 13) for arm in arms])
         axes.set_xlim(-0.45, len(arms) - 0.55)
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_formatter(_PERCENT)
@@ -200,7 +200,7 @@ def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str
             by_arm.setdefault(arm_of(name), []).append(np.asarray(points, dtype=float))
         for arm in ordered(by_arm):
             runs = by_arm[arm]
-            colour, label = COLOURS.get(arm, OTHER), _no_math(arm) or None
+            colour, label = COLOURS.get(arm, OTHER), _no_math(arm, 16) or None
             if len(runs) == 1:
                 axes.plot(runs[0][:, 0], runs[0][:, 1], color=colour, linewidth=1.5, label=label, **_dot(runs[0]))
                 continue
@@ -292,9 +292,9 @@ def _svg(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
     return opening + text[head.end() :].strip()
 
 
-def _no_math(text: str) -> str:
-    """matplotlib reads what stands between dollar signs as mathematics."""
-    return text.replace("$", r"\$")
+def _no_math(text: str, longest: int = 40) -> str:
+    """Short enough for a figure, and plain: matplotlib reads what stands between dollar signs as mathematics."""
+    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 
 
 def _attribute(text: str) -> str:

@@ -14,16 +14,6 @@ CSS = """
     --drift-wash: #2a1d15; --good: #4cc38a; --bad: #f2776b; --note: #2a2515; --note-line: #6d5d25;
   }
 }
-@media print {
-  :root {
-    --paper: #fff; --panel: #fff; --ink: #000; --muted: #444; --line: #ccc; --base: #777; --uniform: #0072b2;
-    --success: #00805d; --drift: #c2410c; --drift-wash: #fff; --good: #0a5c3a; --bad: #9b1c12; --note: #fff;
-  }
-  body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
-  figure, .tile, .turn, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-}
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body {
@@ -138,5 +128,16 @@ footer {
   .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; }
   .tile strong { font-size: 1.3rem; }
   .turn { grid-template-columns: minmax(0, 1fr); }
+}
+@media print {
+  :root {
+    --paper: #fff; --panel: #fff; --ink: #000; --muted: #444; --line: #ccc; --base: #777; --uniform: #0072b2;
+    --success: #00805d; --drift: #c2410c; --drift-wash: #fff; --good: #0a5c3a; --bad: #9b1c12; --note: #fff;
+  }
+  body { font-size: 10pt; }
+  .figures { grid-template-columns: 1fr 1fr; gap: .6rem; }
+  main { max-width: none; padding: 0; }
+  figure, .tile, .turn, tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
 }
 """

@@ -1,0 +1,3 @@
+import numpy as np
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray: ...

@@ -1,0 +1,107 @@
+"""What a training is measured by: a batch in numbers, a step's outcome, counts that grow, and the names in the log."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from drift import distributed
+from drift.types import PackedBatch, Trajectory
+
+
+@dataclass
+class TrainStats:
+    """What a training did, over all ranks."""
+
+    steps: int = 0  # optimizer steps, skipped ones included
+    tokens: int = 0  # that went through the model
+    trained_tokens: int = 0  # that the loss read
+    cut_tokens: int = 0  # left out so that a trajectory fits
+    dropped: int = 0  # trajectories of weight 0 met, which cost no compute
+    skipped: int = 0  # steps without an update, since loss or gradient was not finite
+    seconds: float = 0.0  # wall clock, that of earlier runs included
+    losses: list[float] = field(default_factory=list)  # one a step
+
+    def count(self, totals: Totals, result: StepResult, seconds: float) -> None:
+        """Adds a step."""
+        self.steps += 1
+        self.tokens += int(totals.tokens)
+        self.trained_tokens += int(totals.trained_tokens)
+        self.cut_tokens += int(totals.cut_tokens)
+        self.dropped += int(totals.samples - totals.packed)
+        self.skipped += result.skipped
+        self.seconds += seconds
+        self.losses.append(result.loss)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    skipped: bool  # not finite: neither weights nor moments have moved
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A batch in numbers, summed over the ranks."""
+
+    samples: float
+    weight: float
+    squared_weight: float
+    tokens: float
+    trained_tokens: float
+    cut_tokens: float
+    packed: float
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size (A3), as a share of the samples."""
+        return self.weight**2 / self.squared_weight / self.samples if self.squared_weight else 0.0
+
+
+def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch]) -> Totals:
+    """A batch of which this rank holds `mine`, and has packed them; every rank calls this."""
+    return Totals(
+        *distributed.sum_values(
+            len(mine),
+            math.fsum(t.weight for t in mine),
+            math.fsum(t.weight**2 for t in mine),
+            sum(len(p.input_ids) for p in packs),
+            sum(len(p.active) for p in packs),
+            sum(p.cut_tokens for p in packs),
+            sum(len(p.indices) for p in packs),
+        )
+    )
+
+
+def metrics(stats: TrainStats, totals: Totals, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
+    """What is logged of a step, by the names other trainers use; `seconds` is what the step took."""
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "ess": totals.ess,
+        "num_tokens": stats.tokens,
+        "trained_tokens": stats.trained_tokens,
+        "cut_tokens": stats.cut_tokens,
+        "dropped": stats.dropped,
+        "skipped_steps": stats.skipped,
+        "step_time": seconds,
+        "perf/tokens_per_second": totals.tokens / seconds,
+        "perf/peak_memory": _peak_memory(),
+    }
+
+
+def _peak_memory() -> float:
+    """GiB: this process's allocations on its GPU, or its resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

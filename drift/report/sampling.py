@@ -1,0 +1,47 @@
+"""What the rollouts of a report amounted to: how often they succeeded, and how unequal returns made the weights."""
+
+from __future__ import annotations
+
+from drift.records import Records
+from drift.report import plots
+from drift.report.text import count_of, figures, percent, tile, tiles
+
+
+def section(records: Records) -> str:
+    """Six numbers and four histograms over all rollout files; empty where nothing was sampled."""
+    sampled = records.sampled
+    if not sampled:
+        return ""
+    rows = [row for part in sampled for row in part.rows]
+    groups = sum(len(part.groups) for part in sampled)
+    turns = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
+    parsed = sum(len(row["answer_norms"]) for row in rows)
+    by_group = [share for part in sampled for share in part.ess_by_group]
+    ess = sum(part.ess * len(part.rows) for part in sampled) / len(rows)
+    unsolved = sum(part.unsolved * len(part.groups) for part in sampled) / groups
+    numbers = [
+        tile("trajectories", f"{len(rows):,}", f"in {count_of(groups, 'group', 'groups')}"),
+        tile("solved", percent(sum(row["t_star"] is not None for row in rows) / len(rows)), "of the trajectories"),
+        tile("in the first turn", percent(sum(row["t_star"] == 1 for row in rows) / len(rows)), "of the trajectories"),
+        tile("effective sample size", percent(ess), f"{percent(sum(by_group) / max(len(by_group), 1))} within a group"),
+        tile("unsolved groups", percent(unsolved), "no trajectory succeeded"),
+        tile("answers not parsed", percent(1 - parsed / max(turns, 1)), f"of {turns:,} turns"),
+    ]
+    settings = records.weights_config
+    dropped = sum(part.dropped for part in sampled) / len(sampled)
+    cut = f" Below {settings.min_weight:g} they are left out: {percent(dropped)} of all weight." if dropped else ""
+    drawn = [
+        (plots.returns_histogram(sampled), f"Discount γ = {settings.gamma:g}, repetition λ = {settings.repetition:g}."),
+        (plots.weights_histogram(sampled), f"exp(R/β) with β = {settings.beta:g}, of mean 1 in every group.{cut}"),
+        (plots.ess_histogram(sampled), "100%: all siblings weigh the same. 1/n: one of them carries the group."),
+        (
+            plots.group_histogram(sampled),
+            "A group at 0 says nothing about being right, only about form and repetition.",
+        ),
+    ]
+    source = f" Taken from {count_of(len(sampled), 'rollout file', 'rollout files')}." if len(sampled) > 1 else ""
+    note = (
+        '<p class="why">Before it is trained, the model answers every training prompt several times, with feedback '
+        f"after a wrong answer. What a trajectory is worth decides how much it counts in training.{source}</p>"
+    )
+    return f"<section><h2>What was sampled</h2>{note}{tiles(numbers)}{figures(drawn)}</section>"

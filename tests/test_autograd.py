@@ -1,0 +1,269 @@
+"""The autograd contract: what is computed, when, and what raises; opcheck and fullgraph compile."""
+
+import gc
+
+import pytest
+import torch
+
+import drift_kernels as dk
+from drift_kernels import driver
+from drift_kernels.spec import Call
+from drift_kernels.testing import make_case
+
+CASE = make_case(30, 9, 61, seed=1)
+MANY = dk.KernelConfig(workspace_bytes=8 * (61 + 18) * 7)  # at least three chunks in double
+OLD = torch.full((30,), -4.1, dtype=torch.float64)
+
+
+def cross_entropy(h, w, b, **options):
+    return dk.weighted_cross_entropy(h, w, CASE.targets, CASE.token_weights, bias=b, config=MANY, **options).loss
+
+
+def policy(h, w, b, **options):
+    spec = dk.PolicySpec(kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02)
+    data = {"old_logprobs": OLD, "ref_logprobs": OLD + 0.1, "token_weights": CASE.token_weights}
+    return dk.policy_loss(h, w, CASE.targets, CASE.advantages, bias=b, spec=spec, config=MANY, **data, **options).loss
+
+
+def pointwise(h, w, b, **options):
+    return dk.pointwise_loss(h, w, CASE.targets, lambda logp, a: a * logp.square(), CASE.advantages, bias=b, config=MANY, **options).loss
+
+
+def logprob(h, w, b):
+    return dk.linear_logprob(h, w, CASE.targets, bias=b, config=MANY).logprobs.mul(CASE.noise).sum()
+
+
+def logprob_and_entropy(h, w, b):
+    out = dk.linear_logprob(h, w, CASE.targets, bias=b, return_entropy=True, temperature=1.3, softcap=4.0, config=MANY)
+    assert out.entropy is not None
+    return (out.logprobs * CASE.noise).sum() + (out.entropy.square() * CASE.advantages).sum()
+
+
+OPS = [cross_entropy, policy, pointwise, logprob, logprob_and_entropy]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck_through_the_real_driver(op):
+    assert torch.autograd.gradcheck(op, CASE.leaves(torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("subset", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+def test_only_what_requires_grad_is_computed_and_it_is_the_same(op, subset):
+    full = torch.autograd.grad(op(*(leaves := CASE.leaves(torch.float64))), leaves)
+    leaves = [t.detach().requires_grad_(bool(on)) for t, on in zip(CASE.leaves(torch.float64), subset)]
+    op(*leaves).backward()
+    for leaf, grad, on in zip(leaves, full, subset):
+        if on:
+            torch.testing.assert_close(leaf.grad, grad, rtol=1e-10, atol=1e-13)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_incoming_gradients_and_two_backwards(op):
+    leaves = CASE.leaves(torch.float64)
+    once = torch.autograd.grad(op(*leaves), leaves)
+    loss = op(*leaves)
+    tripled = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for o, t, a, leaf in zip(once, tripled, again, leaves):
+        torch.testing.assert_close(t, 3 * o)
+        torch.testing.assert_close(a, o)
+        torch.testing.assert_close(leaf.grad, 2 * o)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_raises(op):
+    leaves = CASE.leaves(torch.float64)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(op(*leaves), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_grad_costs_no_gradient(op, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(driver.Sweep, "add_gradients", refuse)
+    leaves = CASE.leaves(torch.float64)
+    with torch.no_grad():
+        loss = op(*leaves)
+    assert not loss.requires_grad
+    op(*(t.detach() for t in leaves))
+    if op is not logprob and op is not logprob_and_entropy:
+        with pytest.raises(AssertionError, match="a gradient was made"):
+            op(*leaves)
+
+
+def test_rows_that_nothing_reads_are_not_computed(monkeypatch):
+    computed = []
+    original = driver.Sweep.__init__
+
+    def spy(self, x, call, plan):
+        original(self, x, call, plan)
+        computed.append(plan.count)
+
+    monkeypatch.setattr(driver.Sweep, "__init__", spy)
+    unmasked = CASE.targets >= 0
+    weighted = unmasked & (CASE.token_weights != 0)
+    paid = weighted & (CASE.advantages != 0)
+    h, w, y = CASE.hidden, CASE.weight, CASE.targets
+
+    def rows_of(spec=dk.PolicySpec(), **options):
+        data = {"old_logprobs": OLD, "ref_logprobs": OLD, "token_weights": CASE.token_weights}
+        dk.policy_loss(h, w, y, CASE.advantages, spec=spec, **data, **options)
+        return computed[-1]
+
+    assert rows_of() == int(paid.sum()) < int(weighted.sum()) < int(unmasked.sum())
+    assert rows_of(dk.PolicySpec(kl_coef=0.1)) == int(weighted.sum())
+    assert rows_of(dk.PolicySpec(entropy_coef=0.1)) == int(weighted.sum())
+    assert rows_of(outputs=("entropy",)) == int(unmasked.sum())
+    assert rows_of(active=paid.nonzero()[:3, 0]) == 3
+    leaves = CASE.leaves(torch.float64)
+    (dk.linear_logprob(*leaves[:2], y).logprobs * paid).sum().backward()
+    assert computed[-2:] == [int(unmasked.sum()), int(paid.sum())]
+
+
+def test_active_equals_masking():
+    leaves = CASE.leaves(torch.float64)
+    active = (CASE.targets >= 0).nonzero()[::2, 0]
+    targets = torch.full_like(CASE.targets, -100).index_copy(0, active, CASE.targets[active])
+    results = []
+    for y, options in ((CASE.targets, {"active": active}), (targets, {})):
+        out = dk.policy_loss(leaves[0], leaves[1], y, CASE.advantages, old_logprobs=OLD, outputs=("logprobs",), **options)
+        single = dk.linear_logprob(leaves[0], leaves[1], y, **options).logprobs
+        results.append((out.loss, out.logprobs, single, torch.autograd.grad(out.loss + single.sum(), leaves[:2])))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["empty", "masked", "weightless"])
+def test_nothing_to_train_gives_zero(backend, kind):
+    leaves = CASE.leaves(torch.float32)
+    hidden, targets, weights = leaves[0], CASE.targets, CASE.token_weights
+    if kind == "empty":
+        hidden, targets, weights = hidden[:0], targets[:0], weights[:0]
+    elif kind == "masked":
+        targets = torch.full_like(targets, -100)
+    else:
+        weights = torch.zeros_like(weights)
+    config = dk.KernelConfig(backend=backend)
+    ce = dk.weighted_cross_entropy(hidden, leaves[1], targets, weights, bias=leaves[2], config=config)
+    pg = dk.policy_loss(hidden, leaves[1], targets, weights, token_weights=weights, bias=leaves[2], config=config)
+    logprobs = dk.linear_logprob(hidden, leaves[1], targets, bias=leaves[2], config=config).logprobs
+    assert ce.loss.item() == pg.loss.item() == 0
+    grads = torch.autograd.grad(ce.loss + pg.loss + 0 * logprobs.sum(), leaves)
+    assert all(g.abs().sum() == 0 for g in grads)
+
+
+def test_nan_in_an_active_row_shows_and_elsewhere_does_not():
+    for row, shows in (((CASE.targets >= 0).nonzero()[0, 0], True), ((CASE.targets < 0).nonzero()[0, 0], False)):
+        hidden, w, b = CASE.leaves(torch.float32)
+        with torch.no_grad():
+            hidden[row] = float("nan")
+        loss = dk.weighted_cross_entropy(hidden, w, CASE.targets, bias=b).loss
+        loss.backward()
+        assert loss.isnan() == shows
+        assert w.grad.isnan().any() == shows
+
+
+def test_non_finite_old_logprobs_raise_when_asked():
+    old = OLD.clone()
+    old[(CASE.targets < 0).nonzero()[0, 0]] = float("nan")
+    args = (CASE.hidden, CASE.weight, CASE.targets, CASE.advantages)
+    config = dk.KernelConfig(check_finite=True)
+    assert dk.policy_loss(*args, old_logprobs=old, config=config).loss.isfinite()
+    counting = (CASE.targets >= 0) & (CASE.advantages != 0)
+    old[counting.nonzero()[0, 0]] = float("inf")
+    with pytest.raises(ValueError, match="old_logprobs has 1 non-finite"):
+        dk.policy_loss(*args, old_logprobs=old, config=config)
+
+
+def test_results_repeat_bitwise_and_logprobs_are_never_positive():
+    case = make_case(50, 16, 3001, dtype=torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        leaves = case.leaves(torch.bfloat16)
+        out = dk.policy_loss(leaves[0] * 30, leaves[1], case.targets, case.advantages, outputs=("logprobs", "is_top1"))
+        runs.append((out.loss, out.logprobs, *torch.autograd.grad(out.loss, leaves[:2])))
+        assert out.logprobs.max() <= 0
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+def test_autocast_and_mixed_dtypes():
+    h, w, b = CASE.leaves(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = dk.weighted_cross_entropy(h, w, CASE.targets, bias=b).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert w.grad.dtype == torch.float32
+    want = dk.weighted_cross_entropy(h.bfloat16(), w.bfloat16(), CASE.targets, bias=b.bfloat16()).loss
+    torch.testing.assert_close(loss, want)
+    with pytest.raises(TypeError, match=r"weight is torch.float32 but hidden is torch.bfloat16"):
+        dk.weighted_cross_entropy(h.bfloat16(), w, CASE.targets)
+
+
+def test_non_contiguous_inputs():
+    h, w, b = CASE.leaves(torch.float64)
+    strided = torch.stack([h, h], -1).reshape(30, 18).detach()[:, ::2].requires_grad_()
+    transposed = w.detach().t().contiguous().t().requires_grad_()
+    want = torch.autograd.grad(cross_entropy(h, w, b), (h, w))
+    got = torch.autograd.grad(cross_entropy(strided, transposed, b), (strided, transposed))
+    torch.testing.assert_close(got, want)
+
+
+def test_inside_activation_checkpointing():
+    h, w, b = CASE.leaves(torch.float64)
+    want = torch.autograd.grad(policy(h, w, b), (h, w, b))
+    loss = torch.utils.checkpoint.checkpoint(policy, h, w, b, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, (h, w, b)), want)
+
+
+def test_saved_memory_is_given_back():
+    gc.collect()
+    before = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    for _ in range(3):
+        leaves = CASE.leaves(torch.float64)
+        policy(*leaves).backward()
+    del leaves
+    gc.collect()
+    assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= before + 2
+
+
+def test_opcheck():
+    h, w, b = (t.detach() for t in CASE.leaves(torch.float32))
+    old, one = OLD.float(), torch.ones(())
+    head = (h, w, b, CASE.targets, None, None, None)
+    call = Call(outputs=("logprobs", "entropy"), need_hidden=True, need_weight=True, need_bias=True)
+    tokens = (CASE.advantages.float(), old, None, CASE.token_weights.float(), one)
+    torch.library.opcheck(torch.ops.drift_kernels.fused, (*head, *tokens, call.encode()))
+    torch.library.opcheck(torch.ops.drift_kernels.score, (*head, call.encode()))
+    backward = (*head, OLD.float(), OLD.float(), OLD.float(), OLD.float(), call.encode())
+    torch.library.opcheck(torch.ops.drift_kernels.logprob_backward, backward)
+    assert Call.decode(call.encode()) == call
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own tracer
+def test_a_small_models_step_compiles_as_one_graph():
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Embedding(61, 16), torch.nn.Linear(16, 9), torch.nn.Tanh()).double()
+    head = torch.nn.Parameter(CASE.weight.clone())
+    ids = torch.arange(30) % 61
+
+    def step(ids, targets, advantages, old):
+        hidden = backbone(ids)
+        ce = dk.weighted_cross_entropy(hidden, head, targets, advantages.abs(), softcap=5.0).loss
+        out = dk.policy_loss(hidden, head, targets, advantages, old_logprobs=old, outputs=("entropy",), spec=dk.PolicySpec(entropy_coef=0.1))
+        logprobs = dk.linear_logprob(hidden, head, targets).logprobs
+        return ce + out.loss + (logprobs * advantages).mean(), out.outputs["entropy"]
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True)):
+        loss, entropy = fn(ids, CASE.targets, CASE.advantages, OLD)
+        results.append((loss, entropy, *torch.autograd.grad(loss, [head, *backbone.parameters()])))
+    torch.testing.assert_close(results[0], results[1])

@@ -1,0 +1,95 @@
+"""Bad arguments: an error that names the argument, its value and what would do."""
+
+import pytest
+import torch
+
+import drift_kernels as dk
+from drift_kernels.backends import available_backends
+
+H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"targets": torch.arange(5)}, ValueError, r"targets \(5,\)"),
+        ({"targets": torch.arange(6).int()}, TypeError, "must be int64"),
+        ({"targets": torch.tensor([0, 1, 2, 3, 4, 11])}, IndexError, r"0…11.*\[0, 11\).*ignore_index=-100"),
+        ({"targets": torch.tensor([0, 1, 2, 3, 4, -1])}, IndexError, "-1…4"),
+        ({"weight": torch.randn(11, 5)}, ValueError, "weight"),
+        ({"weight": torch.randn(11, 4).double()}, TypeError, "weight is torch.float64"),
+        ({"hidden": torch.ones(6, 4).int()}, TypeError, "hidden has dtype"),
+        ({"bias": torch.randn(4)}, ValueError, r"bias has shape \(4,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature has shape \(3,\)"),
+        ({"softcap": -1.0}, ValueError, "softcap=-1.0"),
+        ({"normalizer": 0.0}, ValueError, "normalizer=0.0"),
+        ({"normalizer": torch.ones(2)}, ValueError, "normalizer has shape"),
+        ({"outputs": ("logits",)}, ValueError, "'logits'.*logprobs, entropy"),
+        ({"old_logprobs": torch.ones(3)}, ValueError, r"old_logprobs has shape \(3,\)"),
+        ({"advantages": torch.ones(3)}, ValueError, "pass cu_seqlens"),
+        ({"advantages": torch.ones(3), "cu_seqlens": torch.tensor([0, 6])}, ValueError, "one a segment"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, ValueError, "cu_seqlens must be"),
+        ({"spec": dk.PolicySpec.preset("grpo")}, ValueError, "sequence_mean_token_mean: pass cu_seqlens"),
+        ({"spec": dk.PolicySpec(kl_coef=0.1)}, ValueError, "kl_coef=0.1 needs ref_logprobs"),
+        ({"spec": dk.PolicySpec(correction="token_mask")}, ValueError, "needs old_logprobs and rollout_logprobs"),
+        ({"active": torch.tensor([[0]])}, ValueError, "active must be"),
+        ({"rows": torch.arange(5)}, ValueError, "with rows="),
+    ],
+)
+def test_policy_loss_names_what_is_wrong(change, error, words):
+    args = {"hidden": H, "weight": W, "targets": Y, "advantages": A} | change
+    with pytest.raises(error, match=words):
+        dk.policy_loss(**args)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "trpo"}, "objective='trpo'.*'clip', 'cispo'"),
+        ({"clip_low": 1.5}, "clip_low=1.5"),
+        ({"clip_high": -0.1}, "clip_high=-0.1"),
+        ({"dual_clip": 0.9}, "dual_clip=0.9 must exceed 1"),
+        ({"delta": 1.1}, "delta=1.1 must exceed"),
+        ({"objective": "sapo", "dual_clip": 3.0}, "belong to objective='clip'"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4'"),
+        ({"aggregation": "mean"}, "aggregation='mean'"),
+        ({"correction": "clip"}, "correction='clip'"),
+        ({"correction_bounds": (2.0, 1.0)}, "correction_bounds"),
+        ({"sapo_temperatures": (0.0, 1.0)}, "sapo_temperatures"),
+    ],
+)
+def test_specs_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        dk.PolicySpec(**options)
+
+
+def test_presets():
+    assert dk.PolicySpec.preset("dapo").clip_high == 0.28
+    assert dk.PolicySpec.preset("grpo", kl_coef=0.04).kl_coef == 0.04
+    with pytest.raises(ValueError, match=r"preset='gspoo'.*'dapo'"):
+        dk.PolicySpec.preset("gspoo")
+
+
+def test_backends_say_why_they_cannot_run():
+    reasons = available_backends()
+    assert reasons["cpu"] is None
+    assert reasons["reference"] is None
+    for name in ("triton", "cuda"):
+        reason = reasons[name]
+        assert reason
+        with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run: {reason}"):
+            dk.linear_logprob(H, W, Y, config=dk.KernelConfig(backend=name))
+    with pytest.raises(ValueError, match="backend='metal'"):
+        dk.KernelConfig(backend="metal")
+    with pytest.raises(ValueError, match="workspace_bytes=0"):
+        dk.KernelConfig(workspace_bytes=0)
+
+
+def test_shift_targets():
+    ids = torch.tensor([5, 6, 7, 8, 9])
+    assert dk.shift_targets(ids).tolist() == [6, 7, 8, 9, -100]
+    assert dk.shift_targets(ids, torch.tensor([0, 2, 2, 5])).tolist() == [6, -100, 8, 9, -100]
+    assert dk.shift_targets(ids[None]).tolist() == [[6, 7, 8, 9, -100]]
+    with pytest.raises(ValueError, match="packed"):
+        dk.shift_targets(ids[None], torch.tensor([0, 5]))

@@ -1,0 +1,235 @@
+"""Every op on every backend against float64, within twice torch's own error in the same dtype."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import drift_kernels as dk
+from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
+
+SHAPES = [(1, 33, 7), (5, 8, 1), (64, 33, 1001), (37, 16, 50_257), (3, 7, 131_075)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = dk.KernelConfig(backend="cpu", workspace_bytes=4 << 20)  # several chunks at a large V
+
+
+def check(actual, own, exact, dtype, V, names=("loss", "hidden", "weight", "bias")):
+    for name, a, o, e in zip(names, actual, own, exact):
+        # a loss is made of log-probs of about log V, which may cancel
+        ok, line = within_budget(a, o, e, torch.float32, max(1.0, math.log(V))) if name == "loss" else within_budget(a, o, e, dtype)
+        assert ok, f"{name}: {line}"
+
+
+def eager_cross_entropy(hidden, weight, bias, targets, weights, temperature=1.0, softcap=None):
+    """What a user would write, in the inputs' dtype."""
+    z = F.linear(hidden, weight, bias).float() if hidden.dtype != torch.float64 else F.linear(hidden, weight, bias)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    ce = F.cross_entropy(z / temperature, targets, reduction="none", ignore_index=-100)
+    total = torch.where(targets != -100, weights, 0.0).sum().clamp(min=1e-30)
+    return (ce * weights.to(ce.dtype)).sum() / total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_weighted_cross_entropy(shape, dtype, softcap):
+    case = make_case(*shape, dtype=dtype)
+    if (case.targets < 0).all():
+        case.targets[0] = 0
+    weights = case.token_weights + 0.1
+
+    def fused(h, w, b):
+        options = {"bias": b, "temperature": 0.7, "softcap": softcap, "config": SMALL}
+        return dk.weighted_cross_entropy(h, w, case.targets, weights, **options).loss
+
+    def eager(h, w, b):
+        return eager_cross_entropy(h, w, b, case.targets, weights, 0.7, softcap)
+
+    actual, own, exact = (gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64)))
+    check(actual, own, exact, dtype, shape[2])
+
+
+def ppo(hidden, weight, bias, case, old, low=0.2, high=0.28):
+    """The clipped loss as its paper writes it, token mean."""
+    z = F.linear(hidden, weight, bias)
+    logp = torch.log_softmax(z if z.dtype == torch.float64 else z.float(), -1)
+    mask = case.targets >= 0
+    logp = logp.gather(-1, case.targets.clamp(min=0)[:, None])[:, 0]
+    r = (logp - old.to(logp.dtype)).exp()
+    A = case.advantages.to(logp.dtype)
+    loss = -torch.minimum(r * A, r.clamp(1 - low, 1 + high) * A)
+    return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_policy_loss_is_ppo(shape, dtype):
+    case = make_case(*shape, dtype=dtype)
+    exact_logp = dk.linear_logprob(
+        case.hidden, case.weight, case.targets, bias=case.bias, config=dk.KernelConfig(backend="reference")
+    ).logprobs
+    # ratios in half precision move by the error of the log-prob: keep every token clear of a bound by more than that
+    old = off_the_edges(exact_logp + case.noise, exact_logp, (0.8, 1.28), 1e-3 if dtype == torch.float32 else 0.08)
+    spec = dk.PolicySpec.preset("dapo")
+
+    def fused(h, w, b):
+        return dk.policy_loss(h, w, case.targets, case.advantages, old_logprobs=old, bias=b, spec=spec, config=SMALL).loss
+
+    def eager(h, w, b):
+        return ppo(h, w, b, case, old)
+
+    actual, own, exact = (gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64)))
+    check(actual, own, exact, dtype, shape[2])
+
+
+SPECS = {
+    "ppo": dk.PolicySpec(),
+    "grpo": dk.PolicySpec.preset("grpo", kl_coef=0.1),
+    "dapo": dk.PolicySpec.preset("dapo"),
+    "dr_grpo": dk.PolicySpec.preset("dr_grpo"),
+    "dual": dk.PolicySpec(dual_clip=1.5),
+    "delta": dk.PolicySpec(delta=1.4),
+    "cispo": dk.PolicySpec.preset("cispo", clip_low=None, clip_high=0.5),
+    "sapo": dk.PolicySpec.preset("sapo"),
+    "reinforce": dk.PolicySpec(objective="reinforce"),
+    "everything": dk.PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01, dual_clip=3.0),
+    "sums": dk.PolicySpec(aggregation="sequence_mean_token_sum", kl_coef=0.2, kl_estimator="k1"),
+    "corrected": dk.PolicySpec(correction="token_truncate", correction_bounds=(0.0, 1.2), kl_coef=0.3, kl_estimator="abs"),
+    "masked": dk.PolicySpec(correction="sequence_mask", correction_bounds=(0.5, 2.0), entropy_coef=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 1.3, "temperature": 0.6}, {"temperature": "row"}])
+def test_every_spec_in_double_equals_autograd(name, head):
+    """The real driver in double, three chunks and more, against full logits and autograd."""
+    case, spec = make_case(40, 9, 61, seed=3), SPECS[name]
+    if head.get("temperature") == "row":
+        head = {"temperature": torch.linspace(0.5, 2.0, 40)}
+    with torch.no_grad():
+        exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, **head).logprobs
+    data = {"old_logprobs": off_the_edges(exact + case.noise, exact, (0.8, 1.2, 1.4, 1.5)), "ref_logprobs": exact + 0.5 * case.noise.roll(1)}
+    data["rollout_logprobs"] = data["old_logprobs"] + 0.3 * case.noise.roll(2)
+    data |= {"cu_seqlens": torch.tensor([0, 11, 12, 30, 40], dtype=torch.int32), "token_weights": case.token_weights}
+    outputs = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs", "ratio", "kl", "clipped")
+
+    def run(backend):
+        config = dk.KernelConfig(backend=backend, workspace_bytes=8 * (61 + 18) * 11)
+        leaves = case.leaves(torch.float64)
+        out = dk.policy_loss(
+            leaves[0], leaves[1], case.targets, case.advantages, bias=leaves[2], spec=spec, outputs=outputs, config=config, **data, **head
+        )
+        return out, torch.autograd.grad(out.loss, leaves)
+
+    ours, oracle = run("cpu"), run("reference")
+    torch.testing.assert_close(ours[0].loss, oracle[0].loss, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(ours[1], oracle[1], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(ours[0].outputs, oracle[0].outputs, rtol=1e-10, atol=1e-12)
+    for key, (total, count) in ours[0].metrics.items():
+        torch.testing.assert_close((total, count), oracle[0].metrics[key])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_on_policy_is_ratio_one(name):
+    """old_logprobs=None equals passing the policy's own log-probs, in value and gradient."""
+    spec = SPECS[name]
+    if spec.correction:
+        spec = dk.PolicySpec(kl_coef=spec.kl_coef, entropy_coef=spec.entropy_coef)
+    case = make_case(20, 9, 61, seed=4)
+    with torch.no_grad():
+        own = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias).logprobs
+    common = {"spec": spec, "ref_logprobs": own + case.noise, "cu_seqlens": torch.tensor([0, 11, 20])}
+
+    def run(h, w, b, old):
+        return dk.policy_loss(h, w, case.targets, case.advantages, old_logprobs=old, bias=b, **common).loss
+
+    without, given = (gradients(lambda *x, o=o: run(*x, o), case.leaves(torch.float64)) for o in (None, own))
+    torch.testing.assert_close(without, given, rtol=1e-9, atol=1e-12)
+
+
+def test_advantages_per_segment_and_padded_inputs():
+    """[S] advantages over cu_seqlens, and a padded [B, L] batch, give what per-token ones over packed rows give."""
+    case, spec = make_case(24, 9, 61, seed=5, masked=0.0), dk.PolicySpec.preset("grpo")
+    lengths, segment_advantages = [8, 3, 13], torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    cu = torch.tensor([0, 8, 11, 24])
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    packed = dk.policy_loss(case.hidden, case.weight, case.targets, segment_advantages, cu_seqlens=cu, spec=spec).loss
+    tokens = dk.policy_loss(case.hidden, case.weight, case.targets, segment_advantages[owner], segment_ids=owner, spec=spec).loss
+    hidden, targets = torch.zeros(3, 13, 9, dtype=torch.float64), torch.full((3, 13), -100)
+    for i, part in enumerate(torch.arange(24).split(lengths)):
+        hidden[i, : len(part)], targets[i, : len(part)] = case.hidden[part], case.targets[part]
+    padded = dk.policy_loss(hidden, case.weight, targets, segment_advantages, spec=spec, outputs=("logprobs",))
+    assert padded.logprobs.shape == (3, 13)
+    torch.testing.assert_close(tokens, packed)
+    torch.testing.assert_close(padded.loss, packed)
+
+
+def focal(logp, advantages):
+    return -advantages * logp * (1 - logp.exp()) ** 2
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pointwise_loss_takes_any_function(backend):
+    case = make_case(40, 9, 61, seed=6)
+    config = dk.KernelConfig(backend=backend, workspace_bytes=8 * 80 * 11)
+
+    def fused(h, w, b):
+        return dk.pointwise_loss(h, w, case.targets, focal, case.advantages, bias=b, softcap=4.0, config=config).loss
+
+    def eager(h, w, b):
+        mask = case.targets >= 0
+        z = 4.0 * torch.tanh(F.linear(h, w, b) / 4.0)
+        logp = torch.log_softmax(z, -1).gather(-1, case.targets.clamp(min=0)[:, None])[:, 0]
+        return focal(logp, case.advantages)[mask].mean()
+
+    actual, exact = (gradients(f, case.leaves(torch.float64)) for f in (fused, eager))
+    torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-13)
+
+
+def test_pointwise_loss_refuses_what_it_would_get_wrong():
+    case = make_case(10, 9, 61, masked=0.0)
+    args = (case.hidden, case.weight, case.targets)
+    with pytest.raises(ValueError, match="differs from fn of two halves"):
+        dk.pointwise_loss(*args, lambda logp: -logp / logp.exp().sum())
+    with pytest.raises(ValueError, match="not reduce"):
+        dk.pointwise_loss(*args, lambda logp: -logp.mean())
+    with pytest.raises(ValueError, match="requires grad"):
+        dk.pointwise_loss(*args, focal, case.advantages.clone().requires_grad_())
+    with pytest.raises(ValueError, match="has shape"):
+        dk.pointwise_loss(*args, focal, case.advantages[:3])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_several_targets_a_row(backend):
+    """rows= gives what repeating the hidden rows gives; their gradients add up."""
+    case = make_case(12, 9, 61, seed=7)
+    g = torch.Generator().manual_seed(0)
+    rows = torch.sort(torch.randint(0, 12, (30,), generator=g)).values
+    targets = torch.randint(0, 61, (30,), generator=g)
+    targets[::7] = -100
+    advantages, old = torch.randn(30, generator=g, dtype=torch.float64), torch.full((30,), -4.0, dtype=torch.float64)
+    temperature = torch.linspace(0.5, 2.0, 12)
+    spec = dk.PolicySpec(entropy_coef=0.05, z_loss_coef=0.01)
+    config = dk.KernelConfig(backend=backend, workspace_bytes=8 * 80 * 5)
+
+    def shared(h, w, b):
+        out = dk.policy_loss(
+            h, w, targets, advantages, old_logprobs=old, rows=rows, bias=b, temperature=temperature, spec=spec, config=config,
+            outputs=("logprobs", "entropy"),
+        )
+        logprobs = dk.linear_logprob(h, w, targets, rows=rows, bias=b, return_entropy=True, config=config)
+        return out.loss + (logprobs.logprobs * advantages).sum() + logprobs.entropy.square().sum(), out
+
+    def repeated(h, w, b):
+        out = dk.policy_loss(
+            h[rows], w, targets, advantages, old_logprobs=old, bias=b, temperature=temperature[rows], spec=spec,
+            outputs=("logprobs", "entropy"),
+        )
+        logprobs = dk.linear_logprob(h[rows], w, targets, bias=b, return_entropy=True)
+        return out.loss + (logprobs.logprobs * advantages).sum() + logprobs.entropy.square().sum(), out
+
+    results = [gradients(lambda *x, f=f: f(*x)[0], case.leaves(torch.float64)) for f in (shared, repeated)]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+    outs = [f(*case.leaves(torch.float64))[1].outputs for f in (shared, repeated)]
+    torch.testing.assert_close(outs[0], outs[1])

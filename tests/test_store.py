@@ -1,0 +1,269 @@
+"""Rollout files: published and own rows load, bad rows are refused in words, interrupted writes lose nothing else."""
+
+import copy
+import json
+import logging
+
+import pytest
+
+from drift.store import StoreError, Writer, check_policy, read, validate
+
+DROP = object()
+
+
+def row(**changes):
+    """A row with everything in it: "6" then "7" sampled after two prompt tokens each."""
+    made = {
+        "prompt_id": "p",
+        "messages": [
+            {"role": "user", "content": "3+4="},
+            {"role": "assistant", "content": "<answer>6</answer>"},
+            {"role": "user", "content": "Incorrect. Please think again."},
+            {"role": "assistant", "content": "<answer>7</answer>"},
+        ],
+        "verifier": {"t1": 0, "t2": 1},
+        "turn_rewards": {"t1": 0.0, "t2": 1.0},
+        "answer_norms": ["6", "7"],
+        "format_penalty": 0.0,
+        "t_star": 2,
+        "traj_idx": 0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "policy_hash": "abc",
+        "policy_version": 0,
+        "token_ids": [1, 2, 6, 9, 1, 2, 7, 9],
+        "loss_mask": [0, 0, 1, 1, 0, 0, 1, 1],
+        "logprobs": [0.0, 0.0, -0.5, -0.1, 0.0, 0.0, -0.7, -0.2],
+        "turn_starts": [2, 6],
+    }
+    made.update(changes)
+    return {key: value for key, value in made.items() if value is not DROP}
+
+
+OURS = ("temperature", "top_p", "policy_hash", "policy_version", "token_ids", "loss_mask", "logprobs", "turn_starts")
+
+
+def published(**changes):
+    return row(**dict.fromkeys(OURS, DROP), **changes)
+
+
+def write_lines(path, *rows, end="\n"):
+    path.write_bytes("\n".join(json.dumps(r) if isinstance(r, dict) else r for r in rows).encode() + end.encode())
+    return path
+
+
+# --- one row ---
+
+
+def test_good_rows_pass_unchanged():
+    for good in (row(), published(), row(extra={"kept": [1]})):
+        before = copy.deepcopy(good)
+        assert validate(good) == before
+        assert good == before
+
+
+def test_older_and_padded_rows_come_out_in_the_current_form():
+    old = published(
+        format_penalty=DROP,
+        trajectory_penalty=-0.1,
+        verifier={"t1": False, "t2": True, "t3": None, "t4": 0, "t5": 0},
+        turn_rewards={"t1": 0, "t2": 1.0, "t3": None, "t4": 0.0, "t5": 0.0},
+        answer_norms=DROP,
+    )
+    new = validate(old)
+    assert new["format_penalty"] == -0.1
+    assert "trajectory_penalty" not in new
+    assert new["verifier"] == {"t1": 0, "t2": 1, "t4": 0, "t5": 0}
+    assert new["turn_rewards"] == {"t1": 0, "t2": 1.0, "t4": 0.0, "t5": 0.0}
+    assert new["answer_norms"] == []
+
+
+def test_format_penalty_goes_before_its_older_name():
+    assert validate(row(format_penalty=-0.2, trajectory_penalty=-0.1))["format_penalty"] == -0.2
+
+
+@pytest.mark.parametrize("key", ["prompt_id", "messages", "verifier", "turn_rewards", "format_penalty", "t_star"])
+def test_missing_key(key):
+    with pytest.raises(StoreError, match=f"^{key} is missing$"):
+        validate(row(**{key: DROP}))
+
+
+BAD = [
+    ({"prompt_id": 7}, "prompt_id is 7; it should be a non-empty string"),
+    ({"prompt_id": ""}, "prompt_id is ''"),
+    ({"messages": []}, "messages should be a non-empty list"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] should be an object with the strings role and content"),
+    ({"verifier": [1]}, r"verifier is \[1\]; it should be an object with keys"),
+    ({"verifier": {"t1": 0, "2": 1}}, "verifier has the key '2'"),
+    ({"verifier": {"t0": 0, "t2": 1}}, "verifier has the key 't0'"),
+    ({"verifier": {"t1": 0, "t2": 0.5}}, "verifier.t2 is 0.5; it should be 0 or 1"),
+    ({"turn_rewards": {"t1": "1"}}, "turn_rewards.t1 is '1'; it should be a finite number"),
+    ({"turn_rewards": {"t1": float("nan")}}, "turn_rewards.t1 is nan"),
+    ({"turn_rewards": {"t1": True}}, "turn_rewards.t1 is True"),
+    ({"answer_norms": [7]}, r"answer_norms is \[7\]; it should be a list of strings"),
+    ({"answer_norms": "7"}, "answer_norms is '7'"),
+    ({"format_penalty": 0.1}, "format_penalty is 0.1; it should be a number, at most 0"),
+    ({"format_penalty": None}, "format_penalty is None"),
+    ({"t_star": None}, "t_star is None; it should be 2, the first turn that is verified"),
+    ({"t_star": 1}, "t_star is 1; it should be 2"),
+    ({"t_star": "2"}, "t_star is '2'"),
+    ({"verifier": {"t1": 0}}, "t_star is 2; it should be null"),
+    ({"traj_idx": -1}, "traj_idx is -1; it should be a whole number"),
+    ({"traj_idx": True}, "traj_idx is True"),
+    ({"policy_version": 0.5}, "policy_version is 0.5"),
+    ({"temperature": -1}, "temperature is -1"),
+    ({"top_p": 0}, "top_p is 0; it should be a number above 0"),
+    ({"policy_hash": 5}, "policy_hash is 5; it should be a string"),
+    ({"token_ids": DROP}, "loss_mask, logprobs, turn_starts without token_ids"),
+    ({"token_ids": []}, "token_ids is"),
+    ({"token_ids": [1, 2, 6, 9, 1, 2, 7, -9]}, "token_ids is"),
+    ({"token_ids": [1, 2, 6, 9, 1, 2, 7]}, "loss_mask has 8 entries for 7 tokens"),
+    ({"loss_mask": DROP}, "token_ids without loss_mask"),
+    ({"loss_mask": [0, 0, 1, 2, 0, 0, 1, 1]}, "loss_mask is .* it should be a list of 0 and 1"),
+    ({"logprobs": [0.0, 0.0, -0.5]}, "logprobs has 3 entries for 8 tokens"),
+    ({"logprobs": [0.0, 0.0, -0.5, None, 0.0, 0.0, -0.7, -0.2]}, "logprobs is .* finite numbers"),
+    ({"logprobs": [0.0, -0.3, -0.5, -0.1, 0.0, 0.0, -0.7, -0.2]}, r"logprobs\[1\] should be 0.0"),
+    ({"turn_starts": [2]}, r"turn_starts is \[2\]; it should be \[2, 6\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
+def test_bad_value(changes, reason):
+    with pytest.raises(StoreError, match=reason):
+        validate(row(**changes))
+
+
+def test_long_values_are_shortened_in_complaints():
+    with pytest.raises(StoreError) as caught:
+        validate(row(turn_starts=list(range(5000))))
+    assert len(str(caught.value)) < 200
+
+
+# --- files ---
+
+
+def test_read_names_file_and_line(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", row(), row(traj_idx=1, t_star=1), row(traj_idx=2))
+    with pytest.raises(StoreError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}:2: t_star is 1; it should be 2, the first turn that is verified"
+
+
+def test_read_collects_what_it_rejects(tmp_path, caplog):
+    path = write_lines(tmp_path / "r.jsonl", row(), "", "[1]", '{"a": ', row(), row(traj_idx=1), '{"prompt_id": "p')
+    path.write_bytes(path.read_bytes().replace(b'{"prompt_id": "p\n', b'{"prompt_id": "p\xc3'))
+    rejected = []
+    assert read(path, rejected) == [row(), row(traj_idx=1)]
+    assert [line for line, _ in rejected] == [3, 4, 5, 7]
+    reasons = [reason for _, reason in rejected]
+    assert reasons[0] == "a row should be a JSON object, not list"
+    assert reasons[1].startswith("not JSON in UTF-8: ")
+    assert reasons[2] == "prompt_id 'p', traj_idx 0 is on line 1 already"
+    assert reasons[3] == "torn last line, left by an interrupted write"
+    assert f"{path}:7: torn last line" in caplog.text
+
+
+def test_torn_last_line_is_reported_and_skipped(tmp_path, caplog):
+    path = write_lines(tmp_path / "r.jsonl", row(), '{"prompt_id": "p", "mess', end="")
+    with caplog.at_level(logging.WARNING):
+        assert read(path) == [row()]
+    assert "torn last line" in caplog.text
+
+
+def test_broken_json_with_a_line_end_is_not_torn(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", row(), '{"prompt_id": "p", "mess')
+    with pytest.raises(StoreError, match=r"r\.jsonl:2: not JSON"):
+        read(path)
+
+
+def test_whole_last_line_without_a_line_end_counts(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", row(), row(traj_idx=1), end="")
+    assert len(read(path)) == 2
+    with pytest.raises(StoreError, match=r"r\.jsonl:1: t_star"):
+        read(write_lines(tmp_path / "r.jsonl", row(t_star=1), end=""))
+
+
+def test_missing_traj_idx_is_assigned_in_order_within_its_prompt(tmp_path):
+    rows = [
+        published(prompt_id=p, traj_idx=i) for p, i in (("a", DROP), ("b", DROP), ("a", 0), ("a", DROP), ("b", DROP))
+    ]
+    read_back = read(write_lines(tmp_path / "r.jsonl", *rows))
+    assert [(r["prompt_id"], r["traj_idx"]) for r in read_back] == [("a", 1), ("b", 0), ("a", 0), ("a", 2), ("b", 1)]
+
+
+def test_empty_file(tmp_path):
+    assert read(write_lines(tmp_path / "r.jsonl", end="")) == []
+
+
+# --- writing ---
+
+
+def test_writer_appends_flushes_and_resumes(tmp_path):
+    path = tmp_path / "new" / "folder" / "r.jsonl"
+    text = "a\u2028line “separator”, ünïcode\nand a new line"
+    first = row(messages=[{"role": "user", "content": text}])
+    with Writer(path) as writer:
+        assert writer.done == set()
+        assert writer.write(first) == first
+        assert read(path) == [first]  # before closing
+    with Writer(path, fsync=True) as writer:
+        assert writer.done == {("p", 0)}
+        writer.write(row(traj_idx=3))
+        assert writer.done == {("p", 0), ("p", 3)}
+        for index in (1, 2, 4):
+            assert writer.write(row(traj_idx=DROP))["traj_idx"] == index
+    assert [r["traj_idx"] for r in read(path)] == [0, 3, 1, 2, 4]
+
+
+def test_writer_refuses_bad_rows_and_repeats_without_writing(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with Writer(path) as writer:
+        writer.write(row())
+        before = path.read_bytes()
+        with pytest.raises(StoreError, match=r"prompt_id 'p', traj_idx 0 is in .* already"):
+            writer.write(row())
+        with pytest.raises(StoreError, match="t_star is 1"):
+            writer.write(row(traj_idx=1, t_star=1))
+        assert path.read_bytes() == before
+        assert writer.done == {("p", 0)}
+    with Writer(path) as writer, pytest.raises(StoreError, match="already"):
+        writer.write(row())
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1])
+def test_writer_mends_a_torn_last_line(tmp_path, caplog, kept):
+    path = write_lines(tmp_path / "r.jsonl", row(), row(traj_idx=1))
+    whole = path.read_bytes()
+    line = whole.split(b"\n")[0] + b"\n"
+    path.write_bytes(line + whole[len(line) : -1][:kept])
+    with Writer(path) as writer:
+        assert "torn last line" in caplog.text
+        assert path.read_bytes() == line
+        assert writer.done == {("p", 0)}
+        writer.write(row(traj_idx=1))
+    assert path.read_bytes().count(b"\n") == 2
+    assert read(path) == [row(), row(traj_idx=1)]
+
+
+def test_writer_ends_a_whole_last_line(tmp_path, caplog):
+    path = write_lines(tmp_path / "r.jsonl", row(), end="")
+    with Writer(path) as writer:
+        writer.write(row(traj_idx=1))
+    assert read(path) == [row(), row(traj_idx=1)]
+    assert caplog.text == ""
+
+
+def test_writer_does_not_go_on_from_a_bad_file(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", row(), "{}", row(traj_idx=1))
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"r\.jsonl:2: prompt_id is missing"):
+        Writer(path)
+    assert path.read_bytes() == before
+
+
+def test_check_policy():
+    assert check_policy([row(), published(), row()], "abc") == 1
+    with pytest.raises(
+        StoreError, match="traj_idx 4 was sampled by policy 'abc', not by the reference 'xyz'; sample again"
+    ):
+        check_policy([published(), row(traj_idx=4)], "xyz")

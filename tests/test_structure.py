@@ -1,0 +1,94 @@
+"""The import order of both packages, read off their syntax trees, and what importing them must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ["spec", "formulas", "rows", "backends", "driver", "inputs", "autograd", "ops", "testing", "adapters"]
+TRAINER = [
+    {"types", "config"},
+    {"tasks", "mathverify", "store", "records", "returns", "packing", "attention", "track", "meter", "optimizer"},
+    {"policy"},
+    {"engines", "warm_start"},
+    {"rollout"},
+    {"evaluate"},
+    {"trainer", "checkpoint", "distributed"},
+    {"run", "report", "intervals"},
+    {"study", "doctor"},
+    {"cli"},
+]
+
+
+def imports(path: Path, package: str):
+    """(imported module inside `package`, names) of every import statement in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names if alias.name.split(".")[0] == package)
+
+
+def rooms(module: str, names: list[str], order: list[str]) -> set[str]:
+    parts = module.split(".")
+    return {parts[1]} if len(parts) > 1 else {name for name in names if name in order}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "drift_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_import_downward(path):
+    room = path.relative_to(ROOT / "drift_kernels").parts[0].removesuffix(".py")
+    assert not list(imports(path, "drift")), "drift_kernels must not import drift"
+    if room == "__init__":
+        return
+    for module, names in imports(path, "drift_kernels"):
+        for other in rooms(module, names, KERNELS):
+            if other not in ("_cpu", room):
+                assert KERNELS.index(other) < KERNELS.index(room), f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "drift_kernels").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_depend_on_torch_and_numpy_alone(path):
+    allowed = {"torch", "numpy", "drift_kernels", *sys.stdlib_module_names}
+    if "adapters" in path.parts:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        assert all(name.split(".")[0] in allowed for name in names if name), f"{path.name} imports {names}"
+
+
+def test_the_trainer_uses_public_names_of_the_kernels():
+    import drift_kernels
+
+    for path in (ROOT / "drift").rglob("*.py"):
+        for module, names in imports(path, "drift_kernels"):
+            assert module == "drift_kernels", f"{path.name} imports {module}"
+            assert set(names) <= set(drift_kernels.__all__), f"{path.name} imports {names}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "drift").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_trainer_imports_downward(path):
+    level = {name: i for i, names in enumerate(TRAINER) for name in names}
+    room = path.relative_to(ROOT / "drift").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for module, names in imports(path, "drift"):
+        for other in rooms(module, names, list(level)):
+            if other not in (room, "_packing"):
+                assert level[other] < level[room] or level[room] == level[other] > 1, f"{room} imports {other}"
+
+
+def test_importing_the_kernels_loads_neither_transformers_nor_triton_and_touches_no_gpu():
+    code = "import sys, torch, drift_kernels; bad = {'transformers', 'drift', 'triton'} & set(sys.modules); "
+    code += "assert not bad, bad; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_are_rooms_with_one_job():
+    files = [p for folder in ("drift", "drift_kernels", "csrc", "bench") for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".h", ".cu"}]
+    lengths = sorted((len(p.read_text().splitlines()), str(p.relative_to(ROOT))) for p in files)
+    assert lengths[-1][0] <= 500, lengths[-1]
+    assert lengths[len(lengths) // 2][0] <= 200, lengths
