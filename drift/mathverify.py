@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -115,9 +116,12 @@ class MathVerifier:
         atexit.unregister(self.close)
 
 
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+
+
 def _wrap(text: str) -> str:
-    """math-verify finds LaTeX only inside an environment."""
-    return f"${text}$" if "\\" in text and "$" not in text and "\\boxed" not in text else text
+    """math-verify looks for symbols only inside a maths environment; there words would be products of letters."""
+    return text if "$" in text or "\\boxed" in text or _WORD.search(text) else f"${text}$"
 
 
 def _serve() -> None:
@@ -138,7 +142,9 @@ def _serve() -> None:
         gold, answer = (_wrap(text) for text in json.loads(line))
         try:
             right = verify(parse(gold), parse(answer))
-        except Exception:  # third-party parsing of arbitrary text: whatever it raises, the answer was not shown to be right
+        except (
+            Exception
+        ):  # third-party parsing of arbitrary text: whatever it raises, the answer was not shown to be right
             right = False
         out.write("1\n" if right else "0\n")
         out.flush()

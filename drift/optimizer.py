@@ -62,7 +62,7 @@ class MasterAdamW:
             if master.grad is None:
                 master.grad = gradient
             else:
-                master.grad = gradient
+                master.grad += gradient
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scales the gradient to a norm of at most `limit`; returns the norm before, 0-d."""

@@ -63,7 +63,7 @@ class Task(Protocol):
 
 
 def parse_answer(text: str, tag: str = "answer") -> str | None:
-    """The text between the last `<tag>` and `</tag>` after any `</think>`, stripped; None if there is none or it is empty."""
+    """The text between the last `<tag>` and `</tag>` after any `</think>`, stripped; None if missing or empty."""
     said = text.rsplit("</think>", 1)[-1]
     opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
     found = re.findall(rf"{opening}((?:(?!{opening}).)*?){closing}", said, flags=re.DOTALL)
@@ -114,6 +114,7 @@ def split_of(key: str) -> Split:
 class ReasoningGymTask:
     """Any reasoning-gym generator, by name and options; right means that its scorer pays exactly 1.
 
+    A problem's metadata is the generator's whole entry, which is what its scorer reads.
     `scorer_errors` counts answers on which the generator's own scorer raised; they count as wrong.
     """
 
@@ -125,19 +126,21 @@ class ReasoningGymTask:
         self.config = config
         self.answer_tag = config.answer_tag
         self.scorer_errors = 0
-        self._scorer = self._generator("warm")
+        self._scorer = self._generator("train", size=1)
         self._cache: dict[str, list[Problem]] = {}
 
-    def _generator(self, split: Split) -> Any:
+    def _generator(self, split: Split, size: int) -> Any:
         """The generator whose item 0 is the first index of the split's range (item i of seed s is Random(s + i))."""
         from reasoning_gym.factory import create_dataset
 
         offset = (self.config.seed * len(SPLITS) + SPLITS.index(split)) * _INDEX_RANGE
         try:
-            return create_dataset(self.config.name, **{"size": _INDEX_RANGE, **self.config.options, "seed": offset})
+            return create_dataset(self.config.name, **{**self.config.options, "size": size, "seed": offset})
         except (TypeError, AssertionError, ValueError) as error:
             options = self.config.options
-            raise TaskError(f"task.options={options!r} does not suit the generator {self.config.name!r}: {error}") from error
+            raise TaskError(
+                f"task.options={options!r} does not suit the generator {self.config.name!r}: {error}"
+            ) from error
 
     def _key(self, entry: dict[str, Any]) -> str:
         expression = entry["metadata"].get("expression")
@@ -154,9 +157,10 @@ class ReasoningGymTask:
         return self._cache[split]
 
     def _draw(self, split: Split, count: int) -> list[Problem]:
-        generator, found = self._generator(split), dict[str, Problem]()
+        draws = min(4000 + 16 * count, _INDEX_RANGE)  # a split gets at least three draws in ten
+        generator, found = self._generator(split, draws), dict[str, Problem]()
         last_new, patience = 0, 2000 + 4 * count  # draws without a new problem before the well counts as dry
-        for index in range(_INDEX_RANGE):
+        for index in range(draws):
             if len(found) == count:
                 return list(found.values())
             if index - last_new > patience:
@@ -165,19 +169,20 @@ class ReasoningGymTask:
             key = self._key(entry)
             if split_of(key) == split and key not in found:
                 last_new = index
-                found[key] = Problem(problem_id(key), entry["question"], str(entry["answer"]), entry["metadata"])
+                found[key] = Problem(problem_id(key), entry["question"], str(entry["answer"]), entry)
         raise TaskError(
-            f"task.{split}_problems={count}: the generator {self.config.name!r} with options {self.config.options!r} has "
-            f"only {len(found)} distinct problems for this split (symmetric forms count once); widen its options or ask "
-            f"for fewer"
+            f"task.{split}_problems={count}: the generator {self.config.name!r} with options {self.config.options!r} "
+            f"has only {len(found)} distinct problems for this split (symmetric forms count once); widen its options "
+            f"or ask for fewer"
         )
 
     def verify(self, problem: Problem, answer: str) -> bool:
         """Whether the generator's scorer pays exactly 1.0 for the stripped answer."""
-        entry = {"question": problem.prompt, "answer": problem.answer, "metadata": problem.metadata}
         try:
-            return self._scorer.score_answer(answer.strip(), entry) == 1.0
-        except Exception:  # scorers are third-party code that meets any text a model can write: a raise is a wrong answer
+            return self._scorer.score_answer(answer.strip(), problem.metadata) == 1.0
+        except (
+            Exception
+        ):  # scorers are third-party code that meets any text a model can write: a raise is a wrong answer
             self.scorer_errors += 1
             return False
 
@@ -222,12 +227,12 @@ class JsonlTask:
         self._splits[split].setdefault(key, problem)
 
     def problems(self, split: Split) -> list[Problem]:
-        """The first `task.{split}_problems` problems of the split in the file's order; TaskError when there are fewer."""
+        """The first `task.{split}_problems` of the split in the file's order; TaskError when there are fewer."""
         count, found = getattr(self.config, f"{split}_problems"), list(self._splits[split].values())
         if len(found) < count:
             raise TaskError(
-                f"task.{split}_problems={count}: {self.config.path} holds {len(found)} distinct problems for this split "
-                f"(symmetric forms count once); ask for fewer, add rows, or give each row a 'split'"
+                f"task.{split}_problems={count}: {self.config.path} holds {len(found)} distinct problems for this "
+                f"split (symmetric forms count once); ask for fewer, add rows, or give each row a 'split'"
             )
         return found[:count]
 

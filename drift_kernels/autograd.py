@@ -19,7 +19,10 @@ from drift_kernels.spec import Call, PolicySpec
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
 _TOKENS = "Tensor? advantages, Tensor? old, Tensor? ref, Tensor? weights"
-torch.library.define("drift_kernels::fused", f"({_HEAD}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.define(
+    "drift_kernels::fused",
+    f"({_HEAD}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 torch.library.define("drift_kernels::score", f"({_HEAD}, str call) -> Tensor")
 torch.library.define(
     "drift_kernels::logprob_backward",
@@ -33,7 +36,9 @@ def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl("drift_kernels::fused", "CPU")
-def _fused_cpu(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call):
+def _fused_cpu(
+    hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call
+):
     x = driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights)
     loss, grads, outputs = driver.fused(x, Call.decode(call), normalizer)
     return (loss, *_given(grads, loss), outputs)
@@ -45,7 +50,9 @@ def _score_cpu(hidden, weight, bias, targets, rows, active, temperature, call):
 
 
 @torch.library.impl("drift_kernels::logprob_backward", "CPU")
-def _logprob_backward_cpu(hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call):
+def _logprob_backward_cpu(
+    hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call
+):
     x = driver.Inputs(hidden, weight, bias, targets, rows, active, temperature)
     return _given(driver.backward(x, Call.decode(call), grad_logprobs, grad_entropy, lse, entropy), lse)
 
@@ -58,7 +65,9 @@ def _fake_grads(hidden: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, Ten
 
 
 @torch.library.register_fake("drift_kernels::fused")
-def _fused_fake(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call):
+def _fused_fake(
+    hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call
+):
     options, dtype = Call.decode(call), driver.compute_dtype(hidden.dtype)
     outputs = hidden.new_empty((len(options.outputs), targets.shape[0]), dtype=dtype)
     return (hidden.new_empty((), dtype=dtype), *_fake_grads(hidden, weight, options), outputs)
@@ -66,11 +75,15 @@ def _fused_fake(hidden, weight, bias, targets, rows, active, temperature, advant
 
 @torch.library.register_fake("drift_kernels::score")
 def _score_fake(hidden, weight, bias, targets, rows, active, temperature, call):
-    return hidden.new_empty((len(Call.decode(call).outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype))
+    return hidden.new_empty(
+        (len(Call.decode(call).outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype)
+    )
 
 
 @torch.library.register_fake("drift_kernels::logprob_backward")
-def _logprob_backward_fake(hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call):
+def _logprob_backward_fake(
+    hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call
+):
     return _fake_grads(hidden, weight, Call.decode(call))
 
 
@@ -100,7 +113,9 @@ class Rest:
 
 def _no_double_backward() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError("double backward through a fused loss is not supported: call backward without create_graph=True")
+        raise RuntimeError(
+            "double backward through a fused loss is not supported: call backward without create_graph=True"
+        )
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,7 +155,9 @@ class PointwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, normalizer, rest: Rest, fn: Callable, tensors: tuple, call: Call):
-        loss, grads, outputs = driver.pointwise(driver.Inputs(hidden, weight, bias, *rest.flat()), call, fn, tensors, normalizer)
+        loss, grads, outputs = driver.pointwise(
+            driver.Inputs(hidden, weight, bias, *rest.flat()), call, fn, tensors, normalizer
+        )
         return _finish_forward(ctx, (loss, *_given(grads, loss), outputs), (hidden, weight, bias), call)
 
     @staticmethod
@@ -162,7 +179,10 @@ def _finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None,
     _no_double_backward()
     if grad_loss is None:
         return None, None, None
-    made = [_scaled(g, grad_loss, dtype) if need else None for need, g, dtype in zip(ctx.needs, ctx.saved_tensors, ctx.dtypes)]
+    made = [
+        _scaled(g, grad_loss, dtype) if need else None
+        for need, g, dtype in zip(ctx.needs, ctx.saved_tensors, ctx.dtypes)
+    ]
     return made[0], made[1], made[2]
 
 
@@ -178,7 +198,9 @@ class LinearLogprobs(torch.autograd.Function):
             # only hidden is differentiated: keep dlogp/dhidden, and backward is a product
             jacobian = Call(PolicySpec(objective="reinforce"), call.head, call.config, ("logprobs",), need_hidden=True)
             none, one = (None, None, None, None), hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
-            _, dhidden, _, _, out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *none, one, jacobian.encode())
+            _, dhidden, _, _, out = torch.ops.drift_kernels.fused(
+                hidden, weight, bias, *rest.flat(), *none, one, jacobian.encode()
+            )
             ctx.jacobian = True
             ctx.save_for_backward(dhidden)
             ctx.dtype = hidden.dtype
@@ -207,7 +229,15 @@ class LinearLogprobs(torch.autograd.Function):
             grad_entropy = None  # a compiled graph hands in an empty tensor here
         saved_entropy = None if grad_entropy is None else entropy
         grads = torch.ops.drift_kernels.logprob_backward(
-            hidden, weight, bias, *ctx.rest.flat(), grad_logprobs.contiguous(), grad_entropy, lse, saved_entropy, call.encode()
+            hidden,
+            weight,
+            bias,
+            *ctx.rest.flat(),
+            grad_logprobs.contiguous(),
+            grad_entropy,
+            lse,
+            saved_entropy,
+            call.encode(),
         )
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         needs = (call.need_hidden, call.need_weight, call.need_bias)

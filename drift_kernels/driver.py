@@ -241,12 +241,16 @@ def score(x: Inputs, call: Call) -> Tensor:
     return sweep.scatter(collected, call.outputs)
 
 
-def backward(x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor | None) -> Grads:
+def backward(
+    x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor | None
+) -> Grads:
     """Gradients of Σ grad_logprobs·logp + grad_entropy·H; all [N], `lse` and `entropy` as `score` gave them.
 
     Rows whose incoming gradients are all zero are not computed again.
     """
-    mask = (x.targets != call.head.ignore_index) & (grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0))
+    mask = (x.targets != call.head.ignore_index) & (
+        grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
+    )
     if x.active is not None:
         mask &= torch.zeros_like(mask).index_fill_(0, x.active, True)
     sweep = Sweep(x, call, plan := rows.plan(mask, x.rows))
@@ -261,11 +265,15 @@ def backward(x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor 
             entropy_rows = entropy_rows[first]
     for piece in sweep:
         spans = [None if v is None else v[piece.start : piece.stop] for v in (lse_rows, entropy_coefs, entropy_rows)]
-        sweep.add_gradients(piece, sweep.kernels.grad_logits(piece.logits, piece.chunk, piece.pick(coefs), *spans, raw=True))
+        sweep.add_gradients(
+            piece, sweep.kernels.grad_logits(piece.logits, piece.chunk, piece.pick(coefs), *spans, raw=True)
+        )
     return sweep.finish()
 
 
-def pointwise(x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
+def pointwise(
+    x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], normalizer: Tensor
+) -> tuple[Tensor, Grads, Tensor]:
     """As `fused`, for a token loss fn(logprobs, *tensors) in torch: its derivative by autograd, chunk by chunk."""
     sweep = Sweep(x, call, plan := _plan(x, call))
     tensors = tuple(plan.pick(t) for t in tensors)
@@ -279,7 +287,9 @@ def pointwise(x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[T
             coefs = torch.autograd.grad(token.sum(), logprobs)[0] if token.requires_grad else torch.zeros_like(logprobs)
         _collect(collected, outputs | {"loss": token.detach()}, piece.chunk)
         if call.need_grad:
-            live = sweep.kernels.grad_logits(piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False)
+            live = sweep.kernels.grad_logits(
+                piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False
+            )
             sweep.add_gradients(piece, live)
     loss = sum((part.double().sum() for part in collected.get("loss", [])), torch.zeros((), dtype=torch.float64))
     return loss.to(sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
@@ -289,4 +299,6 @@ def _check_finite(values: dict[str, Tensor | None]) -> None:
     for name, value in values.items():
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(f"{name} has {bad} non-finite values on rows that count; mask them with ignore_index or weight 0")
+            raise ValueError(
+                f"{name} has {bad} non-finite values on rows that count; mask them with ignore_index or weight 0"
+            )

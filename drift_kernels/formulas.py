@@ -96,7 +96,9 @@ def token_loss(
     return loss
 
 
-def correction(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, segments: Tensor | None, spec: PolicySpec) -> Tensor:
+def correction(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, segments: Tensor | None, spec: PolicySpec
+) -> Tensor:
     """Factor exp(old − rollout) on each token's objective [N], truncated or masked per token or per sequence.
 
     `mask` [N] bool says which tokens count; `segments` [N] int64 which sequence they are of (the sequence forms).

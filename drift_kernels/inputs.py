@@ -60,13 +60,17 @@ def flatten(
     """Checks what every op takes and drops its batch shape; raises TypeError or ValueError naming the argument."""
     for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias)):
         if isinstance(value, DTensor):
-            raise NotImplementedError(f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()")
+            raise NotImplementedError(
+                f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
+            )
     hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden has dtype {hidden.dtype}; it must be one of float64, float32, bfloat16, float16")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or use torch.autocast")
+            raise TypeError(
+                f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or use torch.autocast"
+            )
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D]")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -74,13 +78,21 @@ def flatten(
     if targets.dtype != torch.int64:
         raise TypeError(f"targets has dtype {targets.dtype}; it must be int64")
     if rows is None and targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets {tuple(targets.shape)} must have the leading shape of hidden {tuple(hidden.shape[:-1])}")
-    if rows is not None and (targets.dim() != 1 or hidden.dim() != 2 or rows.shape != targets.shape or rows.dtype != torch.int64):
-        raise ValueError(f"with rows= targets and rows must be [N] int64 and hidden [T, D]; got {tuple(targets.shape)}, {tuple(rows.shape)}")
+        raise ValueError(
+            f"targets {tuple(targets.shape)} must have the leading shape of hidden {tuple(hidden.shape[:-1])}"
+        )
+    if rows is not None and (
+        targets.dim() != 1 or hidden.dim() != 2 or rows.shape != targets.shape or rows.dtype != torch.int64
+    ):
+        raise ValueError(
+            f"with rows= targets and rows must be [N] int64 and hidden [T, D]; got {tuple(targets.shape)}, {tuple(rows.shape)}"
+        )
     per_row = None
     if isinstance(temperature, Tensor):
         if temperature.shape != hidden.shape[:-1]:
-            raise ValueError(f"temperature has shape {tuple(temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}")
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}"
+            )
         per_row = temperature.detach().reshape(-1)
     if active is not None and (active.dim() != 1 or active.dtype != torch.int64):
         raise ValueError(f"active must be a 1-d int64 tensor of positions; got {tuple(active.shape)} {active.dtype}")
@@ -98,7 +110,9 @@ def _cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def segment_ids(shape: torch.Size, cu_seqlens: Tensor | None, given: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
+def segment_ids(
+    shape: torch.Size, cu_seqlens: Tensor | None, given: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, int]:
     """Which sequence each entry belongs to [N] int64, and how many sequences there are; (None, 0) where nothing says.
 
     From `segment_ids` as given, from `cu_seqlens` [S + 1] of a packed batch, or from the rows of a padded [B, L] one.
@@ -106,11 +120,15 @@ def segment_ids(shape: torch.Size, cu_seqlens: Tensor | None, given: Tensor | No
     total = shape.numel()
     if given is not None:
         if given.shape != shape or given.dtype != torch.int64:
-            raise ValueError(f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}")
+            raise ValueError(
+                f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
+            )
         return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+            raise ValueError(
+                f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
         positions = torch.arange(total, device=device)
         return torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1, cu_seqlens.numel() - 1
     if len(shape) == 2:

@@ -15,7 +15,16 @@ from torch import Tensor
 from drift_kernels import backends, formulas
 from drift_kernels.autograd import FusedLoss, LinearLogprobs, PointwiseLoss, Rest, Tokens
 from drift_kernels.backends import reference
-from drift_kernels.inputs import OUTPUTS, POLICY_OUTPUTS, Flat, as_normalizer, check_outputs, flatten, segment_ids, with_needs
+from drift_kernels.inputs import (
+    OUTPUTS,
+    POLICY_OUTPUTS,
+    Flat,
+    as_normalizer,
+    check_outputs,
+    flatten,
+    segment_ids,
+    with_needs,
+)
 from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -181,7 +190,9 @@ def policy_loss(
     names = check_outputs(tuple(outputs), POLICY_OUTPUTS)
     mask = flat.mask(ignore_index)
     segments, count = _segments(flat, spec, advantages, cu_seqlens, segment_ids)
-    tokens = _tokens(flat, mask, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights, spec)
+    tokens = _tokens(
+        flat, mask, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights, spec
+    )
     head = _head(temperature, softcap, logit_scale, ignore_index)
     wanted = tuple(dict.fromkeys((*names, "clipped")))
     call = with_needs(Call(spec, head, config, wanted), flat)
@@ -221,13 +232,17 @@ def pointwise_loss(
         if tensor.requires_grad:
             raise ValueError(f"per_token_tensors[{i}] requires grad, and no gradient would reach it; detach it")
         if tensor.shape != flat.shape:
-            raise ValueError(f"per_token_tensors[{i}] has shape {tuple(tensor.shape)}, targets {tuple(flat.shape)}; they must agree")
+            raise ValueError(
+                f"per_token_tensors[{i}] has shape {tuple(tensor.shape)}, targets {tuple(flat.shape)}; they must agree"
+            )
     tensors = tuple(tensor.reshape(-1) for tensor in per_token_tensors)
     mask = flat.mask(ignore_index)
     _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
     names = check_outputs(tuple(outputs), OUTPUTS)
     call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, names), flat)
-    denominator = as_normalizer(_or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
+    denominator = as_normalizer(
+        _or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype)
+    )
     if backends.resolve(config.backend, hidden.device) == "reference":
         stats = _reference_stats(flat, call, mask)
         picked = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
@@ -238,7 +253,9 @@ def pointwise_loss(
 
 
 def _head(temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> HeadOptions:
-    return HeadOptions(1.0 if isinstance(temperature, Tensor) else float(temperature), softcap, float(logit_scale), ignore_index)
+    return HeadOptions(
+        1.0 if isinstance(temperature, Tensor) else float(temperature), softcap, float(logit_scale), ignore_index
+    )
 
 
 def _unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
@@ -272,14 +289,18 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
     return LossOutput(loss, _unflatten(values, flat)), values
 
 
-def _segments(flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None) -> tuple[Tensor | None, int]:
+def _segments(
+    flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None
+) -> tuple[Tensor | None, int]:
     segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
     if segments is None:
         wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
         wants += [spec.correction] if spec.correction and spec.correction.startswith("sequence") else []
         wants += ["advantages per segment"] if advantages.shape != flat.shape else []
         if wants:
-            raise ValueError(f"{', '.join(wants)}: pass cu_seqlens (or segment_ids), since packed tokens alone do not say where sequences end")
+            raise ValueError(
+                f"{', '.join(wants)}: pass cu_seqlens (or segment_ids), since packed tokens alone do not say where sequences end"
+            )
     return segments, count
 
 
@@ -287,7 +308,9 @@ def _tokens(flat: Flat, mask, segments, count, advantages, old, ref, rollout, we
     """Per-entry data; corrections are folded into advantages and aggregation into weights (losses are linear in both)."""
     if advantages.shape != flat.shape:
         if advantages.shape != (count,):
-            raise ValueError(f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment")
+            raise ValueError(
+                f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment"
+            )
         advantages = advantages.detach()[segments].reshape(flat.shape)
     advantage = flat.per_entry("advantages", advantages)
     old_flat, ref_flat = flat.per_entry("old_logprobs", old), flat.per_entry("ref_logprobs", ref)
@@ -314,7 +337,9 @@ def _own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: in
         case "token_sum":
             return torch.ones((), dtype=flat.dtype, device=mask.device)
         case _:
-            lengths = torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
+            lengths = torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(
+                0, segments, mask.to(torch.int64)
+            )
             return _or_one((lengths > 0).sum(), flat)
 
 
@@ -338,7 +363,9 @@ def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], cou
         logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
         whole = fn(logprobs, *tensors)
         if whole.shape != logprobs.shape:
-            raise ValueError(f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce")
+            raise ValueError(
+                f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce"
+            )
         if count < 2:
             return
         half = count // 2

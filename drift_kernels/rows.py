@@ -7,6 +7,7 @@ entries that something reads, and the hidden rows that carry them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,4 +75,4 @@ def chunks(count: int, largest: int) -> list[tuple[int, int]]:
     """[0, count) cut into the fewest spans of at most `largest` rows, all about equally long."""
     pieces = -(-count // max(largest, 1))
     edges = [count * i // pieces for i in range(pieces + 1)] if pieces else [0]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(pairwise(edges))

@@ -29,11 +29,15 @@ class Case:
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Fresh hidden, weight and bias in `dtype` that require grad."""
-        made = [t.to(device=device, dtype=dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight, self.bias)]
+        made = [
+            t.to(device=device, dtype=dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight, self.bias)
+        ]
         return made[0], made[1], made[2]
 
 
-def make_case(T: int, D: int, V: int, *, masked: float = 0.3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
+def make_case(
+    T: int, D: int, V: int, *, masked: float = 0.3, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Case:
     """Random inputs whose values are exact in `dtype`, so that every dtype sees the same numbers."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(T, D, generator=g, dtype=torch.float64)
@@ -58,7 +62,9 @@ def off_the_edges(old: Tensor, logprobs: Tensor, edges: tuple[float, ...], margi
     return old
 
 
-def within_budget(actual: Tensor, own: Tensor, exact: Tensor, dtype: torch.dtype, scale: float | None = None) -> tuple[bool, str]:
+def within_budget(
+    actual: Tensor, own: Tensor, exact: Tensor, dtype: torch.dtype, scale: float | None = None
+) -> tuple[bool, str]:
     """Whether `actual`'s error is at most 2x that of torch's `own` plus a few ulp; and a line that says by how much.
 
     `scale` is the size of what was summed up, where it cancels; default: the largest exact value.

@@ -26,7 +26,9 @@ def policy(h, w, b, **options):
 
 
 def pointwise(h, w, b, **options):
-    return dk.pointwise_loss(h, w, CASE.targets, lambda logp, a: a * logp.square(), CASE.advantages, bias=b, config=MANY, **options).loss
+    return dk.pointwise_loss(
+        h, w, CASE.targets, lambda logp, a: a * logp.square(), CASE.advantages, bias=b, config=MANY, **options
+    ).loss
 
 
 def logprob(h, w, b):
@@ -133,7 +135,9 @@ def test_active_equals_masking():
     targets = torch.full_like(CASE.targets, -100).index_copy(0, active, CASE.targets[active])
     results = []
     for y, options in ((CASE.targets, {"active": active}), (targets, {})):
-        out = dk.policy_loss(leaves[0], leaves[1], y, CASE.advantages, old_logprobs=OLD, outputs=("logprobs",), **options)
+        out = dk.policy_loss(
+            leaves[0], leaves[1], y, CASE.advantages, old_logprobs=OLD, outputs=("logprobs",), **options
+        )
         single = dk.linear_logprob(leaves[0], leaves[1], y, **options).logprobs
         results.append((out.loss, out.logprobs, single, torch.autograd.grad(out.loss + single.sum(), leaves[:2])))
     torch.testing.assert_close(results[0], results[1])
@@ -258,7 +262,15 @@ def test_a_small_models_step_compiles_as_one_graph():
     def step(ids, targets, advantages, old):
         hidden = backbone(ids)
         ce = dk.weighted_cross_entropy(hidden, head, targets, advantages.abs(), softcap=5.0).loss
-        out = dk.policy_loss(hidden, head, targets, advantages, old_logprobs=old, outputs=("entropy",), spec=dk.PolicySpec(entropy_coef=0.1))
+        out = dk.policy_loss(
+            hidden,
+            head,
+            targets,
+            advantages,
+            old_logprobs=old,
+            outputs=("entropy",),
+            spec=dk.PolicySpec(entropy_coef=0.1),
+        )
         logprobs = dk.linear_logprob(hidden, head, targets).logprobs
         return ce + out.loss + (logprobs * advantages).mean(), out.outputs["entropy"]
 

@@ -17,7 +17,11 @@ SMALL = dk.KernelConfig(backend="cpu", workspace_bytes=4 << 20)  # several chunk
 def check(actual, own, exact, dtype, V, names=("loss", "hidden", "weight", "bias")):
     for name, a, o, e in zip(names, actual, own, exact):
         # a loss is made of log-probs of about log V, which may cancel
-        ok, line = within_budget(a, o, e, torch.float32, max(1.0, math.log(V))) if name == "loss" else within_budget(a, o, e, dtype)
+        ok, line = (
+            within_budget(a, o, e, torch.float32, max(1.0, math.log(V)))
+            if name == "loss"
+            else within_budget(a, o, e, dtype)
+        )
         assert ok, f"{name}: {line}"
 
 
@@ -46,7 +50,9 @@ def test_weighted_cross_entropy(shape, dtype, softcap):
     def eager(h, w, b):
         return eager_cross_entropy(h, w, b, case.targets, weights, 0.7, softcap)
 
-    actual, own, exact = (gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64)))
+    actual, own, exact = (
+        gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64))
+    )
     check(actual, own, exact, dtype, shape[2])
 
 
@@ -74,12 +80,16 @@ def test_policy_loss_is_ppo(shape, dtype):
     spec = dk.PolicySpec.preset("dapo")
 
     def fused(h, w, b):
-        return dk.policy_loss(h, w, case.targets, case.advantages, old_logprobs=old, bias=b, spec=spec, config=SMALL).loss
+        return dk.policy_loss(
+            h, w, case.targets, case.advantages, old_logprobs=old, bias=b, spec=spec, config=SMALL
+        ).loss
 
     def eager(h, w, b):
         return ppo(h, w, b, case, old)
 
-    actual, own, exact = (gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64)))
+    actual, own, exact = (
+        gradients(f, case.leaves(d)) for f, d in ((fused, dtype), (eager, dtype), (eager, torch.float64))
+    )
     check(actual, own, exact, dtype, shape[2])
 
 
@@ -95,7 +105,9 @@ SPECS = {
     "reinforce": dk.PolicySpec(objective="reinforce"),
     "everything": dk.PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01, dual_clip=3.0),
     "sums": dk.PolicySpec(aggregation="sequence_mean_token_sum", kl_coef=0.2, kl_estimator="k1"),
-    "corrected": dk.PolicySpec(correction="token_truncate", correction_bounds=(0.0, 1.2), kl_coef=0.3, kl_estimator="abs"),
+    "corrected": dk.PolicySpec(
+        correction="token_truncate", correction_bounds=(0.0, 1.2), kl_coef=0.3, kl_estimator="abs"
+    ),
     "masked": dk.PolicySpec(correction="sequence_mask", correction_bounds=(0.5, 2.0), entropy_coef=0.1),
 }
 
@@ -109,7 +121,10 @@ def test_every_spec_in_double_equals_autograd(name, head):
         head = {"temperature": torch.linspace(0.5, 2.0, 40)}
     with torch.no_grad():
         exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, **head).logprobs
-    data = {"old_logprobs": off_the_edges(exact + case.noise, exact, (0.8, 1.2, 1.4, 1.5)), "ref_logprobs": exact + 0.5 * case.noise.roll(1)}
+    data = {
+        "old_logprobs": off_the_edges(exact + case.noise, exact, (0.8, 1.2, 1.4, 1.5)),
+        "ref_logprobs": exact + 0.5 * case.noise.roll(1),
+    }
     data["rollout_logprobs"] = data["old_logprobs"] + 0.3 * case.noise.roll(2)
     data |= {"cu_seqlens": torch.tensor([0, 11, 12, 30, 40], dtype=torch.int32), "token_weights": case.token_weights}
     outputs = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs", "ratio", "kl", "clipped")
@@ -118,7 +133,16 @@ def test_every_spec_in_double_equals_autograd(name, head):
         config = dk.KernelConfig(backend=backend, workspace_bytes=8 * (61 + 18) * 11)
         leaves = case.leaves(torch.float64)
         out = dk.policy_loss(
-            leaves[0], leaves[1], case.targets, case.advantages, bias=leaves[2], spec=spec, outputs=outputs, config=config, **data, **head
+            leaves[0],
+            leaves[1],
+            case.targets,
+            case.advantages,
+            bias=leaves[2],
+            spec=spec,
+            outputs=outputs,
+            config=config,
+            **data,
+            **head,
         )
         return out, torch.autograd.grad(out.loss, leaves)
 
@@ -155,7 +179,9 @@ def test_advantages_per_segment_and_padded_inputs():
     cu = torch.tensor([0, 8, 11, 24])
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     packed = dk.policy_loss(case.hidden, case.weight, case.targets, segment_advantages, cu_seqlens=cu, spec=spec).loss
-    tokens = dk.policy_loss(case.hidden, case.weight, case.targets, segment_advantages[owner], segment_ids=owner, spec=spec).loss
+    tokens = dk.policy_loss(
+        case.hidden, case.weight, case.targets, segment_advantages[owner], segment_ids=owner, spec=spec
+    ).loss
     hidden, targets = torch.zeros(3, 13, 9, dtype=torch.float64), torch.full((3, 13), -100)
     for i, part in enumerate(torch.arange(24).split(lengths)):
         hidden[i, : len(part)], targets[i, : len(part)] = case.hidden[part], case.targets[part]
@@ -215,7 +241,16 @@ def test_several_targets_a_row(backend):
 
     def shared(h, w, b):
         out = dk.policy_loss(
-            h, w, targets, advantages, old_logprobs=old, rows=rows, bias=b, temperature=temperature, spec=spec, config=config,
+            h,
+            w,
+            targets,
+            advantages,
+            old_logprobs=old,
+            rows=rows,
+            bias=b,
+            temperature=temperature,
+            spec=spec,
+            config=config,
             outputs=("logprobs", "entropy"),
         )
         logprobs = dk.linear_logprob(h, w, targets, rows=rows, bias=b, return_entropy=True, config=config)
@@ -223,7 +258,14 @@ def test_several_targets_a_row(backend):
 
     def repeated(h, w, b):
         out = dk.policy_loss(
-            h[rows], w, targets, advantages, old_logprobs=old, bias=b, temperature=temperature[rows], spec=spec,
+            h[rows],
+            w,
+            targets,
+            advantages,
+            old_logprobs=old,
+            bias=b,
+            temperature=temperature[rows],
+            spec=spec,
             outputs=("logprobs", "entropy"),
         )
         logprobs = dk.linear_logprob(h[rows], w, targets, bias=b, return_entropy=True)

@@ -143,12 +143,14 @@ def test_markup_from_models_data_and_settings_is_escaped(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         for step in (1, 2):
             name = ATTACK.replace("/", "∕")
-            file.write(json.dumps({"step": step, f"{name}$a$/loss": 1.0, f"seed-0/drift/{name}": 2.0}) + "\n")
+            file.write(json.dumps({"step": step, "cost in $ and $": 1.0, f"seed-0/drift/{name}": 2.0}) + "\n")
     page = page_of(folder)
     tags = {tag for tag, _ in Parsed(page).tags}
     assert not {"script", "img"} & tags
     assert "onerror" not in {name for _, attributes in Parsed(page).tags for name in attributes}
-    assert text_of(page).count('<script>alert("x")</script>') > 10
+    text = text_of(page)
+    assert text.count('<script>alert("x")</script>') > 10
+    assert "cost in $ and $" in text
 
 
 def test_odd_characters_reach_the_page(tmp_path):

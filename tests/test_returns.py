@@ -160,6 +160,8 @@ def test_min_weight_drops_after_weights_are_fixed():
     assert 0 < len(dropped) == stats["dropped_rows"] < len(ROWS)
     assert stats["dropped_weight_share"] == pytest.approx(sum(dropped) / len(ROWS))
     assert {**stats, "dropped_rows": 0, "dropped_weight_share": 0.0} == before
+    _, at_the_edge = weigh(ROWS, WeightsConfig(min_weight=min(plain)))
+    assert at_the_edge["dropped_rows"] == 0
 
 
 def test_weigh_refuses_nothing():

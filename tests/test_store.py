@@ -56,7 +56,13 @@ def write_lines(path, *rows, end="\n"):
 
 
 def test_good_rows_pass_unchanged():
-    for good in (row(), published(), row(extra={"kept": [1]})):
+    from_the_start = {
+        "token_ids": [6, 9, 7],
+        "loss_mask": [1, 0, 1],
+        "turn_starts": [0, 2],
+        "logprobs": [-1.0, 0.0, -2.0],
+    }
+    for good in (row(), published(), row(extra={"kept": [1]}), row(**from_the_start)):
         before = copy.deepcopy(good)
         assert validate(good) == before
         assert good == before
@@ -70,7 +76,9 @@ def test_older_and_padded_rows_come_out_in_the_current_form():
         turn_rewards={"t1": 0, "t2": 1.0, "t3": None, "t4": 0.0, "t5": 0.0},
         answer_norms=DROP,
     )
+    before = copy.deepcopy(old)
     new = validate(old)
+    assert old == before
     assert new["format_penalty"] == -0.1
     assert "trajectory_penalty" not in new
     assert new["verifier"] == {"t1": 0, "t2": 1, "t4": 0, "t5": 0}
@@ -206,6 +214,7 @@ def test_writer_appends_flushes_and_resumes(tmp_path):
         assert writer.done == set()
         assert writer.write(first) == first
         assert read(path) == [first]  # before closing
+        assert "ünïcode".encode() in path.read_bytes()  # readable, not \\u00fc
     with Writer(path, fsync=True) as writer:
         assert writer.done == {("p", 0)}
         writer.write(row(traj_idx=3))

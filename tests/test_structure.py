@@ -55,7 +55,13 @@ def test_kernels_depend_on_torch_and_numpy_alone(path):
     if "adapters" in path.parts:
         return
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         assert all(name.split(".")[0] in allowed for name in names if name), f"{path.name} imports {names}"
 
 
@@ -88,7 +94,12 @@ def test_importing_the_kernels_loads_neither_transformers_nor_triton_and_touches
 
 
 def test_files_are_rooms_with_one_job():
-    files = [p for folder in ("drift", "drift_kernels", "csrc", "bench") for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".h", ".cu"}]
+    files = [
+        p
+        for folder in ("drift", "drift_kernels", "csrc", "bench")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in {".py", ".cpp", ".h", ".cu"}
+    ]
     lengths = sorted((len(p.read_text().splitlines()), str(p.relative_to(ROOT))) for p in files)
     assert lengths[-1][0] <= 500, lengths[-1]
     assert lengths[len(lengths) // 2][0] <= 200, lengths

@@ -60,6 +60,10 @@ def test_the_bootstrap_varies_over_seeds_and_over_problems():
     assert drawn_problems.std() == pytest.approx(np.sqrt(0.25 / 50), rel=0.06)
 
 
+def test_an_interval_leaves_as_much_below_as_above():
+    assert interval(np.arange(1001.0), level=0.9) == pytest.approx((50, 950))
+
+
 def test_arms_share_their_draws_and_chunks_do_not_show(monkeypatch):
     table = np.random.default_rng(0).random((5, 40)) < 0.4
     drawn = bootstrap({"a": table, "b": ~table}, 500, seed=4)

@@ -36,10 +36,14 @@ def resolve(name: str, device: torch.device) -> str:
         return name
     wanted = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "") if name == "auto" else name
     if not wanted:
-        raise RuntimeError(f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU")
+        raise RuntimeError(
+            f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU"
+        )
     reason = _reason(wanted)
     if reason:
-        raise RuntimeError(f"backend={wanted!r} cannot run: {reason}. backend='reference' runs anywhere, with full logits")
+        raise RuntimeError(
+            f"backend={wanted!r} cannot run: {reason}. backend='reference' runs anywhere, with full logits"
+        )
     if (wanted == "cpu") != (device.type == "cpu"):
         raise RuntimeError(f"backend={wanted!r} does not run on device {device}; use backend='auto'")
     return wanted

@@ -12,7 +12,9 @@ from drift_kernels import formulas
 from drift_kernels.spec import HeadOptions, PolicySpec
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None, head: HeadOptions) -> Tensor:
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None, head: HeadOptions
+) -> Tensor:
     """z [T, V] = softcap(logit_scale·(h·Wᵀ + b)) / temperature in the compute dtype, differentiable."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     z = hidden.to(dtype) @ weight.to(dtype).t()
@@ -42,10 +44,14 @@ def statistics(z: Tensor, targets: Tensor, rows: Tensor | None, mask: Tensor) ->
     return {name: torch.where(mask, value, 0.0) for name, value in out.items()}
 
 
-def policy(stats: dict[str, Tensor], mask: Tensor, advantages, old, ref, weights, spec: PolicySpec) -> dict[str, Tensor]:
+def policy(
+    stats: dict[str, Tensor], mask: Tensor, advantages, old, ref, weights, spec: PolicySpec
+) -> dict[str, Tensor]:
     """Weighted token losses and per-token terms [N], zero outside `mask`; `loss` is differentiable through `stats`."""
     logprobs = stats["logprobs"]
-    advantages, old, ref, weights = (None if v is None else torch.where(mask, v, 0.0) for v in (advantages, old, ref, weights))
+    advantages, old, ref, weights = (
+        None if v is None else torch.where(mask, v, 0.0) for v in (advantages, old, ref, weights)
+    )
     advantages = torch.ones_like(logprobs) if advantages is None else advantages
     loss = formulas.token_loss(logprobs, advantages, old, ref, stats["entropy"], stats["lse"], spec)
     if weights is not None:

@@ -1,0 +1,129 @@
+"""Conversations as token ids. What was sampled is never tokenised again: a later prompt is the ids so far plus what the
+chat template puts between one assistant turn and the next.
+
+The text that a template adds after an assistant turn is found by rendering the conversation with a marker in place of
+that turn: whatever the template does with earlier turns (some drop old thinking) does not touch ids already sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from drift.policy import Policy
+from drift.types import Trajectory, Turn
+
+Messages = list[dict[str, Any]]
+_MARK = "\u2402turn\u2403"
+
+
+def text(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """`messages` through the chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def encode(tokenizer: Any, rendered: str) -> list[int]:
+    """Ids of text that already holds its special tokens."""
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    """`messages` as ids, with the opening of an assistant turn (and a template's prefill) at the end if wanted."""
+    return encode(tokenizer, text(tokenizer, messages, add_generation_prompt))
+
+
+def decode(policy: Policy, ids: Sequence[int]) -> str:
+    """A sampled turn as text, without the token that ends it."""
+    ids = list(ids)
+    if ids and ids[-1] in policy.eos_ids:
+        ids.pop()
+    return policy.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def after_turn(tokenizer: Any, messages: Messages) -> str:
+    """The text from the end of the last assistant message to the opening of the next one.
+
+    `messages` ends with what followed that turn (user or tool messages). Raises ValueError for a template that changes
+    or repeats an assistant message's place.
+    """
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    if last < 0 or last == len(messages) - 1:
+        raise ValueError("messages: expected an assistant message and then at least one other")
+    marked = [{**m, "content": _MARK} if i == last else m for i, m in enumerate(messages)]
+    parts = text(tokenizer, marked, add_generation_prompt=True).split(_MARK)
+    if len(parts) != 2:
+        raise ValueError(
+            f"the chat template shows the last assistant message {len(parts) - 1} times; history=template would do"
+        )
+    return parts[1]
+
+
+def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
+    """The next prompt: `ids` as sampled, then what the template adds up to the next assistant turn."""
+    added = encode(policy.tokenizer, after_turn(policy.tokenizer, messages))
+    if ids and added and ids[-1] in policy.eos_ids and added[0] in policy.eos_ids:
+        added = added[1:]  # the model has ended its turn itself
+    return [*ids, *added]
+
+
+def preserves_prefix(tokenizer: Any, messages: Messages) -> bool:
+    """Whether the template renders every earlier turn of `messages` as it was when it was the last one.
+
+    False for templates that drop thinking once a user speaks again; then the template's own history and the sampled one
+    differ, and `history: keep` trains the sampled one.
+    """
+    whole = text(tokenizer, messages)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return all(whole.startswith(text(tokenizer, messages[:i], True) + messages[i]["content"]) for i in turns)
+
+
+def to_trajectories(
+    policy: Policy, row: dict[str, Any], *, index: int, weight: float = 1.0, turns: str = "last"
+) -> list[Trajectory]:
+    """One rollout row as what is trained: its own token ids where it has them, else its messages, rendered in one go.
+
+    A row whose turns are separate samples (history: template) gives one trajectory a turn with turns="assistant", all of
+    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering.
+    """
+    if row.get("token_ids") is None:
+        return [_from_messages(policy, row, index, weight, turns)]
+    samples = [*(row.get("earlier_turns") or [] if turns == "assistant" else []), row]
+    return [_from_ids(row["prompt_id"], sample, index, weight) for sample in samples]
+
+
+def _from_ids(problem_id: str, sample: dict[str, Any], index: int, weight: float) -> Trajectory:
+    mask, spans = sample["loss_mask"], []
+    for start in sample.get("turn_starts") or _rises(mask):
+        stop = start
+        while stop < len(mask) and mask[stop]:
+            stop += 1
+        spans.append(Turn(start, stop))
+    return Trajectory(problem_id, sample["token_ids"], spans, weight, index, logprobs=sample.get("logprobs"))
+
+
+def _rises(mask: Sequence[int]) -> list[int]:
+    return [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
+
+
+def _from_messages(policy: Policy, row: dict[str, Any], index: int, weight: float, turns: str) -> Trajectory:
+    messages: Messages = row["messages"]
+    whole = text(policy.tokenizer, messages)
+    encoded = policy.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    assistants = [m["content"] for m in messages if m["role"] == "assistant"]
+    spans, place = [], len(whole)
+    for i in reversed(range(len(assistants))):  # from the end: an earlier message may say the same
+        place = whole.rfind(assistants[i], 0, place)
+        if place < 0:
+            if i == len(assistants) - 1 or turns == "assistant":
+                raise ValueError(
+                    f"row {row['prompt_id']!r}: the chat template does not show assistant message {i + 1} as it is"
+                )
+            break  # earlier thinking left out by the template; only the last turn is trained
+        stop = place + len(assistants[i])
+        inside = [k for k, (a, b) in enumerate(offsets) if b > place and a < stop]
+        first, last = inside[0], inside[-1] + 1
+        if last < len(ids) and ids[last] in policy.eos_ids:
+            last += 1
+        spans.append(Turn(first, last))
+    return Trajectory(row["prompt_id"], ids, spans[::-1], weight, index)

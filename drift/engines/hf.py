@@ -1,0 +1,120 @@
+"""Rollouts in process: a cached decoding loop over a transformers model.
+
+Prompts are sorted by length, padded on the left and decoded in batches; rows that have ended leave the batch once they
+are half of it, so that a few long answers do not hold up many short ones. Only the last position's logits are made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from drift.engines import Sample
+from drift.policy import Policy
+
+
+class HFEngine:
+    """`generate` on the policy's own weights, as they are when it is called."""
+
+    def __init__(self, policy: Policy, batch_size: int = 512) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} should be at least 1")
+        self.policy, self.batch_size = policy, batch_size
+        names = inspect.signature(policy.causal_lm.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        bar: Any = None,
+    ) -> list[Sample]:
+        """One sample a prompt, in order; temperature 0 is greedy. The same call gives the same samples.
+
+        Raises ValueError for an empty prompt, temperature < 0, or top_p outside (0, 1].
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} should be at least 0 and top_p {top_p} in (0, 1]")
+        if not all(prompts):
+            raise ValueError(f"prompts: number {next(i for i, p in enumerate(prompts) if not p)} is empty")
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        samples: list[Sample | None] = [None] * len(prompts)
+        generator = torch.Generator(self.policy.device).manual_seed(seed)
+        with self.policy.inference():
+            for first in range(0, len(order), self.batch_size):
+                chosen = order[first : first + self.batch_size]
+                done = self._batch([prompts[i] for i in chosen], max_new_tokens, temperature, top_p, generator)
+                for i, sample in zip(chosen, done):
+                    samples[i] = sample
+                if bar is not None:
+                    bar.advance(len(chosen))
+        return [sample for sample in samples if sample is not None]
+
+    def _batch(
+        self, prompts: list[list[int]], limit: int, temperature: float, top_p: float, generator: torch.Generator
+    ) -> list[Sample]:
+        device, longest = self.policy.device, len(prompts[-1])
+        ids = torch.full((len(prompts), longest), self.policy.tokenizer.pad_token_id or 0, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ends = torch.tensor(sorted(self.policy.eos_ids), device=device)
+        samples = [Sample([], [], False) for _ in prompts]
+        live, cache = list(range(len(prompts))), DynamicCache(config=self.policy.causal_lm.config)
+        options = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+        running = torch.ones(len(live), dtype=torch.bool, device=device)
+        for _ in range(limit):
+            out = self.policy.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+            tokens, logprobs = draw(out.logits[:, -1].float(), temperature, top_p, generator)
+            ended = torch.isin(tokens, ends)
+            for row, on, token, logprob, end in zip(
+                live, running.tolist(), tokens.tolist(), logprobs.tolist(), ended.tolist()
+            ):
+                if on:
+                    samples[row].token_ids.append(token)
+                    samples[row].logprobs.append(logprob)
+                    samples[row].finished = end
+            running &= ~ended
+            left = int(running.sum())
+            if left == 0:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            if left <= len(live) // 2:
+                kept = running.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                ids, mask, positions = ids[kept], mask[kept], positions[kept]
+                live = [live[i] for i in kept.tolist()]
+                running = running[kept]
+        return samples
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row of logits [B, V] float32 and its log-prob at this temperature, [B] each.
+
+    temperature 0 takes the most likely token, with its log-prob at temperature 1. top_p keeps the fewest most likely
+    tokens that hold that much probability; the log-prob is that before the cut.
+    """
+    log_p = torch.log_softmax(logits / temperature if temperature > 0 else logits, -1)
+    if temperature == 0:
+        tokens = log_p.argmax(-1)
+    else:
+        p = log_p.exp()
+        if top_p < 1:
+            ranked, order = p.sort(-1, descending=True)
+            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+            p = torch.zeros_like(p).scatter_(-1, order, ranked)
+        tokens = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(1)

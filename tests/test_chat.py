@@ -1,0 +1,124 @@
+"""Turns and templates: later prompts keep what was sampled, and text-only rows find their turns. No model runs."""
+
+import pytest
+
+from drift import chat
+from drift.config import ModelConfig
+from drift.policy import load_policy
+
+QWEN = (  # drops the thinking of earlier turns once a user speaks again
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "<pad>{% for m in messages %}<|im_start|>{{ 'ipython' if m.role == 'tool' else m.role }}\n\n{{ m.content | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+GEMMA = (
+    "<pad>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+PREFILL = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "prefill": PREFILL}
+START = [{"role": "user", "content": "14 + 3 ="}]
+SAID = ["<think>hm</think><answer>16</answer>", "<answer>17</answer>"]
+
+
+@pytest.fixture(params=TEMPLATES)
+def policy(request):
+    made = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
+    made.tokenizer.chat_template = TEMPLATES[request.param]
+    return made
+
+
+def sampled(policy, said, finished=True):
+    return chat.encode(policy.tokenizer, said + ("<|im_end|>" if finished else ""))
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_next_prompt_keeps_what_was_sampled(policy, role, finished):
+    """ids + the template's own words, exactly once, whether or not the model ended its turn itself."""
+    prompt = chat.render(policy.tokenizer, START, True)
+    ids = prompt + sampled(policy, SAID[0], finished)
+    messages = [*START, {"role": "assistant", "content": SAID[0]}, {"role": role, "content": "Incorrect."}]
+    longer = chat.extend(policy, ids, messages)
+    assert longer[: len(ids)] == ids
+    shown = policy.tokenizer.decode(longer)
+    opening = chat.text(policy.tokenizer, START, True)[len(chat.text(policy.tokenizer, START)) :]
+    assert shown.startswith(chat.text(policy.tokenizer, START, True) + SAID[0] + "<|im_end|>")
+    assert shown.endswith(opening)
+    assert shown.count("<|im_end|>") == 3
+    assert shown.count("Incorrect.") == 1
+
+
+def test_prefix_preserving_templates_are_told_apart(policy):
+    messages = [*START, {"role": "assistant", "content": SAID[0]}, {"role": "user", "content": "Incorrect."}]
+    messages.append({"role": "assistant", "content": SAID[1]})
+    drops = policy.tokenizer.chat_template in (QWEN, PREFILL)
+    assert chat.preserves_prefix(policy.tokenizer, messages) == (not drops)
+    if not drops:
+        ids = chat.render(policy.tokenizer, START, True) + sampled(policy, SAID[0])
+        assert chat.extend(policy, ids, messages[:-1]) == chat.render(policy.tokenizer, messages[:-1], True)
+
+
+def test_text_rows_find_their_turns(policy):
+    """The end-of-turn token is trained, the template's words and the user's are not, and a repeated answer is no trap."""
+    said = [SAID[1], SAID[1]]
+    messages = [{"role": "user", "content": f"Say {SAID[1]} twice"}]
+    for i, content in enumerate(said):
+        messages += [{"role": "assistant", "content": content}] + [{"role": "user", "content": "Incorrect."}] * (i == 0)
+    row = {"prompt_id": "p", "messages": messages}
+    [trajectory] = chat.to_trajectories(policy, row, index=4, weight=0.5, turns="assistant")
+    assert (trajectory.index, trajectory.weight, len(trajectory.turns)) == (4, 0.5, 2)
+    for turn, content in zip(trajectory.turns, said):
+        assert policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) == content + "<|im_end|>"
+    assert policy.tokenizer.decode(trajectory.token_ids) == chat.text(policy.tokenizer, messages)
+
+
+def test_thinking_that_the_template_drops(policy):
+    messages = [*START, {"role": "assistant", "content": SAID[0]}, {"role": "user", "content": "Incorrect."}]
+    messages.append({"role": "assistant", "content": SAID[0]})
+    row = {"prompt_id": "p", "messages": messages}
+    [trajectory] = chat.to_trajectories(policy, row, index=0)
+    last = trajectory.turns[-1]
+    assert policy.tokenizer.decode(trajectory.token_ids[last.start : last.stop]) == SAID[0] + "<|im_end|>"
+    if policy.tokenizer.chat_template in (QWEN, PREFILL):
+        assert len(trajectory.turns) == 1
+        with pytest.raises(ValueError, match="row 'p'.*assistant message 1"):
+            chat.to_trajectories(policy, row, index=0, turns="assistant")
+
+
+def test_recorded_ids_are_used_as_they_are():
+    policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
+    mask = [0, 0, 1, 1, 0, 1]
+    row = {
+        "prompt_id": "p",
+        "messages": START,
+        "token_ids": [9, 8, 7, 6, 5, 4],
+        "loss_mask": mask,
+        "logprobs": [0, 0, -1, -2, 0, -3],
+    }
+    early = {"token_ids": [9, 8, 3], "loss_mask": [0, 0, 1], "logprobs": [0, 0, -4], "turn_starts": [2]}
+    [one] = chat.to_trajectories(policy, row, index=0)
+    assert one.token_ids == [9, 8, 7, 6, 5, 4]
+    assert [(t.start, t.stop) for t in one.turns] == [(2, 4), (5, 6)]
+    assert one.logprobs == [0, 0, -1, -2, 0, -3]
+    both = chat.to_trajectories(policy, row | {"earlier_turns": [early]}, index=0, weight=2.0, turns="assistant")
+    assert [(t.token_ids[-1], t.weight) for t in both] == [(3, 2.0), (4, 2.0)]
+    assert len(chat.to_trajectories(policy, row | {"earlier_turns": [early]}, index=0)) == 1
+
+
+def test_templates_without_a_place_to_go_on_are_refused():
+    policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
+    messages = [*START, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ValueError, match="expected an assistant message"):
+        chat.after_turn(policy.tokenizer, START)
+    policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="shows the last assistant message 2 times"):
+        chat.after_turn(policy.tokenizer, messages)
+    policy.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        type(policy)(policy.model, policy.tokenizer)
