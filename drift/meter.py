@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drift import distributed
 from drift.types import PackedBatch, Trajectory
 
 
@@ -50,15 +49,15 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Totals:
-    """A batch in numbers, summed over the ranks."""
+    """A batch in numbers: one rank's part of it, or the sum over all."""
 
-    samples: float
-    weight: float
-    squared_weight: float
+    samples: float  # trajectories, those of weight 0 included
+    weight: float  # Σw
+    squared_weight: float  # Σw²
     tokens: float
     trained_tokens: float
     cut_tokens: float
-    packed: float
+    packed: float  # trajectories that went into a pack
 
     @property
     def ess(self) -> float:
@@ -67,17 +66,15 @@ class Totals:
 
 
 def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch]) -> Totals:
-    """A batch of which this rank holds `mine`, and has packed them; every rank calls this."""
+    """What this rank holds of a batch: its trajectories, and the packs they went into."""
     return Totals(
-        *distributed.sum_values(
-            len(mine),
-            math.fsum(t.weight for t in mine),
-            math.fsum(t.weight**2 for t in mine),
-            sum(len(p.input_ids) for p in packs),
-            sum(len(p.active) for p in packs),
-            sum(p.cut_tokens for p in packs),
-            sum(len(p.indices) for p in packs),
-        )
+        samples=len(mine),
+        weight=math.fsum(t.weight for t in mine),
+        squared_weight=math.fsum(t.weight**2 for t in mine),
+        tokens=sum(len(p.input_ids) for p in packs),
+        trained_tokens=sum(len(p.active) for p in packs),
+        cut_tokens=sum(p.cut_tokens for p in packs),
+        packed=sum(len(p.indices) for p in packs),
     )
 
 

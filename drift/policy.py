@@ -134,7 +134,9 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         model = _with_lora(model, config.lora)
     model.to(device)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # gradient_checkpointing_enable before transformers 5.24
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Policy(model, tokenizer)
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ import torch
 import drift_kernels
 from drift import checkpoint, distributed
 from drift.config import TrainConfig
-from drift.meter import StepResult, TrainStats, measure, metrics
+from drift.meter import StepResult, Totals, TrainStats, measure, metrics
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.packing import pack
 from drift.track import Track
@@ -140,7 +140,7 @@ def train(
             chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
             mine = [trajectories[i] for i in chosen]
             packs = _pack(mine, config)
-            totals = measure(mine, packs)
+            totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
             normalizer = totals.samples if config.normalize == "samples" else totals.weight
             lr = learning_rate(step, total, config)
             with _seeded(seed, step, policy.model):

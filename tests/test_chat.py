@@ -17,7 +17,8 @@ LLAMA = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 GEMMA = (
-    "<pad>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ m.content | trim }}<|im_end|>\n"
+    "<pad>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
+    "{{ m.content | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 PREFILL = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -87,7 +88,7 @@ def test_thinking_that_the_template_drops(policy):
     assert policy.tokenizer.decode(trajectory.token_ids[last.start : last.stop]) == SAID[0] + "<|im_end|>"
     if policy.tokenizer.chat_template in (QWEN, PREFILL):
         assert len(trajectory.turns) == 1
-        with pytest.raises(ValueError, match="row 'p'.*assistant message 1"):
+        with pytest.raises(ValueError, match=r"row 'p'.*assistant message 1"):
             chat.to_trajectories(policy, row, index=0, turns="assistant")
 
 

@@ -155,3 +155,15 @@ def test_engine_refuses_what_it_cannot_do(policy):
     with pytest.raises(ValueError, match="number 1 is empty"):
         engine.generate([[1], []], max_new_tokens=1)
     assert engine.generate([], max_new_tokens=1) == []
+
+
+def test_gradient_checkpointing_is_on_where_asked():
+    plain, frugal = (load_policy(ModelConfig(gradient_checkpointing=on), seed=2) for on in (False, True))
+    batch, grads = pack([Trajectory("p", list(range(3, 13)), [Turn(5, 10)])], 64)[0], []
+    for policy in (plain, frugal):
+        policy.model.train()
+        policy.hidden(batch).square().sum().backward()
+        grads.append([p.grad for p in policy.model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1])
+    assert not plain.causal_lm.base_model.layers[0].gradient_checkpointing
+    assert frugal.causal_lm.base_model.layers[0].gradient_checkpointing
