@@ -70,6 +70,13 @@ def parse_answer(text: str, tag: str = "answer") -> str | None:
     return (found[-1].strip() or None) if found else None
 
 
+def rules(tag: str = "answer") -> str:
+    """What a model that was not trained on the format is told about it."""
+    return (
+        f"Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
+    )
+
+
 def normalise(text: str) -> str:
     """Strip, lower-case, drop white space (A2): what counts as the same answer."""
     return "".join(text.split()).lower()

@@ -63,8 +63,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.08,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=int(tokenizer.convert_tokens_to_ids(PAD)),  # pyright: ignore[reportArgumentType]
+        eos_token_id=int(tokenizer.convert_tokens_to_ids(END)),  # pyright: ignore[reportArgumentType]
         bos_token_id=None,
     )
     shape._attn_implementation = attention

@@ -164,7 +164,7 @@ def _count_steps(samples: int, config: TrainConfig, steps: int | None) -> int:
         raise ValueError("trajectories: there are none to train on")
     if steps is not None and steps < 1:
         raise ValueError(f"steps {steps} should be at least 1, or None for config.epochs")
-    return steps or math.ceil(config.epochs * math.ceil(samples / config.batch_size) - 1e-9)
+    return steps or max(1, math.ceil(config.epochs * math.ceil(samples / config.batch_size) - 1e-9))
 
 
 def _batch(samples: int, batch_size: int, seed: int, step: int) -> list[int]:

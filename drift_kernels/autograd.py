@@ -133,7 +133,8 @@ def _may_hand_over(grad: Tensor, scale: Tensor) -> bool:
     """
     if grad.device.type != "cpu" or torch.compiler.is_compiling() or scale.numel() != 1:
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph() and float(scale) == 1.0
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+    return not keeps and float(scale) == 1.0
 
 
 class FusedLoss(torch.autograd.Function):
@@ -220,6 +221,7 @@ class LinearLogprobs(torch.autograd.Function):
             return None, None, None, None, None
         if ctx.jacobian:
             (dhidden,) = ctx.saved_tensors
+            assert grad_logprobs is not None  # this path has no entropy
             return _scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), None, None, None, None
         hidden, weight, bias, lse, entropy = ctx.saved_tensors
         call: Call = ctx.call

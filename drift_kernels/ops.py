@@ -324,8 +324,7 @@ def _tokens(flat: Flat, mask, segments, count, advantages, old, ref, rollout, we
         assert advantage is not None
         advantage = advantage * formulas.correction(old_flat, rollout_flat, mask, segments, spec)
     if spec.aggregation == "sequence_mean_token_mean":
-        lengths = torch.zeros(count, dtype=flat.dtype, device=mask.device).index_add_(0, segments, mask.to(flat.dtype))
-        share = 1 / lengths.clamp(min=1)[segments]
+        share = 1 / _lengths(mask, segments, count).clamp(min=1).to(flat.dtype)[segments]
         weight = share if weight is None else weight * share
     return Tokens(advantage, old_flat, ref_flat, weight)
 
@@ -337,10 +336,13 @@ def _own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: in
         case "token_sum":
             return torch.ones((), dtype=flat.dtype, device=mask.device)
         case _:
-            lengths = torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(
-                0, segments, mask.to(torch.int64)
-            )
-            return _or_one((lengths > 0).sum(), flat)
+            return _or_one((_lengths(mask, segments, count) > 0).sum(), flat)
+
+
+def _lengths(mask: Tensor, segments: Tensor | None, count: int) -> Tensor:
+    """Unmasked entries of each sequence [count] int64."""
+    assert segments is not None  # `_segments` has seen to it
+    return torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
 
 
 def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...]) -> Metrics:

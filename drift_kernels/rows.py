@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ class Plan:
     index: Tensor | None  # [R] int64, which hidden rows; None = all T of them
     entries: Tensor | None  # [M] int64, which entries; None = all N of them
     row_ptr: Tensor | None  # [R + 1] int64, entries of each kept row (CSR); None = one each
+
+    @overload
+    def pick(self, values: Tensor) -> Tensor: ...
+    @overload
+    def pick(self, values: None) -> None: ...
+    @overload
+    def pick(self, values: Tensor | None) -> Tensor | None: ...
 
     def pick(self, values: Tensor | None) -> Tensor | None:
         """Of [N] values those of the kept entries [M]."""

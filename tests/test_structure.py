@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["spec", "formulas", "rows", "backends", "driver", "inputs", "autograd", "ops", "testing", "adapters"]
+KERNELS = ["spec", "formulas", "rows", "backends", "driver", "inputs", "autograd", "ops", "testing"]
 TRAINER = [
     {"types", "config"},
     {"tasks", "mathverify", "store", "records", "returns", "packing", "attention", "track", "meter", "optimizer"},

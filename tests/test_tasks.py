@@ -174,7 +174,7 @@ def test_math_verify_judges_and_survives_a_hang():
     assert verifier.verify_many(pairs) == [True, True, True, False, False, True]
     assert verifier.killed == 0
     verifier.seconds = 0.5
-    assert not verifier.verify("3", "9**9**9**9")
+    assert not verifier.verify("3", "9^{9^{9^{9}}}")
     assert verifier.killed == 1
     verifier.seconds = 4.0
     assert verifier.verify("0.25", "1/4")

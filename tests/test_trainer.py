@@ -190,7 +190,8 @@ def test_an_epoch_meets_every_trajectory_once_and_epochs_differ():
 
 
 @pytest.mark.parametrize(
-    ("options", "steps", "count"), [({"epochs": 2.0}, None, 6), ({"epochs": 0.5}, None, 2), ({}, 7, 7)]
+    ("options", "steps", "count"),
+    [({"epochs": 2.0}, None, 6), ({"epochs": 0.5}, None, 2), ({"epochs": 1e-12}, None, 1), ({}, 7, 7)],
 )
 def test_steps_follow_from_epochs_or_are_given(options, steps, count):
     stats = trainer.train(Policy(), some(10), config(**options), seed=0, steps=steps)

@@ -1,0 +1,75 @@
+"""multi@k (A6): the share of problems solved within k turns, greedy, with the feedback loop that rollouts use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from drift.config import EvalConfig
+from drift.engines import Engine
+from drift.policy import Policy
+from drift.rollout import play
+from drift.tasks import Task
+from drift.track import Track
+from drift.types import Problem
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one policy did on a set of problems."""
+
+    multi_at_k: float  # share solved within all k turns
+    single: float  # share solved in the first turn
+    by_turn: list[float]  # [k], share solved within 1, 2, … k turns
+    solved_at: list[int]  # [problems], the turn of the right answer, 0 for never
+    examples: list[dict[str, Any]]  # a few conversations to read: prompt_id, messages, t_star
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict; `multi_at_k` under its published name, such as multi_at_5."""
+        values = asdict(self)
+        return {f"multi_at_{len(self.by_turn)}": values.pop("multi_at_k"), **values}
+
+
+@dataclass(frozen=True)
+class _Greedy:
+    """`rollout.Settings` of an evaluation."""
+
+    turns: int
+    max_new_tokens: int
+    feedback: Literal["simple", "full"]
+    history: Literal["keep", "template"]
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def evaluate(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    feedback: Literal["simple", "full"] = "simple",
+    *,
+    history: Literal["keep", "template"] = "keep",
+    track: Track | None = None,
+) -> Evaluation:
+    """Plays each problem once, greedily, for up to `config.turns` turns. Raises ValueError for no problems."""
+    if not problems:
+        raise ValueError("problems is empty; an evaluation needs at least one")
+    track = track or Track(None, progress=False)
+    settings = _Greedy(config.turns, config.max_new_tokens, feedback, history)
+    jobs = [(problem, 0) for problem in problems]
+    episodes = []
+    with track.progress("evaluate", len(jobs)) as bar:
+        for first in range(0, len(jobs), config.batch_size):
+            chunk = jobs[first : first + config.batch_size]
+            episodes += play(policy, engine, task, chunk, settings, seed=[0], bar=bar)
+    solved_at = [episode.solved_at for episode in episodes]
+    by_turn = [sum(0 < at <= turn for at in solved_at) / len(solved_at) for turn in range(1, config.turns + 1)]
+    examples = [
+        {"prompt_id": e.problem.id, "messages": e.messages, "t_star": e.solved_at or None} for e in episodes[:EXAMPLES]
+    ]
+    return Evaluation(by_turn[-1], by_turn[0], by_turn, solved_at, examples)
