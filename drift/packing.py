@@ -38,8 +38,9 @@ def pack(
     max_length: int | None = None,
     turns: Literal["last", "assistant"] = "last",
     token_reduction: Literal["mean", "sum"] = "mean",
+    min_weight: float = 0.0,
 ) -> list[PackedBatch]:
-    """Packs trajectories for training; those of weight 0 are left out.
+    """Packs trajectories for training; those of weight 0, or below `min_weight`, are left out.
 
     turns: which tokens are trained, those of the last assistant turn or of every one (A4). token_reduction: a trained
     token's weight is the trajectory's, divided by the number of its trained tokens ("mean") or not ("sum").
@@ -56,7 +57,7 @@ def pack(
         raise ValueError(f"token_reduction is {token_reduction!r}; it should be 'mean' or 'sum'")
     for trajectory in trajectories:
         _check(trajectory)
-    kept = [trajectory for trajectory in trajectories if trajectory.weight != 0]
+    kept = [t for t in trajectories if t.weight != 0 and t.weight >= min_weight]
     for name in ("advantage", "logprobs"):
         missing = [t for t in kept if getattr(t, name) is None]
         if missing and len(missing) < len(kept):
@@ -144,7 +145,7 @@ def _window(trajectory: Trajectory, first: int, max_length: int | None, turns: s
     stop = max(trajectory.turns[-1].stop, max_length)
     start = stop - max_length
     if start > first:
-        remedy = "raise max_length, or leave the row out"
+        remedy = "raise max_length and max_tokens, or leave the row out"
         if turns == "assistant" and len(trajectory.turns) > 1:
             remedy += ", or train turns='last' alone"
         raise ValueError(

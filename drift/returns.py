@@ -95,12 +95,12 @@ def weigh(
 
     Rows with the same `prompt_id` form a group, in whatever order they come. log_ratios, from `offpolicy_correction`,
     multiply the weights by exp(log_ratio) before they are normalised. With `skip_unsolved_groups`, groups without any
-    `t_star` get weight 0. Then, with everything fixed, a weight below `min_weight` becomes 0: count those rows in
-    step counts and denominators all the same, so that dropping them only leaves terms out.
+    `t_star` get weight 0. Weights below `min_weight` are given as they are, so that they count in denominators: the
+    packer leaves them out (`drift.packing.pack`), and what that leaves out is said here.
 
     Stats: ess_mean, the mean over groups of effective sample size over group size; ess_overall, the same of all rows
     together (both before min_weight, skipped groups apart); unsolved_share, of groups without a success;
-    skipped_rows; dropped_rows and dropped_weight_share, what min_weight left out. Raises ValueError for no rows.
+    skipped_rows; dropped_rows and dropped_weight_share, what min_weight leaves out. Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("rows is empty; there should be at least one trajectory to weigh")
@@ -135,4 +135,4 @@ def weigh(
         "dropped_rows": len(dropped),
         "dropped_weight_share": math.fsum(dropped) / (math.fsum(kept) or 1.0),
     }
-    return [weight if weight >= config.min_weight else 0.0 for weight in weights], stats
+    return weights, stats

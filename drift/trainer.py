@@ -110,25 +110,31 @@ def train(
     checkpoint_dir: str | Path | None = None,
     prefix: str = "train",
     steps: int | None = None,
+    min_weight: float = 0.0,
 ) -> TrainStats:
     """Trains in place for `config.epochs`, or for `steps` optimizer steps, over and over the trajectories if need be.
 
-    An epoch is a permutation of all trajectories, those of weight 0 included, cut into batches of `config.batch_size`:
-    dropping some changes neither the number of steps nor a denominator of samples. Under torchrun every rank gives the
+    An epoch is a permutation of all trajectories, cut into batches of `config.batch_size`. Those of a weight below
+    `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3). Under torchrun every rank gives the
     same trajectories and trains its share of each batch. Metrics go to `track` as PREFIX/NAME. With `checkpoint_dir` it
     saves every `config.save_every` steps and at the end, and goes on from what is there (a folder all ranks see).
     Raises ValueError where there is nothing to train or a trajectory does not fit (before the first step), and
     CheckpointError where the folder holds another training.
     """
     total = _count_steps(len(trajectories), config, steps)
-    _check(trajectories, config)
+    _check(trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
     optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
     distributed.broadcast(optimizer.parameters)
     optimizer.write_back()
     job: dict[str, Any] = {}
     if checkpoint_dir is not None:
-        job = {"seed": seed, "steps": total, "trajectories": checkpoint.fingerprint(trajectories)}
+        job = {
+            "seed": seed,
+            "steps": total,
+            "min_weight": min_weight,
+            "trajectories": checkpoint.fingerprint(trajectories),
+        }
         job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
         if (path := checkpoint.latest(checkpoint_dir)) is not None:
             _, counts = checkpoint.load(path, optimizer, job)
@@ -139,7 +145,7 @@ def train(
             start = time.perf_counter()
             chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
             mine = [trajectories[i] for i in chosen]
-            packs = _pack(mine, config)
+            packs = _pack(mine, config, min_weight)
             totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
             normalizer = totals.samples if config.normalize == "samples" else totals.weight
             lr = learning_rate(step, total, config)
@@ -174,23 +180,28 @@ def _batch(samples: int, batch_size: int, seed: int, step: int) -> list[int]:
     return order[part * batch_size : (part + 1) * batch_size].tolist()
 
 
-def _pack(trajectories: Sequence[Trajectory], config: TrainConfig) -> list[PackedBatch]:
+def _pack(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> list[PackedBatch]:
     return pack(
         trajectories,
         config.max_tokens,
-        max_length=config.max_length,
+        max_length=min(config.max_length, config.max_tokens),  # what does not fit into a pack is cut to fit
+        min_weight=min_weight,
         turns=config.turns,
         token_reduction=config.token_reduction,
     )
 
 
-def _check(trajectories: Sequence[Trajectory], config: TrainConfig) -> None:
+def _check(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> None:
     """Packs everything once, so that what cannot be trained is said now and not hours later."""
     trained = 0
     for start in range(0, len(trajectories), config.batch_size):
-        trained += sum(len(p.active) for p in _pack(trajectories[start : start + config.batch_size], config))
+        trained += sum(
+            len(p.active) for p in _pack(trajectories[start : start + config.batch_size], config, min_weight)
+        )
     if trained == 0:
-        raise ValueError(f"trajectories: not one token of all {len(trajectories)} would be trained: every weight is 0")
+        raise ValueError(
+            f"trajectories: not one token of all {len(trajectories)} would be trained: every weight is 0 or below min_weight"
+        )
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:

@@ -152,10 +152,10 @@ def test_weigh_skips_unsolved_groups_on_request():
     assert (weights, stats["ess_mean"], stats["unsolved_share"]) == ([0.0], 0.0, 1.0)
 
 
-def test_min_weight_drops_after_weights_are_fixed():
+def test_min_weight_is_counted_and_leaves_weights_as_they_are():
     plain, before = weigh(ROWS, WeightsConfig())
     weights, stats = weigh(ROWS, WeightsConfig(min_weight=0.5))
-    assert weights == [weight if weight >= 0.5 else 0.0 for weight in plain]
+    assert weights == plain  # the packer drops them; denominators count them
     dropped = [weight for weight in plain if weight < 0.5]
     assert 0 < len(dropped) == stats["dropped_rows"] < len(ROWS)
     assert stats["dropped_weight_share"] == pytest.approx(sum(dropped) / len(ROWS))

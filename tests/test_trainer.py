@@ -236,7 +236,7 @@ def test_what_cannot_be_trained_is_said_before_the_first_step():
         trainer.train(policy, [], config(), seed=0)
     with pytest.raises(ValueError, match="every weight is 0"):
         trainer.train(policy, some(5, weight=0.0), config(), seed=0)
-    with pytest.raises(ValueError, match="max_tokens 4"):
+    with pytest.raises(ValueError, match=r"max_length 4.*raise max_length and max_tokens"):
         trainer.train(policy, [*some(9), trajectory(9, torch.Generator(), turns=3)], config(max_tokens=4), seed=0)
     with pytest.raises(ValueError, match="steps 0"):
         trainer.train(policy, some(5), config(), seed=0, steps=0)
@@ -469,3 +469,24 @@ def test_a_model_with_nothing_to_train_is_refused():
     policy.model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         trainer.train(policy, some(4), config(), seed=0)
+
+
+@pytest.mark.parametrize("normalize", ["samples", "weights"])
+def test_min_weight_leaves_out_terms_and_nothing_else(normalize):
+    """One step with some weights below min_weight: the gradient of the kept terms over the denominator of all."""
+    trajectories = some(4)
+    for t, weight in zip(trajectories, (0.1, 2.0, 0.05, 1.5)):
+        t.weight = weight
+    settings, steps = config(normalize=normalize, grad_clip=1e9), []
+    for given, least in ((trajectories, 0.5), ([t for t in trajectories if t.weight >= 0.5], 0.0)):
+        losses = []
+        stats = trainer.train(Policy(), given, settings, seed=0, min_weight=least)
+        losses.append(stats.losses[0])
+        steps.append((stats, losses[0]))
+    (ours, loss), (kept_alone, other) = steps
+    assert ours.dropped == 2
+    whole = 4 if normalize == "samples" else 3.65
+    alone = 2 if normalize == "samples" else 3.5
+    assert loss * whole == pytest.approx(other * alone, rel=1e-5)
+    with pytest.raises(ValueError, match="below min_weight"):
+        trainer.train(Policy(), given, settings, seed=0, min_weight=9.0)
