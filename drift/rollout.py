@@ -18,7 +18,7 @@ import numpy as np
 from drift import chat, store
 from drift.engines import Engine, Sample
 from drift.policy import Policy
-from drift.tasks import Task, normalise, parse_answer, rules
+from drift.tasks import Task, normalise, parse_answer
 from drift.track import Bar, Track
 from drift.types import Problem
 
@@ -129,7 +129,7 @@ def play(
         if turn == settings.turns or not live:
             break
         for episode in live:
-            said = feedback(episode.problem, turn, settings.turns, settings.feedback, task.answer_tag)
+            said = feedback(episode.problem, turn, settings.turns, settings.feedback)
             episode.messages.append({"role": "user", "content": said})
     return episodes
 
@@ -142,11 +142,9 @@ def _verify(task: Task, live: Sequence[Episode], turn: int) -> None:
             episode.solved_at = turn
 
 
-def feedback(problem: Problem, turn: int, turns: int, mode: str, tag: str) -> str:
-    """What a wrong answer in this turn gets; `full` also repeats turn number, problem and format rules (A1)."""
-    if mode == "simple":
-        return FEEDBACK
-    return f"{FEEDBACK} This was turn {turn} of {turns}.\n\n{problem.prompt}\n\n{rules(tag)}"
+def feedback(problem: Problem, turn: int, turns: int, mode: str) -> str:
+    """What a wrong answer in this turn gets; `full` also says which turn it was and repeats the first message (A1)."""
+    return FEEDBACK if mode == "simple" else f"{FEEDBACK} This was turn {turn} of {turns}.\n\n{problem.prompt}"
 
 
 def collect(
@@ -156,16 +154,18 @@ def collect(
     problems: Sequence[Problem],
     config: Any,
     path: str | Path,
-    seed: int,
+    seed: int | Sequence[int],
     track: Track | None = None,
+    prefix: str = "rollout",
 ) -> int:
     """`config.n` trajectories of each problem, appended to the rollout file `path`; returns how many were new.
 
     config: a `drift.config.RolloutConfig`. Goes on from what is in the file. Raises StoreError where a row of the file
-    is bad, or was sampled by another policy than this one.
+    is bad, or was sampled by another policy than this one. Metrics of each chunk go to `track` as PREFIX/NAME.
     """
     track = track or Track(None, progress=False)
     who = {"temperature": config.temperature, "top_p": config.top_p, "policy_hash": policy.hash()}
+    numbers = [seed] if isinstance(seed, int) else seed
     jobs = [(problem, index) for problem in problems for index in range(config.n)]
     with store.Writer(path) as writer, track.progress("rollouts", len(jobs)) as bar:
         if writer.done:
@@ -178,20 +178,21 @@ def collect(
                 bar.advance(len(chunk))
                 continue
             start = time.perf_counter()
-            episodes = play(policy, engine, task, chunk, config, seed=[seed, number], bar=bar)
+            episodes = play(policy, engine, task, chunk, config, seed=[*numbers, number], bar=bar)
             for episode in episodes:
                 if (episode.problem.id, episode.index) in missing:
                     writer.write({**episode.row(config.format_penalty), **who})
-            track.log(number + 1, **_metrics(episodes, time.perf_counter() - start))
+            measured = _metrics(episodes, time.perf_counter() - start)
+            track.log(number + 1, **{f"{prefix}/{key}": value for key, value in measured.items()})
         return len(writer.done) - before
 
 
 def _metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
     sampled = sum(sum(sample["loss_mask"]) for episode in episodes for sample in episode.samples)
     return {
-        "rollout/solved": sum(episode.solved_at > 0 for episode in episodes) / len(episodes),
-        "rollout/solved_first": sum(episode.solved_at == 1 for episode in episodes) / len(episodes),
-        "rollout/turns": sum(len(episode.answers) for episode in episodes) / len(episodes),
-        "rollout/unparsed": sum(episode.answers.count(None) for episode in episodes) / len(episodes),
-        "rollout/tokens_per_second": sampled / seconds,
+        "solved": sum(episode.solved_at > 0 for episode in episodes) / len(episodes),
+        "solved_first": sum(episode.solved_at == 1 for episode in episodes) / len(episodes),
+        "turns": sum(len(episode.answers) for episode in episodes) / len(episodes),
+        "unparsed": sum(episode.answers.count(None) for episode in episodes) / len(episodes),
+        "tokens_per_second": sampled / seconds,
     }

@@ -133,7 +133,7 @@ def demonstrations(
     """`warm_start.batch_size` dialogues about problems drawn from `problems`, ready to pack; they follow from `seed`."""
     draw = np.random.default_rng(seed)
     rows = []
-    for number in draw.integers(len(problems), size=config.warm_start.batch_size):
+    for number in draw.integers(len(problems), size=config.warm_start.batch_size).tolist():
         messages = _dialogue(problems[number], task, problems, config, draw)
         rows.append({"prompt_id": problems[number].id, "messages": messages})
     return [
@@ -153,7 +153,7 @@ def _dialogue(
         if turn == turns or draw.random() >= config.warm_start.wrong_share:
             break
         given.append(_wrong(problem, given, problems, draw))
-        said = feedback(problem, turn, turns, config.rollout.feedback, tag)
+        said = feedback(problem, turn, turns, config.rollout.feedback)
         messages += [{"role": "assistant", "content": f"<{tag}>{given[-1]}</{tag}>"}, {"role": "user", "content": said}]
     return [*messages, {"role": "assistant", "content": f"<{tag}>{problem.answer}</{tag}>"}]
 
@@ -164,7 +164,7 @@ def _wrong(problem: Problem, given: Sequence[str], problems: Sequence[Problem], 
         if _INTEGER.fullmatch(problem.answer):
             answer = str(int(problem.answer) + NEAR[draw.integers(len(NEAR))])
         else:
-            answer = problems[draw.integers(len(problems))].answer
+            answer = problems[int(draw.integers(len(problems)))].answer
         if answer not in given:
             return answer
     raise TaskError(f"problem {problem.id} ({problem.prompt!r}): found no wrong answer to demonstrate beside {given}")

@@ -1,0 +1,326 @@
+"""The whole job: base, and for each seed rollouts, weights, three trainings from the same base, and evaluations.
+
+Everything lies in one folder, and each stage leaves a file there, so that a run that was stopped goes on:
+
+    config.yaml  metrics.jsonl  seconds.json  summary.json  report.html
+    base/                     the warm-started model, and its evaluation
+    rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
+    seed-K/ARM/               the trained model (while it is trained: checkpoints)
+    seed-K/eval-ARM.json      what it solved
+
+Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are
+compared within a seed. Under torchrun, the first rank samples and evaluates and all ranks train.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from drift import chat, distributed, report, store
+from drift.config import Config, ConfigError, dump, load
+from drift.engines.hf import HFEngine
+from drift.evaluate import evaluate
+from drift.intervals import paired_difference
+from drift.policy import Policy, load_policy
+from drift.returns import weigh
+from drift.rollout import collect
+from drift.tasks import Task, load_task, rules
+from drift.track import Track, plain
+from drift.trainer import train
+from drift.types import Problem
+from drift.warm_start import warm_start
+
+MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir")  # between two runs in one folder
+LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that ranks wait for the one that samples
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs what is not done yet, writes summary.json and report.html, and returns the summary.
+
+    Raises ConfigError where the folder holds a run with other settings; WarmStartError, TaskError, StoreError and
+    CheckpointError as their stages do.
+    """
+    folder = Path(config.output_dir) / config.name
+    if (summary := _finished(folder, config)) is not None:
+        Track(None).say(f"{folder} is done: {len(config.seeds)} seeds, arms {', '.join(config.arms)}")
+        return summary
+    _claim(folder, config)
+    transformers_logging.disable_progress_bar()
+    task = load_task(config.task)
+    try:
+        with (
+            distributed.launched(timeout=LONGEST_WAIT) as rank,
+            Track(
+                folder if rank == 0 else None, list(config.track.sinks), config.track.progress and rank == 0
+            ) as track,
+        ):
+            job = _Job(config, folder, task, track)
+            job.base()
+            for seed in config.seeds:
+                job.seed(seed)
+            if rank == 0:
+                job.summarise()
+            distributed.barrier()
+    finally:
+        task.close()
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+class _Job:
+    """What the stages share."""
+
+    def __init__(self, config: Config, folder: Path, task: Task, track: Track) -> None:
+        self.config, self.folder, self.task, self.track = config, folder, task, track
+        self.clock = _Clock(folder / "seconds.json")
+        self.policy: Policy
+        self.start: dict[str, Any]  # the base's trainable parameters
+
+    def base(self) -> None:
+        """The model that all seeds start from, trained to the target where it is the embedded one, and evaluated."""
+        config, folder = self.config, self.folder / "base"
+        warmed = config.model.path is None and config.warm_start.enabled
+        if warmed and distributed.rank() == 0 and not (folder / "warm_start.json").exists():
+            policy = self._load(None)
+            with self.clock("warm_start"):
+                engine = HFEngine(policy, config.rollout.batch_size)
+                done = warm_start(policy, engine, self.task, config, folder, self.track)
+            self.track.say(f"warm start: {done.solved:.0%} of the check problems solved after {done.steps} steps")
+        distributed.barrier()
+        self.policy = self._load(str(folder) if warmed else config.model.path)
+        self.start = self.policy.state()
+        self._evaluate("base", folder / "eval.json")
+
+    def _load(self, path: str | None) -> Policy:
+        model = self.config.model.model_copy(update={"path": path})
+        return load_policy(model, device=distributed.device(), seed=self.config.task.seed)
+
+    def seed(self, seed: int) -> None:
+        """Rollouts and all arms of one seed."""
+        folder = self.folder / f"seed-{seed}"
+        if all((folder / f"eval-{arm}.json").exists() for arm in ("base", *self.config.arms)):
+            return
+        folder.mkdir(exist_ok=True)
+        self.policy.restore(self.start)
+        rows = self._sample(rollout_path(self.folder, self.config, seed), [seed], f"seed-{seed}/rollout")
+        for arm in self.config.arms:
+            if not (folder / f"eval-{arm}.json").exists():
+                self._arm(seed, arm, rows, folder / arm)
+        if distributed.rank() == 0:
+            shutil.copyfile(self.folder / "base" / "eval.json", folder / "eval-base.json")
+
+    def _arm(self, seed: int, arm: str, rows: list[dict[str, Any]], folder: Path) -> None:
+        """Trains from the base for as many steps as an epoch of all trajectories has, `train.rounds` times."""
+        config, name = self.config, f"seed-{seed}/{arm}"
+        self.policy.restore(self.start)
+        for number in range(config.train.rounds):
+            inside = folder / f"round-{number}"
+            if number > 0:
+                rows = self._sample(inside / "rollouts.jsonl", [seed, number], f"{name}/rollout-{number}")
+            weights = self._weights(arm, rows, f"{name}/weights", number)
+            chosen = [
+                trajectory
+                for index, (row, weight) in enumerate(zip(rows, weights))
+                if weight is not None
+                for trajectory in chat.to_trajectories(
+                    self.policy, row, index=index, weight=weight, turns=config.train.turns
+                )
+            ]
+            with self.clock("train"):
+                train(
+                    self.policy,
+                    chosen,
+                    config.train,
+                    seed=seed * config.train.rounds + number,
+                    track=self.track,
+                    checkpoint_dir=inside,
+                    prefix=name,
+                    steps=steps_of(len(rows), config.train.epochs, config.train.batch_size),
+                )
+        if distributed.rank() == 0:
+            self.policy.save(folder)
+        self._evaluate(name, folder.parent / f"eval-{arm}.json")
+        if distributed.rank() == 0:
+            for inside in folder.glob("round-*"):
+                shutil.rmtree(inside)
+
+    def _weights(self, arm: str, rows: list[dict[str, Any]], name: str, number: int) -> Sequence[float | None]:
+        """A weight for each row; None leaves it out."""
+        if arm == "uniform":
+            return [1.0] * len(rows)
+        if arm == "success_only":
+            chosen = [None if row["t_star"] is None else 1.0 for row in rows]
+            if not any(chosen):
+                raise ValueError(f"{name}: no trajectory has a right answer, so success_only has nothing to train on")
+            return chosen
+        weights, stats = weigh(rows, self.config.weights)
+        self.track.log(number, **{f"{name}/{key}": value for key, value in stats.items()})
+        return weights
+
+    def _sample(self, path: Path, seed: Sequence[int], prefix: str) -> list[dict[str, Any]]:
+        config = self.config
+        if distributed.rank() == 0:
+            with self.clock("rollouts"):
+                engine = HFEngine(self.policy, config.rollout.batch_size)
+                problems = self._asked(self.task.problems("train"))
+                collect(self.policy, engine, self.task, problems, config.rollout, path, seed, self.track, prefix)
+        distributed.barrier()
+        return store.read(path)
+
+    def _evaluate(self, name: str, path: Path) -> None:
+        if distributed.rank() == 0 and not path.exists():
+            config, engine = self.config, HFEngine(self.policy, self.config.eval.batch_size)
+            with self.clock("evaluate"):
+                done = evaluate(
+                    self.policy,
+                    engine,
+                    self.task,
+                    self._asked(self.task.problems("eval")),
+                    config.eval,
+                    config.rollout.feedback,
+                    history=config.rollout.history,
+                    track=self.track,
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, done.to_json())
+            shares = f"multi@{config.eval.turns} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
+            self.track.say(f"{name}: {shares} of {len(done.solved_at)} problems")
+        distributed.barrier()
+
+    def _asked(self, problems: list[Problem]) -> list[Problem]:
+        """The problems as they are put to the model; one that was not warm-started on the format is told it."""
+        if self.config.model.path is None:
+            return problems
+        return [replace(p, prompt=f"{p.prompt}\n\n{rules(self.task.answer_tag)}") for p in problems]
+
+    def summarise(self) -> None:
+        """summary.json and report.html, from the files of the stages."""
+        config = self.config
+        multi = f"multi_at_{config.eval.turns}"
+        results: dict[str, dict[str, list[Any]]] = {}
+        for arm in ("base", *config.arms):
+            read = [_read_json(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
+            results[arm] = {key: [content[key] for content in read] for key in (multi, "single", "by_turn")}
+        sampled = [store.read(rollout_path(self.folder, config, seed)) for seed in config.seeds]
+        stats = [weigh(rows, config.weights)[1] for rows in sampled]
+        summary = {
+            "name": config.name,
+            "seeds": config.seeds,
+            "results": results,
+            "paired": _paired(results, multi),
+            "settings": {**config.weights.model_dump(), **_picked(config)},
+            "ess": [s["ess_overall"] for s in stats],
+            "ess_in_group": [s["ess_mean"] for s in stats],
+            "unsolved_groups": [s["unsolved_share"] for s in stats],
+            "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+            "seconds": self.clock.seconds | {"total": sum(self.clock.seconds.values())},
+        }
+        _write_json(self.folder / "summary.json", plain(summary))
+        report.write(self.folder)
+
+
+def rollout_path(folder: Path, config: Config, seed: int) -> Path:
+    """Where a seed's trajectories are: the first seed's lie on top, to be looked at."""
+    inside = folder if seed == config.seeds[0] else folder / f"seed-{seed}"
+    return inside / "rollouts.jsonl"
+
+
+def steps_of(rows: int, epochs: float, batch_size: int) -> int:
+    """Optimizer steps of every arm: those of `epochs` passes over all trajectories."""
+    return max(1, round(epochs * -(-rows // batch_size)))
+
+
+def _paired(results: dict[str, dict[str, list[Any]]], multi: str) -> dict[str, Any]:
+    """Mean and standard error over seeds of what drift is ahead of each other arm."""
+    if "drift" not in results:
+        return {}
+    return {
+        f"drift - {arm}": {
+            key: paired_difference(results["drift"][key], other[key])._asdict() for key in (multi, "single")
+        }
+        for arm, other in results.items()
+        if arm != "drift"
+    }
+
+
+def _picked(config: Config) -> dict[str, Any]:
+    return {
+        "n": config.rollout.n,
+        "turns": config.rollout.turns,
+        "train_problems": config.task.train_problems,
+        "eval_problems": config.task.eval_problems,
+        "lr": config.train.lr,
+        "epochs": config.train.epochs,
+        "batch_size": config.train.batch_size,
+    }
+
+
+class _Clock:
+    """Seconds by stage, kept in a file, so that those of an interrupted run count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = _read_json(path) if path.exists() else {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            if distributed.rank() == 0:
+                _write_json(self.path, self.seconds)
+
+
+def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The summary, if it is that of these settings, seeds and arms."""
+    if not (folder / "summary.json").exists() or not (folder / "config.yaml").exists():
+        return None
+    before = load(folder / "config.yaml", [])
+    same = before.model_copy(update={"track": config.track, "output_dir": config.output_dir}) == config
+    return _read_json(folder / "summary.json") if same else None
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Writes config.yaml; in a folder that has one, only what may differ between two runs may differ."""
+    file = folder / "config.yaml"
+    if file.exists():
+        before, now = load(file, []).model_dump(), config.model_dump()
+        differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
+        if before["seeds"][0] != config.seeds[0]:
+            differ.append(f"seeds began with {before['seeds'][0]} and now with {config.seeds[0]}")
+        if differ:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(differ)}. Set them back, give this run another "
+                f"name (name=…), or remove the folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    file.write_text(dump(config), encoding="utf-8")
+
+
+def _differences(path: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [line for key in keys for line in _differences(f"{path}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{path} was {before!r} and is {now!r}"]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """In one go: a reader finds the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
