@@ -26,7 +26,11 @@ def extension(name: str, sources: list[str], depends: list[str]) -> Extension:
 
 setup(
     ext_modules=[
-        extension("drift_kernels._cpu", ["csrc/bindings.cpp", "csrc/cpu/rows.cpp"], ["csrc/policy.h", "csrc/rows.h"]),
+        extension(
+            "drift_kernels._cpu",
+            ["csrc/bindings.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/gemm.cpp"],
+            ["csrc/policy.h", "csrc/rows.h", "csrc/cpu/gemm.h"],
+        ),
         extension("drift._packing", ["csrc/packing.cpp"], []),
     ]
 )

@@ -1,10 +1,11 @@
-// Python's view of the row kernels: the structs of rows.h with addresses as integers. Nothing is computed here.
+// Python's view of the kernels: the structs of rows.h and cpu/gemm.h with addresses as integers. Nothing is computed here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "cpu/gemm.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -23,6 +24,11 @@ void address(py::class_<C>& c, const char* name, P C::*field) {
 void check(const Rows& rows) {
   if (!rows.logits && rows.rows) throw std::invalid_argument("logits is null");
   if (rows.stride < rows.vocab) throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " + std::to_string(rows.vocab));
+}
+
+void check(const Gemm& g) {
+  if (g.m < 0 || g.n < 0 || g.k < 0 || g.threads < 1) throw std::invalid_argument("sizes must not be negative, and threads at least 1");
+  if (g.m && g.n && !(g.c && g.scratch && (g.k == 0 || (g.a && g.b)))) throw std::invalid_argument("a, b, c or scratch is null");
 }
 
 }  // namespace
@@ -95,4 +101,27 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     return compact(reinterpret_cast<void*>(logits), rows, row_bytes, stride_bytes, bytes(live), reinterpret_cast<int64_t*>(order));
   });
+
+  py::class_<Gemm> gemm(m, "Gemm");
+  gemm.def(py::init<>());
+  address(gemm, "a", &Gemm::a);
+  address(gemm, "b", &Gemm::b);
+  address(gemm, "c", &Gemm::c);
+  address(gemm, "scratch", &Gemm::scratch);
+  gemm.def_readwrite("m", &Gemm::m).def_readwrite("n", &Gemm::n).def_readwrite("k", &Gemm::k);
+  gemm.def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("b_stride", &Gemm::b_stride).def_readwrite("c_stride", &Gemm::c_stride);
+  gemm.def_readwrite("accumulate", &Gemm::accumulate).def_readwrite("threads", &Gemm::threads);
+
+  m.def("has_bf16_gemm", &has_bf16_gemm);
+  m.def("gemm_scratch_bytes", &gemm_scratch_bytes);
+  const auto product = [&m](const char* name, void (*run)(const Gemm&)) {
+    m.def(name, [run](const Gemm& g) {
+      check(g);
+      py::gil_scoped_release release;
+      run(g);
+    });
+  };
+  product("gemm_nt", gemm_nt);
+  product("gemm_nn", gemm_nn);
+  product("gemm_tn", gemm_tn);
 }

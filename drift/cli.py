@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the run failed for a reason that can be put in words, 2 t
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. `argv` without the program's name; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.call(options)
     except KeyboardInterrupt:
@@ -40,6 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _complain(str(error))
         return 2
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "drift":  # ours are worded for the reader; others are bugs
+            raise
+        _complain(str(error))
+        return 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Like parse_args, but settings may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,9 +79,28 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", metavar="key=value", nargs="*", help="settings to change, such as train.lr=1e-4"
         )
 
+    def with_model(command: argparse.ArgumentParser) -> None:
+        base = "model.path, else the base that `drift run CONFIG` left"
+        command.add_argument("--model", metavar="MODEL", help=f"a folder or hub name; default: {base}")
+
     resumes = "It goes on where an earlier run in the same folder stopped."
     with_config(add("run", _run, "the whole job: sample, weigh, train, evaluate, report", resumes))
-    with_config(add("study", _study, "run over all seeds, with bootstrapped intervals", resumes))
+    with_config(add("study", _study, "run, then intervals bootstrapped over seeds and problems", resumes))
+    rollout = add(
+        "rollout", _rollout, "sample trajectories of the training problems into a file", "It goes on from it."
+    )
+    train = add("train", _train, "train on a file of trajectories, with importance weights", "Checkpoints are kept.")
+    for command, out in ((rollout, "the rollout file to append to"), (train, "the folder for the model")):
+        with_config(command)
+        with_model(command)
+        command.add_argument("--out", metavar="PATH", required=True, type=Path, help=out)
+        command.add_argument("--seed", type=int, default=0, help="default: 0")
+    train.add_argument(
+        "--rollouts", metavar="FILE", required=True, type=Path, help="JSONL, as `drift rollout` writes it"
+    )
+    evaluate = add("eval", _eval, "multi@k and single-turn accuracy of a model")
+    with_config(evaluate)
+    with_model(evaluate)
     report = add("report", _report, "write report.html for a run folder, finished or not")
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, such as runs/quickstart")
     add("doctor", _doctor, "what is installed, which backends can run, and why not")
@@ -76,12 +112,14 @@ def _run(options: argparse.Namespace) -> int:
     folder = run_dir(config)
     from drift import run  # torch and transformers load here, not for --help
 
-    done = (folder / "summary.json").exists()
+    before = _written(folder / "summary.json")
     run.run(config)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
+        return 0
     records = read(folder, rollouts=False)
     console = Console()
     console.print(results_table(records))
-    if done:
+    if before is not None and before == _written(folder / "summary.json"):
         console.print(_how_to_start_afresh(folder), markup=False, highlight=False, soft_wrap=True)
     for name in ("summary.json", "report.html", "metrics.jsonl", "rollouts.jsonl"):
         if (folder / name).exists():
@@ -100,6 +138,37 @@ def _study(options: argparse.Namespace) -> int:
     console.print(study.table(result))
     for name in ("study.json", "study.md", "study.svg"):
         console.print(f"  {run_dir(config) / name}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    from drift import stages
+
+    new = stages.sample(config, options.out, model=options.model, seed=options.seed)
+    Console(soft_wrap=True).print(f"{new} new trajectories in {options.out}", markup=False, highlight=False)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if not options.rollouts.is_file():
+        raise ConfigError(f"--rollouts {str(options.rollouts)!r} is not a file; `drift rollout` makes one")
+    from drift import stages
+
+    done = stages.fit(config, options.rollouts, options.out, model=options.model, seed=options.seed)
+    text = f"{done.steps} steps on {done.trained_tokens:,} trained of {done.tokens:,} tokens; the model is in {options.out}"
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    from drift import stages
+
+    done = stages.score(config, model=options.model)
+    text = f"multi@{len(done.by_turn)} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
+    print(f"{text} of {len(done.solved_at)} problems")
     return 0
 
 
@@ -125,6 +194,10 @@ def load_config(path: str, overrides: Sequence[str]) -> Config:
         return load(path, list(overrides))
     except OSError as error:
         raise ConfigError(f"CONFIG {path!r} cannot be read: {error.strerror}") from None
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def run_dir(config: Config) -> Path:

@@ -57,6 +57,7 @@ class Records:
     config: Config | None = None
     config_text: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, Any] = field(default_factory=dict)  # stage -> seconds, and "total" where the run is finished
     turns: int = 5  # the k of multi@k
     seeds: list[int] = field(default_factory=list)
     results: dict[str, Results] = field(default_factory=dict)  # arm -> accuracies over `seeds`
@@ -116,14 +117,16 @@ def _json(records: Records, file: Path) -> dict[str, Any] | None:
 def _read_results(records: Records) -> None:
     """From summary.json where it is there, else from the evaluations that are."""
     evaluations = _read_evaluations(records)
-    complete = sorted(seed for seed, arms in evaluations.items() if arms.keys() == _all_arms(evaluations))
-    for arm in ordered(_all_arms(evaluations)) if complete else ():
+    arms = {arm for found in evaluations.values() for arm in found}
+    complete = [seed for seed, found in evaluations.items() if found.keys() == arms]
+    for arm in ordered(arms) if complete else ():
         records.solved_at[arm] = [evaluations[seed][arm] for seed in complete]
-    file = records.path / "summary.json"
+    file, seconds = records.path / "summary.json", records.path / "seconds.json"
     if file.exists():
         records.summary = _json(records, file) or {}
     else:
         records.missing.append("summary.json: the run is not finished")
+    records.seconds = records.summary.get("seconds") or (_json(records, seconds) if seconds.exists() else None) or {}
     if results := records.summary.get("results"):
         records.seeds = list(records.summary.get("seeds", range(len(next(iter(results.values()))["single"]))))
         for arm in ordered(results):
@@ -141,17 +144,20 @@ def _read_results(records: Records) -> None:
 
 
 def _read_evaluations(records: Records) -> dict[int, dict[str, list[int]]]:
-    found: dict[int, dict[str, list[int]]] = defaultdict(dict)
+    """seed -> arm -> solved_at, of the config's seeds and arms; every seed starts from the base, evaluated once."""
+    seeds, arms = (records.config.seeds, records.config.arms) if records.config else (None, None)
+    found: dict[int, dict[str, list[int]]] = {}
     for file in sorted(records.path.glob("seed-*/eval-*.json")):
-        seed = re.fullmatch(r"seed-(\d+)", file.parent.name)
-        content = _json(records, file) if seed else None
-        if seed and content and content.get("solved_at"):
-            found[int(seed[1])][file.stem.removeprefix("eval-")] = content["solved_at"]
-    return found
-
-
-def _all_arms(evaluations: dict[int, dict[str, list[int]]]) -> set[str]:
-    return {arm for arms in evaluations.values() for arm in arms}
+        name, arm = re.fullmatch(r"seed-(\d+)", file.parent.name), file.stem.removeprefix("eval-")
+        if name is None or (seeds and int(name[1]) not in seeds) or (arms and arm not in ("base", *arms)):
+            continue
+        if solved := (_json(records, file) or {}).get("solved_at"):
+            found.setdefault(int(name[1]), {})[arm] = solved
+    base = records.path / "base" / "eval.json"
+    if base.exists() and (solved := (_json(records, base) or {}).get("solved_at")):
+        for arms_found in found.values() if found else [found.setdefault((seeds or [0])[0], {})]:
+            arms_found.setdefault("base", solved)
+    return dict(sorted(found.items(), key=lambda item: seeds.index(item[0]) if seeds else item[0]))
 
 
 def ordered(arms: Iterable[str]) -> list[str]:

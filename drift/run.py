@@ -43,11 +43,15 @@ MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir")  # between two run
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that ranks wait for the one that samples
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that its settings can mend."""
+
+
 def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet, writes summary.json and report.html, and returns the summary.
 
-    Raises ConfigError where the folder holds a run with other settings; WarmStartError, TaskError, StoreError and
-    CheckpointError as their stages do.
+    Raises ConfigError where the folder holds a run with other settings, RunError where an arm has nothing to train on;
+    WarmStartError, TaskError, StoreError and CheckpointError as their stages do.
     """
     folder = Path(config.output_dir) / config.name
     if (summary := _finished(folder, config)) is not None:
@@ -159,7 +163,10 @@ class _Job:
         if arm == "success_only":
             chosen = [None if row["t_star"] is None else 1.0 for row in rows]
             if not any(chosen):
-                raise ValueError(f"{name}: no trajectory has a right answer, so success_only has nothing to train on")
+                raise RunError(
+                    f"{name}: no trajectory has a right answer, so success_only has nothing to train on; leave it out of "
+                    "arms, or take easier problems, a stronger base or a larger rollout.n"
+                )
             return chosen
         weights, stats = weigh(rows, self.config.weights)
         self.track.log(number, **{f"{name}/{key}": value for key, value in stats.items()})

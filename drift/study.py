@@ -8,7 +8,6 @@ problems), and the bootstrapped interval (would other seeds on other problems of
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def analyse(run_dir: str | Path, replicates: int = REPLICATES) -> dict[str, Any]
     Reads seed-K/eval-ARM.json. Raises ValueError where fewer than two seeds are evaluated in all their arms, or where
     seeds were evaluated on different numbers of problems.
     """
-    records = read(run_dir)
+    records = read(run_dir, rollouts=False)
     solved = {arm: np.array(_equal_lengths(arm, tables)) for arm, tables in records.solved_at.items()}
     if not solved or len(records.seeds) < 2:
         raise ValueError(f"{run_dir}: {len(records.seeds)} seeds are evaluated in all arms; a study needs at least two")
@@ -93,10 +92,9 @@ def _equal_lengths(arm: str, tables: Sequence[Sequence[int]]) -> Sequence[Sequen
 
 
 def _settings(records: Records) -> dict[str, Any]:
-    """What the weights were made with, and the effective sample size that came of it."""
+    """What the weights were made with, and the effective sample size that came of it (mean over seeds, a share)."""
     weights = records.weights_config
-    shares = records.summary.get("ess") or [part.ess for part in records.sampled]
-    ess = [share for share in shares if isinstance(share, float) and math.isfinite(share)]
+    ess = records.summary.get("ess")
     return {
         "beta": weights.beta,
         "gamma": weights.gamma,

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +178,7 @@ class Track:
     def __init__(
         self,
         run_dir: str | os.PathLike[str] | None,
-        sinks: tuple[str, ...] | list[str] = (),
+        sinks: Sequence[str] = (),
         progress: bool = True,
         *,
         console: Console | None = None,

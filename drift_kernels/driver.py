@@ -1,8 +1,8 @@
 """The chunk loop, once for every backend: rows → drop → chunk by workspace → GEMM → row kernels → two GEMMs.
 
 Logits live in one scratch block of at most `workspace_bytes`; a row's gradient is written over its logits. Rows whose
-gradient turns out to be zero (clipped ones) are squeezed out before the two gradient GEMMs. Half-precision inputs are
-widened tile by tile, since fp32 GEMMs keep logits, log-probs and gradients in fp32 (and are faster on most CPUs).
+gradient turns out to be zero (clipped ones) are squeezed out before the two gradient GEMMs. Logits and sums are fp32 for
+half-precision inputs too; see `products` for how.
 
 The normaliser is folded into the token weights, so gradients come out final. Nothing here is differentiable; see `autograd`.
 """
@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, rows
+from drift_kernels import backends, products, rows
 from drift_kernels.backends.cpu import Chunk
+from drift_kernels.products import scratch
 from drift_kernels.spec import Call
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-TILE_SHARE = 8  # a widened weight tile takes at most this part of the workspace
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scratch(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory; through numpy, which asks for huge pages (the page faults of 256 MiB cost tens of ms)."""
-    return torch.from_numpy(np.empty(size, dtype={torch.float32: np.float32, torch.float64: np.float64}[dtype]))
-
-
 class Sweep:
     """One pass over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias."""
 
@@ -86,16 +80,12 @@ class Sweep:
         self.kernels = backends.load("cpu")
         self._check_targets()
         V, D = x.weight.shape
-        size = self.dtype.itemsize
-        budget = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
-        self.tile = V
-        if x.weight.dtype != self.dtype:
-            self.tile = min(V, max(1, budget // TILE_SHARE // (D * size)))
-            budget -= self.tile * D * size
-            self.tile_buffer = scratch((self.tile, D), self.dtype)
-        extra = 2 if call.need_grad else 1  # the gathered hidden rows, their gradient
-        self.spans = rows.chunks(plan.count, int(budget // ((V + extra * D) * size)))
+        workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
+        self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
+        row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes
+        self.spans = rows.chunks(plan.count, int((workspace - self.products.bytes) // row_bytes))
         largest = max((stop - start for start, stop in self.spans), default=0)
+        self.products.reserve(largest)
         self.logits = scratch((largest, V), self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.targets = plan.pick(x.targets)
@@ -122,23 +112,13 @@ class Sweep:
         bias = torch.zeros(x.weight.shape[0], dtype=self.dtype) if need.need_bias else None
         return Grads(hidden, weight, bias)
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        weight = self.x.weight
-        for v in range(0, weight.shape[0], self.tile):
-            part = slice(v, min(v + self.tile, weight.shape[0]))
-            if weight.dtype == self.dtype:
-                yield part, weight[part]
-            else:
-                yield part, self.tile_buffer[: part.stop - part.start].copy_(weight[part])
-
     def __iter__(self) -> Iterator[Piece]:
         x, plan = self.x, self.plan
         for start, stop in self.spans:
             hidden = x.hidden[start:stop] if plan.index is None else x.hidden[plan.index[start:stop]]
-            hidden = hidden.to(self.dtype)
+            hidden = hidden.to(self.products.operand)
             logits = self.logits[: stop - start]
-            for part, weight in self._tiles():
-                torch.mm(hidden, weight.t(), out=logits[:, part])
+            self.products.logits(hidden, logits)
             first, last = (start, stop) if self.row_ptr is None else (self.row_ptr[start], self.row_ptr[stop])
             row_ptr = None if plan.row_ptr is None else plan.row_ptr[start : stop + 1] - first
             inverse = None if self.inverse_temperature is None else self.inverse_temperature[start:stop]
@@ -156,9 +136,7 @@ class Sweep:
                 dhidden = grads.hidden[piece.start : piece.stop]
             else:
                 dhidden = torch.empty((count, hidden.shape[1]), dtype=self.dtype)
-            for part, weight in self._tiles():
-                first = part.start == 0
-                torch.addmm(dhidden, dlogits[:, part], weight, beta=0 if first else 1, out=dhidden)
+            self.products.dhidden(dlogits, dhidden)
             if order is not None:
                 if where is None:
                     grads.hidden[piece.start : piece.stop] = 0
@@ -171,7 +149,7 @@ class Sweep:
         if order is not None:
             hidden = hidden[order]
         if grads.weight is not None:
-            torch.addmm(grads.weight, dlogits.t(), hidden, beta=1 if self.weight_started else 0, out=grads.weight)
+            self.products.dweight(dlogits, hidden, grads.weight, accumulate=self.weight_started)
             self.weight_started = True
         if grads.bias is not None:
             grads.bias += dlogits.sum(0)

@@ -92,5 +92,6 @@ def make_run(folder, seeds=3, prompts=24, summary=True):
     if summary:
         seconds = {"warm_start": 71.0, "rollouts": 48.5, "train": 139.0, "evaluate": 160.0, "total": 431.0}
         content = {"name": "quickstart", "results": results, "seconds": seconds, "seeds": list(range(seeds))}
+        content["ess"] = [0.2 + 0.01 * seed for seed in range(seeds)]
         (folder / "summary.json").write_text(json.dumps(content))
     return folder

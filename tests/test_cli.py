@@ -1,3 +1,5 @@
+import json
+import re
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ from made_up_run import make_run
 
 from drift import cli, run
 from drift.config import dump, parse
+from drift.store import StoreError
 
 
 @pytest.fixture
@@ -74,6 +77,7 @@ def test_run_ends_with_a_table_and_the_paths(config_file, monkeypatch, capsys):
     assert "±" in shown
     assert f"{config_file.parent / 'runs' / 'quick' / 'summary.json'}" in shown
     assert "was done already" not in shown
+    monkeypatch.setattr(run, "run", lambda _: None)
     assert cli.main(["run", str(config_file)]) == 0
     shown = capsys.readouterr().out
     assert "was done already" in shown
@@ -87,6 +91,73 @@ def test_ctrl_c_says_how_to_go_on(config_file, monkeypatch, capsys):
     monkeypatch.setattr(run, "run", interrupted)
     assert cli.main(["run", str(config_file), "seeds=[0, 1]"]) == 130
     assert f"drift run {config_file} 'seeds=[0, 1]'" in capsys.readouterr().err
+
+
+def test_our_errors_are_words_and_others_are_tracebacks(config_file, monkeypatch, capsys):
+    def fails(error):
+        def raises(_):
+            raise error
+
+        return raises
+
+    monkeypatch.setattr(run, "run", fails(StoreError("rollouts.jsonl:3: prompt_id is missing")))
+    assert cli.main(["run", str(config_file)]) == 1
+    assert capsys.readouterr().err == "drift: rollouts.jsonl:3: prompt_id is missing\n"
+    monkeypatch.setattr(run, "run", fails(KeyError("a bug")))
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["run", str(config_file)])
+
+
+SMALL = {
+    "name": "small",
+    "model": {"hidden_size": 32, "layers": 1, "heads": 2},
+    "task": {
+        "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        "warm_problems": 8,
+        "train_problems": 3,
+        "eval_problems": 5,
+    },
+    "warm_start": {"enabled": False},
+    "rollout": {"n": 4, "turns": 2, "max_new_tokens": 4},
+    "train": {"batch_size": 4, "lr": 1e-3},
+    "eval": {"turns": 2, "max_new_tokens": 4},
+}
+
+
+def test_the_stages_one_by_one(tmp_path, capsys):
+    config = tmp_path / "small.yaml"
+    config.write_text(dump(parse(SMALL | {"output_dir": str(tmp_path / "runs")})))
+    rollouts, model = tmp_path / "sampled" / "rollouts.jsonl", tmp_path / "model"
+    sample = ["rollout", str(config), "--out", str(rollouts), "track.progress=false"]
+    assert cli.main(sample) == 0
+    assert capsys.readouterr().out == f"12 new trajectories in {rollouts}\n"
+    assert cli.main(sample) == 0
+    assert capsys.readouterr().out == f"0 new trajectories in {rollouts}\n"
+    fit = ["train", str(config), "--rollouts", str(rollouts), "--out", str(model)]
+    assert cli.main([*fit, "track.progress=false"]) == 0
+    assert capsys.readouterr().out.startswith("3 steps on ")
+    metrics = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics if "train/loss" in row] == [1, 2, 3]
+    assert "weights/ess_overall" in metrics[0]
+    base, trained = ["eval", str(config)], ["eval", str(config), "--model", str(model)]
+    for command in (base, trained):
+        assert cli.main([*command, "track.progress=false"]) == 0
+        assert re.fullmatch(r"multi@2 [\d.]+%, single turn [\d.]+% of 5 problems\n", capsys.readouterr().out)
+    assert cli.main([*sample, "--model", str(model)]) == 1
+    assert "not by the reference" in capsys.readouterr().err
+
+
+def test_stages_refuse_what_is_not_there(tmp_path, capsys):
+    config = tmp_path / "small.yaml"
+    config.write_text(dump(parse(SMALL | {"output_dir": str(tmp_path / "runs")})))
+    assert cli.main(["eval", str(config), "warm_start.enabled=true"]) == 2
+    assert "the embedded model is not trained yet" in capsys.readouterr().err
+    assert cli.main(["train", str(config), "--rollouts", str(tmp_path / "none"), "--out", str(tmp_path / "m")]) == 2
+    assert "is not a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["eval", str(config), "--modell", "x"])
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path), "train.lr=1"])
 
 
 def test_report_writes_the_page(tmp_path, capsys):

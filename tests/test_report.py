@@ -9,6 +9,7 @@ from made_up_run import make_run, write_lines
 from drift import report
 from drift.config import dump, parse
 from drift.records import read
+from drift.report.plots import thin
 
 ATTACK = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -16,6 +17,11 @@ ATTACK = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return page_of(finished)
 
 
 def page_of(folder):
@@ -56,8 +62,7 @@ def text_of(page):
     return re.sub(r"\s+", " ", " ".join(Parsed(page).text))
 
 
-def test_the_page_needs_nothing_from_elsewhere(finished):
-    page = page_of(finished)
+def test_the_page_needs_nothing_from_elsewhere(page):
     tags = Parsed(page).tags
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags}
     for tag, attributes in tags:
@@ -72,19 +77,18 @@ def test_the_page_needs_nothing_from_elsewhere(finished):
     }
 
 
-def test_ids_are_unique_and_every_reference_is_met(finished):
-    page = page_of(finished)
+def test_ids_are_unique_and_every_reference_is_met(page):
     ids = re.findall(r'\sid="([^"]+)"', page)
     used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert {a or b for a, b in used} <= set(ids)
 
 
-def test_the_headline_has_means_and_paired_differences(finished):
+def test_the_headline_has_means_and_paired_differences(finished, page):
     results = json.loads((finished / "summary.json").read_text())["results"]
     ours, uniform = (np.array(results[arm]["multi_at_5"]) for arm in ("drift", "uniform"))
     gain = ours - uniform
-    text = text_of(page_of(finished))
+    text = text_of(page)
     narrow = "\N{NARROW NO-BREAK SPACE}"
     assert f"{100 * ours.mean():.1f}{narrow}%".replace(narrow, " ") in text
     stderr = gain.std(ddof=1) / np.sqrt(len(gain))
@@ -92,21 +96,20 @@ def test_the_headline_has_means_and_paired_differences(finished):
     assert "beyond 2 s.e." in text
     for words in ("7 min 11 s", "in 24 groups", "effective sample size", "unsolved groups", "embedded tiny model"):
         assert words in text
-    assert page_of(finished).count("<svg") == 10
+    assert page.count("<svg") == 10
 
 
-def test_the_effective_sample_size_is_that_of_the_weights(finished):
+def test_the_effective_sample_size_is_that_of_the_weights(finished, page):
     part = read(finished).sampled[0]
     weights = np.array(part.weights)
     expected = weights.sum() ** 2 / (weights**2).sum() / len(weights)
     assert part.ess == pytest.approx(expected)
-    assert f"{100 * expected:.1f} %" in text_of(page_of(finished))
+    assert f"{100 * expected:.1f} %" in text_of(page)
     assert part.unsolved == np.mean([all(part.rows[i]["t_star"] is None for i in group) for group in part.groups])
     assert [weights[group].mean() for group in part.groups] == pytest.approx([1.0] * len(part.groups))
 
 
-def test_trajectories_show_weight_return_and_the_trained_turn(finished):
-    page = page_of(finished)
+def test_trajectories_show_weight_return_and_the_trained_turn(page):
     articles = re.findall(r'<article class="trajectory">.*?</article>', page, flags=re.DOTALL)
     assert len(articles) >= 4
     for article in articles:
@@ -184,6 +187,38 @@ def test_an_unfinished_run_is_read_from_its_evaluations(tmp_path):
     assert "2 seeds" in text
 
 
+def test_a_run_that_has_just_begun_shows_its_base_and_its_time(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "eval.json").write_text(json.dumps({"solved_at": [1, 0, 2, 0, 0]}))
+    (tmp_path / "seconds.json").write_text(json.dumps({"warm_start": 75.2}))
+    text = text_of(page_of(tmp_path))
+    assert "40.0 %" in text
+    assert "20.0 %" in text
+    assert "warm_start 1 min 15 s" in text
+
+
+def test_only_seeds_and_arms_of_the_config_are_read(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=3, prompts=2, summary=False)
+    (folder / "config.yaml").write_text(dump(parse({"name": "x", "seeds": [2, 0], "arms": ["drift"]})))
+    base = json.loads((folder / "seed-0" / "eval-base.json").read_text())
+    (folder / "base").mkdir()
+    (folder / "base" / "eval.json").write_text(json.dumps(base))
+    (folder / "seed-2" / "eval-base.json").unlink()
+    records = read(folder)
+    assert records.seeds == [2, 0]
+    assert list(records.results) == ["base", "drift"]
+    assert records.solved_at["base"] == [base["solved_at"]] * 2
+
+
+def test_rollouts_of_every_seed_are_weighed_apart(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=2, prompts=3)
+    (folder / "seed-1" / "rollouts.jsonl").write_text((folder / "rollouts.jsonl").read_text())
+    first, second = read(folder).sampled
+    assert (first.source, second.source) == ("rollouts.jsonl", "seed-1/rollouts.jsonl")
+    assert first.weights == second.weights
+    assert "2 rollout files" in text_of(page_of(folder))
+
+
 def test_broken_files_are_reported_not_fatal(tmp_path):
     folder = make_run(tmp_path / "run", seeds=1, prompts=2)
     (folder / "summary.json").write_text('{"name": "x", "resu')
@@ -206,6 +241,17 @@ def test_a_step_logged_twice_keeps_its_last_value(tmp_path):
     lines = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": None}, {"step": 1, "loss": 3.0}, {"step": 3, "loss": 1.0}]
     write_lines(tmp_path / "metrics.jsonl", lines)
     assert read(tmp_path).curves == {"loss": {"": [(1, 3.0), (3, 1.0)]}}
+
+
+def test_a_long_run_draws_a_small_page(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": i, "loss": (i % 7) / 7} for i in range(20_000)])
+    assert len(page_of(tmp_path)) < 60_000
+    points = np.stack([np.arange(1001.0), np.arange(1001.0) ** 2], 1)
+    few = thin(points, 10)
+    assert few.shape == (10, 2)
+    np.testing.assert_allclose(few[0], points[:100].mean(0))
+    np.testing.assert_allclose(few[9], points[900:].mean(0))
+    assert thin(points, 1001) is points
 
 
 def test_one_seed_has_no_standard_error(tmp_path):

@@ -1,7 +1,7 @@
 // Products on AVX512-BF16, after BLIS (Van Zee & van de Geijn): operands are packed into panels, and one micro-kernel holds
 // an 8 × 48 tile of C in registers. A packed element is a dword: the pair (k, k + 1), as vdpbf16ps wants it.
 //
-// Blocks depend on the sizes alone and every tile has one owner, so the sums are the same whatever the number of threads.
+// Blocks depend on the sizes alone (k = 0 is one block too) and every tile has one owner: the number of threads changes no bit.
 // OpenMP regions stay outside functions with a target: an outlined body keeps the baseline's instructions.
 #include "gemm.h"
 
@@ -10,20 +10,26 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define DRIFT_BF16_GEMM 1
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define INLINE TARGET inline __attribute__((always_inline))
+
 namespace drift {
 namespace {
 
-constexpr int64_t MR = 8, NR = 48;   // a tile of C
-constexpr int64_t KC = 512;          // depth of a block: an NR × KC panel just fits L1
-constexpr int64_t ROWS = 512;        // gemm_nt: rows whose partial sums one thread holds
-constexpr int64_t COLUMNS = 480;     // gemm_nn: columns of B that one thread holds packed, in L2
-constexpr int64_t BLOCK = 128;       // gemm_tn: rows of C that share a pass over the packed B
+using bf16 = uint16_t;
+using pair = uint32_t;
+
+constexpr int64_t MR = 8, NR = 48;    // a tile of C
+constexpr int64_t KC = 384;           // depth of a block: an NR × KC panel and an MR × KC one fit L1
+constexpr int64_t ROWS = 512;         // gemm_nt: rows whose partial sums one thread holds
+constexpr int64_t COLUMNS = 480;      // gemm_nn: columns of B that one thread holds packed, in L2
+constexpr int64_t BLOCK = 128;        // gemm_tn: rows of C that share a pass over the packed B
+constexpr int64_t GROUP = 512 << 10;  // gemm_tn: bytes of packed B that stay in L2 meanwhile
+constexpr int64_t AHEAD = 8;          // lines of n elements fetched before they are packed
 
 constexpr int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -32,20 +38,6 @@ constexpr int64_t NT_OWN = NR * KC * 2 + ROWS * NR * 4, NN_OWN = (COLUMNS + MR) 
 constexpr int64_t OWN = std::max({NT_OWN, NN_OWN, TN_OWN});
 
 int64_t shared_bytes(int64_t rows, int64_t width) { return up(rows, MR) * up(width, NR) * 2; }
-
-}  // namespace
-
-int64_t gemm_scratch_bytes(int64_t rows, int64_t width, int threads) { return shared_bytes(rows, width) + threads * OWN; }
-
-#ifdef DRIFT_BF16_GEMM
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define INLINE TARGET inline __attribute__((always_inline))
-
-namespace {
-
-using bf16 = uint16_t;
-using pair = uint32_t;
 
 int thread() {
 #ifdef _OPENMP
@@ -64,6 +56,8 @@ struct Scratch {
 };
 
 INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1); }
+
+INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }  // may lie beyond the end
 
 INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
@@ -131,6 +125,8 @@ TARGET void pack_lines(const T* in, int64_t stride, int64_t lines, int64_t k, pa
     for (int64_t c = 0; c < k; c += 32) {
       __m512i r[16];
 #pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) fetch(in + (first + 16 + i) * stride + c);
+#pragma GCC unroll 16
       for (int i = 0; i < 16; i++) r[i] = i < lanes ? load32(in + (first + i) * stride + c, k - c) : _mm512_setzero_si512();
       transpose(r);
       const int64_t pairs = std::min<int64_t>(16, (k - c + 1) / 2);
@@ -154,13 +150,15 @@ TARGET void pack_columns(const T* in, int64_t stride, int64_t n, int64_t k, pair
     const T *p = in + c * stride, *q = c + 1 < k ? p + stride : p;
     for (int64_t first = 0; first < n; first += 16) {
       const __mmask16 mask = first16(n - first);
+      fetch(p + AHEAD * stride + first);
+      fetch(q + AHEAD * stride + first);
       const __m512i v = load2x16(p + first, q + first, mask, c + 1 < k ? mask : 0);
       put<W>(out, depth, first, n - first, c / 2, _mm512_permutexvar_epi16(order, v));
     }
   }
 }
 
-// A tile: rows × columns of MR × 16 · V. `from` null starts at zero.
+// A tile: rows × columns of MR × 16 · V. `from` null starts at zero. The tile below is the next one, or soon to come.
 template <int V>
 TARGET void tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t columns, const float* from, int64_t from_stride,
                  float* to, int64_t to_stride) {
@@ -169,7 +167,7 @@ TARGET void tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int6
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 3
     for (int j = 0; j < V; j++) {
-      if (i < rows) _mm_prefetch(reinterpret_cast<const char*>(to + i * to_stride + 16 * j), _MM_HINT_T0);
+      fetch(to + (MR + i) * to_stride + 16 * j);
       sum[i][j] = _mm512_setzero_ps();
     }
   for (int64_t p = 0; p < pairs; p++, a += MR, b += NR) {
@@ -211,6 +209,8 @@ bool has_bf16_gemm() {
   return has;
 }
 
+int64_t gemm_scratch_bytes(int64_t rows, int64_t width, int threads) { return shared_bytes(rows, width) + threads * OWN; }
+
 // A is packed whole; a thread takes NR rows of B at a time and keeps their partial sums by itself, since rows of C that lie a
 // power of two apart would evict each other.
 void gemm_nt(const Gemm& g) {
@@ -220,13 +220,14 @@ void gemm_nt(const Gemm& g) {
 #pragma omp parallel num_threads(g.threads)
   {
 #pragma omp for
-    for (int64_t i = 0; i < g.m; i += MR) pack_lines<MR>(a + i * g.a_stride, g.a_stride, std::min(MR, g.m - i), g.k, scratch.shared + i * depth, depth);
+    for (int64_t i = 0; i < g.m; i += MR)
+      pack_lines<MR>(a + i * g.a_stride, g.a_stride, std::min(MR, g.m - i), g.k, scratch.shared + i * depth, depth);
     pair* panel = scratch.mine();
     float* partial = reinterpret_cast<float*>(panel + NR * KC / 2);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t j = 0; j < g.n; j += NR)
       for (int64_t row = 0; row < g.m; row += ROWS)
-        for (int64_t k = 0; k < g.k; k += KC) {
+        for (int64_t k = 0; k == 0 || k < g.k; k += KC) {
           const int64_t kc = std::min(KC, g.k - k), rows = std::min(ROWS, g.m - row), columns = std::min(NR, g.n - j);
           const bool last = k + KC >= g.k;
           pack_lines<NR>(b + j * g.b_stride + k, g.b_stride, columns, kc, panel, KC / 2);
@@ -243,7 +244,8 @@ void gemm_nt(const Gemm& g) {
 void gemm_nn(const Gemm& g) {
   const auto* a = static_cast<const float*>(g.a);
   const auto* b = static_cast<const bf16*>(g.b);
-  const int64_t across = std::min<int64_t>(g.threads, (g.n + NR - 1) / NR), down = std::max<int64_t>(1, g.threads / std::max<int64_t>(across, 1));
+  if (g.n == 0) return;
+  const int64_t across = std::min<int64_t>(g.threads, (g.n + NR - 1) / NR), down = g.threads / across;
   const int64_t width = up((g.n + across - 1) / across, 16), height = up((g.m + down - 1) / down, MR);
   const Scratch scratch(g, 0, 0);
 #pragma omp parallel for num_threads(g.threads)
@@ -251,7 +253,7 @@ void gemm_nn(const Gemm& g) {
     const int64_t left = part % across * width, right = std::min(left + width, g.n);
     const int64_t top = part / across * height, bottom = std::min(top + height, g.m);
     pair *packed = scratch.mine(), *slab = packed + COLUMNS * KC / 2;
-    for (int64_t k = 0; k < g.k; k += KC)
+    for (int64_t k = 0; k == 0 || k < g.k; k += KC)
       for (int64_t block = left; block < right && top < bottom; block += COLUMNS) {
         const int64_t kc = std::min(KC, g.k - k), columns = std::min(COLUMNS, right - block);
         pack_columns<NR>(b + k * g.b_stride + block, g.b_stride, columns, kc, packed, KC / 2);
@@ -275,31 +277,39 @@ void gemm_tn(const Gemm& g) {
 #pragma omp parallel num_threads(g.threads)
   {
 #pragma omp for
-    for (int64_t j = 0; j < g.n; j += NR) pack_columns<NR>(b + j, g.b_stride, std::min(NR, g.n - j), g.k, scratch.shared + j * depth, depth);
+    for (int64_t j = 0; j < g.n; j += NR)
+      pack_columns<NR>(b + j, g.b_stride, std::min(NR, g.n - j), g.k, scratch.shared + j * depth, depth);
     pair* packed = scratch.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < g.m; block += BLOCK)
-      for (int64_t k = 0; k < g.k; k += KC) {
+      for (int64_t k = 0; k == 0 || k < g.k; k += KC) {
         const int64_t kc = std::min(KC, g.k - k), rows = std::min(BLOCK, g.m - block);
         const bool onto = k || g.accumulate;
         pack_columns<MR>(a + k * g.a_stride + block, g.a_stride, rows, kc, packed, KC / 2);
-        for (int64_t j = 0; j < g.n; j += NR)
-          for (int64_t i = 0; i < rows; i += MR) {
-            float* c = g.c + (block + i) * g.c_stride + j;
-            any_tile(packed + i * KC / 2, scratch.shared + j * depth + k / 2 * NR, (kc + 1) / 2, rows - i, g.n - j, onto ? c : nullptr,
-                     g.c_stride, c, g.c_stride);
-          }
+        const int64_t wide = std::max<int64_t>(1, GROUP / (NR * std::max<int64_t>(kc, 1) * 2)) * NR;
+        for (int64_t group = 0; group < g.n; group += wide)
+          for (int64_t i = 0; i < rows; i += MR)
+            for (int64_t j = group; j < std::min(g.n, group + wide); j += NR) {
+              float* c = g.c + (block + i) * g.c_stride + j;
+              any_tile(packed + i * KC / 2, scratch.shared + j * depth + k / 2 * NR, (kc + 1) / 2, rows - i, g.n - j, onto ? c : nullptr,
+                       g.c_stride, c, g.c_stride);
+            }
       }
   }
 }
 
+}  // namespace drift
+
 #else
 
+namespace drift {
+
 bool has_bf16_gemm() { return false; }
+int64_t gemm_scratch_bytes(int64_t, int64_t, int) { return 0; }
 void gemm_nt(const Gemm&) { throw std::runtime_error("built without bf16 products"); }
 void gemm_nn(const Gemm&) { throw std::runtime_error("built without bf16 products"); }
 void gemm_tn(const Gemm&) { throw std::runtime_error("built without bf16 products"); }
 
-#endif
-
 }  // namespace drift
+
+#endif

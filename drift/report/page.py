@@ -17,7 +17,7 @@ from drift.report.style import CSS
 from drift.report.text import count_of, duration, esc, figures, percent, points
 
 MOST_CURVES = 24
-_FIRST_CURVES = ("loss", "ess", "grad_norm", "lr", "tokens_per_second")
+_FIRST_CURVES = ("loss", "ess", "grad_norm", "solved · warm_start", "lr", "tokens_per_second")
 _SHOWN_SETTINGS = (
     ("model", "path"),
     ("task", "name"),
@@ -101,7 +101,7 @@ def _facts(records: Records) -> list[str]:
         facts = [esc(config.model.path or "embedded tiny model"), esc(config.task.path or config.task.name)]
     if records.seeds:
         facts.append(count_of(len(records.seeds), "seed", "seeds"))
-    total = (records.summary.get("seconds") or {}).get("total")
+    total = records.seconds.get("total")
     return facts + ([duration(total)] if isinstance(total, (int, float)) else [])
 
 
@@ -143,7 +143,7 @@ def _moves(series: dict[str, list[tuple[int, float]]]) -> bool:
 
 
 def _time(records: Records) -> str:
-    seconds = {k: v for k, v in (records.summary.get("seconds") or {}).items() if isinstance(v, (int, float))}
+    seconds = {k: v for k, v in records.seconds.items() if isinstance(v, (int, float))}
     total = seconds.pop("total", sum(seconds.values()))
     if not seconds or total <= 0:
         return ""

@@ -197,7 +197,7 @@ def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str
     def draw(axes: Axes) -> None:
         by_arm: dict[str, list[np.ndarray]] = {}
         for name, points in sorted(series.items()):
-            by_arm.setdefault(arm_of(name), []).append(np.asarray(points, dtype=float))
+            by_arm.setdefault(arm_of(name), []).append(thin(np.asarray(points, dtype=float)))
         for arm in ordered(by_arm):
             runs = by_arm[arm]
             colour, label = COLOURS.get(arm, OTHER), _no_math(arm, 16) or None
@@ -259,6 +259,14 @@ def arm_of(series: str) -> str:
     """The arm that a series' name mentions, or the name without its seed."""
     parts = [part for part in series.split("/") if not re.fullmatch(r"seed-\d+", part)]
     return next((part for part in parts if part in COLOURS), "/".join(parts))
+
+
+def thin(points: np.ndarray, most: int = 400) -> np.ndarray:
+    """[N, 2] points as at most `most`: means of equal stretches, so that a long run draws a small page."""
+    if len(points) <= most:
+        return points
+    edges = np.linspace(0, len(points), most + 1).astype(int)
+    return np.add.reduceat(points, edges[:-1]) / np.diff(edges)[:, None]
 
 
 def _dot(run: np.ndarray) -> dict[str, Any]:

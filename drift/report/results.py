@@ -27,8 +27,9 @@ def section(records: Records) -> str:
     error = "± is the standard error over seeds" if number > 1 else "With one seed there is no standard error"
     note = (
         '<p class="why">Greedy answers on problems that no model was trained on, mean over '
-        f"{count_of(number, 'seed', 'seeds')}. multi@{turns} counts a problem as solved when one of {turns} attempts, "
-        f"each after the same feedback, is right. {error}; differences are taken seed by seed.</p>"
+        f"{count_of(number, 'seed', 'seeds')} that start from the same model. multi@{turns} counts a problem as solved "
+        f"when one of {turns} attempts, each after the same feedback, is right. {error}; differences are taken seed by "
+        "seed.</p>"
     )
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):

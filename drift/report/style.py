@@ -120,10 +120,11 @@ footer {
 }
 @media (max-width: 36rem) {
   main { padding: 1.4rem .9rem 3rem; }
-  th, td { padding: .5rem .4rem; }
-  table { font-size: .88rem; }
-  td small, th small { font-size: .72rem; }
-  .bar { min-width: 2.5rem; }
+  th, td { padding: .5rem .28rem; }
+  table { font-size: .82rem; }
+  th { font-size: .76rem; }
+  td small, th small { font-size: .7rem; }
+  .bar { min-width: 2rem; }
   .dot { margin-right: .3em; width: .6em; height: .6em; }
   .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; }
   .tile strong { font-size: 1.3rem; }

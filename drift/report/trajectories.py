@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from drift.records import Records, Sampled
-from drift.report.text import count_of, esc
+from drift.report.text import esc
 
 LONGEST = 4000  # characters of one message that are shown
 
@@ -28,17 +28,15 @@ def section(records: Records) -> str:
 def choose(part: Sampled) -> list[tuple[str, list[int]]]:
     """(heading, row numbers) pairs; the same file gives the same choice."""
     chosen: list[tuple[str, list[int]]] = []
-    solved = [
-        [part.rows[i]["t_star"] is not None for i in group] for part_group in [part.groups] for group in part_group
-    ]
-    mixed = [group for group, flags in zip(part.groups, solved) if any(flags) and not all(flags)]
+    stars = [[part.rows[i]["t_star"] for i in group] for group in part.groups]
+    mixed = [group for group, found in zip(part.groups, stars) if any(found) and not all(found)]
     if mixed:
-        group = max(mixed, key=lambda g: len({round(part.weights[i], 6) for i in g}))
+        group = max(mixed, key=lambda g: len({part.rows[i]["t_star"] for i in g}))
         by_weight = sorted(group, key=lambda i: -part.weights[i])
-        siblings = list(dict.fromkeys([by_weight[0], by_weight[len(by_weight) // 2], by_weight[-1]]))
-        title = f"{count_of(len(siblings), 'sibling', 'siblings')} of {len(group)}, from heaviest to lightest"
-        chosen.append((title, siblings))
-    unsolved = [group for group, flags in zip(part.groups, solved) if not any(flags)]
+        solved = [i for i in by_weight if part.rows[i]["t_star"]]
+        siblings = sorted({by_weight[0], solved[-1], by_weight[-1]}, key=by_weight.index)
+        chosen.append((f"{len(siblings)} siblings of {len(group)}, from heaviest to lightest", siblings))
+    unsolved = [group for group, found in zip(part.groups, stars) if not any(found)]
     if unsolved:
         group = max(unsolved, key=lambda g: max(part.weights[i] for i in g))
         chosen.append(("From a group that nobody solved", [max(group, key=lambda i: part.weights[i])]))

@@ -1,4 +1,7 @@
-"""Row kernels in C++ (`csrc/cpu/rows.cpp`), on torch tensors. C rows of V logits, M entries; R is float32 or float64."""
+"""C++ kernels (`csrc/cpu`) on torch tensors. C rows of V logits, M entries; R is float32 or float64.
+
+The bf16 products take bf16 and fp32 matrices whose last stride is 1, and a scratch tensor of `gemm_scratch_bytes`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits",
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
 OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+GEMM_ALIGNMENT = 64  # bytes, of the scratch
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
@@ -130,3 +134,37 @@ def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:
     row, stride = logits.shape[1] * size, logits.stride(0) * size
     count = _cpu.compact(logits.data_ptr(), logits.shape[0], row, stride, live.data_ptr(), order.data_ptr())
     return (count, None) if count == logits.shape[0] else (count, order[:count])
+
+
+has_bf16_gemm = _cpu.has_bf16_gemm  # () -> bool
+
+
+def gemm_scratch_bytes(rows: int, width: int, threads: int) -> int:
+    """What the products of up to `rows` hidden rows of `width` need as scratch, whatever the vocabulary."""
+    return _cpu.gemm_scratch_bytes(rows, width, threads) + GEMM_ALIGNMENT
+
+
+def _gemm(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int], scratch: Tensor, threads: int):
+    g = _cpu.Gemm()
+    g.a, g.b, g.c = a.data_ptr(), b.data_ptr(), out.data_ptr()
+    g.a_stride, g.b_stride, g.c_stride = a.stride(0), b.stride(0), out.stride(0)
+    g.m, g.n, g.k = sizes
+    g.scratch, g.threads = -(-scratch.data_ptr() // GEMM_ALIGNMENT) * GEMM_ALIGNMENT, threads
+    return g
+
+
+def gemm_nt(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int) -> None:
+    """out [C, V] fp32 = a [C, D] bf16 · bᵀ, b [V, D] bf16."""
+    _cpu.gemm_nt(_gemm(a, b, out, (a.shape[0], b.shape[0], a.shape[1]), scratch, threads))
+
+
+def gemm_nn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int) -> None:
+    """out [C, D] fp32 = a [C, V] fp32, rounded to bf16, · b [V, D] bf16."""
+    _cpu.gemm_nn(_gemm(a, b, out, (a.shape[0], b.shape[1], a.shape[1]), scratch, threads))
+
+
+def gemm_tn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int, *, accumulate: bool) -> None:
+    """out [V, D] fp32 (+)= aᵀ · b [C, D] bf16, a [C, V] fp32 rounded to bf16."""
+    g = _gemm(a, b, out, (a.shape[1], b.shape[1], a.shape[0]), scratch, threads)
+    g.accumulate = accumulate
+    _cpu.gemm_tn(g)

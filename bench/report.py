@@ -1,0 +1,203 @@
+"""`python -m bench.report`: every contender on every case, side by side, to the terminal and to bench/results.
+
+Left out: a chart (six numbers a case read better as a table), and any pass or fail. Ratios are reported and decide nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import memory
+from bench.cases import CASES
+from bench.measure import OURS, run_case
+from bench.peers import CONTENDERS
+
+RESULTS = Path(__file__).parent / "results"
+# Memory costs a run more of everything; the cases left out hold what these hold, at other shares of rows.
+MEMORY_CASES = ("dense", "ppo", "ppo-bf16")
+ISA = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    flags = re.search(r"flags\s*:\s*(.+)", text)
+    present = set(flags[1].split()) if flags else set()
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "isa": [name for flag, name in ISA.items() if flag in present],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Installed versions; None where a package is missing."""
+    found: dict[str, str | None] = {}
+    for package in sorted(set(packages) | {"torch", "drift-rl"}):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def headings(case: dict) -> list[str]:
+    """Of a case's table."""
+    return ["", "units", "seconds", *(f"× {limit['title']}" for limit in case["limits"]), "× drift", "peak MiB"]
+
+
+def lines(case: dict) -> list[list[str]]:
+    """A case's table: the limits, then contenders by time, then those without one."""
+    empty = ["–"] * len(case["limits"])
+    table = []
+    for limit in case["limits"]:
+        title = f"{limit['title']}, {limit['chunk']} rows"
+        table.append([title, f"{case['limit_units']:.2f}", f"{limit['seconds']:.3f}", *empty, "–", "–"])
+    for entry in sorted(case["contenders"], key=lambda e: (e["seconds"] is None, e["seconds"] or 0.0)):
+        peak = None if entry["peak_bytes"] is None else entry["peak_bytes"] / 2**20
+        if entry["status"] == "ok":
+            once = " (one run)" if len(entry["times"]) == 1 else ""
+            over = [_number(value) for value in entry["over_limits"]]
+            row = [f"{entry['units']:.2f}", f"{entry['seconds']:.3f}{once}", *over, _number(entry["over_drift"])]
+            table.append([entry["title"], *row, _number(peak, ",.0f")])
+        else:
+            table.append([entry["title"], "–", f"{entry['status']}: {entry['reason']}", *empty, "–", "–"])
+    return table
+
+
+def caption(case: dict) -> str:
+    """A case in a sentence, and the headline."""
+    shape, shares = case["shape"], case["shares"]
+    text = f"T {shape['T']:,}, D {shape['D']:,}, V {shape['V']:,}, {case['dtype']}. "
+    text += (
+        f"{shares['trained']:.0%} of rows trained, {shares['read']:.0%} read, {shares['live']:.0%} with a gradient. "
+    )
+    text += f"Gradients alone: {case['gradient_bytes'] / 2**20:,.0f} MiB."
+    if case["speedup"] is not None:
+        fastest = next(e["title"] for e in case["contenders"] if e["name"] == case["fastest_peer"])
+        text += f" Fastest peer: {fastest}, {case['speedup']:.2f} × drift's time."
+    return text
+
+
+def markdown(results: dict) -> str:
+    """The whole report."""
+    where = results["machine"]
+    found = ", ".join(f"{name} {version or 'missing'}" for name, version in results["versions"].items())
+    out = [
+        f"{where['cpu']} ({', '.join(where['isa']) or where['torch_isa']}), {where['threads']} threads, "
+        f"{results['date']}. {found}. Python {where['python']}.",
+        "",
+    ]
+    for case in results["cases"]:
+        out += [f"### {case['name']}", caption(case), ""]
+        heads = headings(case)
+        out += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines(case)]
+        out.append("")
+    return "\n".join(out)
+
+
+def show(console: Console, case: dict) -> None:
+    """A case's table on the terminal."""
+    table = Table(title=f"{case['name']}: {caption(case)}", title_justify="left")
+    for i, head in enumerate(headings(case)):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for row in lines(case):
+        table.add_row(*row, style="bold" if row[0] == CONTENDERS[OURS].title else None)
+    console.print(table)
+
+
+def measure_memory(results: dict, smoke: bool, report: Any) -> None:
+    """Fills in `peak_bytes` of everyone who has a time."""
+    wanted = {case["name"]: case for case in results["cases"] if smoke or case["name"] in MEMORY_CASES}
+    entries = {(name, entry["name"]): entry for name, case in wanted.items() for entry in case["contenders"]}
+    for contender in CONTENDERS:
+        cases = [name for name in wanted if entries.get((name, contender), {}).get("status") == "ok"]
+        if cases:
+            report(CONTENDERS[contender].title)
+            for name, peak in memory.measure(contender, cases, smoke):
+                entries[name, contender]["peak_bytes"] = peak
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Losses side by side.")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=", ".join(CONTENDERS),
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="at most, the first included (default 5)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it work at all")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default bench/results)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Measures, prints, writes cpu.md and cpu.json (smoke.* with --smoke), and returns what the JSON holds."""
+    args = _arguments(argv)
+    console = Console()
+    contenders = [CONTENDERS[name] for name in dict.fromkeys([OURS, *args.contenders])]
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "machine": machine(),
+        "versions": versions([contender.package for contender in contenders]),
+        "rounds": args.rounds,
+        "smoke": args.smoke,
+        "memory": memory.available() or ("not asked for" if args.no_memory else "measured"),
+        "cases": [],
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(args.cases) + 1)
+        for name in dict.fromkeys(args.cases):
+            case = CASES[name].shrunk() if args.smoke else CASES[name]
+            found = run_case(
+                case,
+                contenders,
+                args.rounds,
+                lambda text, name=name: progress.update(task, description=f"{name}: {text}"),
+            )
+            results["cases"].append(found)
+            progress.advance(task)
+        if results["memory"] == "measured":
+            measure_memory(results, args.smoke, lambda text: progress.update(task, description=f"memory: {text}"))
+        progress.advance(task)
+    for case in results["cases"]:
+        show(console, case)
+    stem = args.out / ("smoke" if args.smoke else "cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(results))
+    console.print(f"{stem.with_suffix('.md')} · {stem.with_suffix('.json')}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""One stage of the job by itself, for `drift rollout`, `drift train` and `drift eval`: what `drift.run` strings together.
+
+Each takes a config, and files in place of what the stage before would have left. The model is the one that is named,
+else `model.path`, else the base of the config's own run; an embedded tiny model that nobody trained is refused, unless
+`warm_start.enabled` is off and its random weights are therefore meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from drift import chat, distributed, store
+from drift.config import Config, ConfigError
+from drift.engines.hf import HFEngine
+from drift.evaluate import Evaluation, evaluate
+from drift.policy import Policy, load_policy
+from drift.returns import weigh
+from drift.rollout import collect
+from drift.tasks import Task, load_task, rules
+from drift.track import Track
+from drift.trainer import TrainStats, train
+from drift.types import Problem
+
+
+def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0) -> int:
+    """Appends `rollout.n` trajectories of every training problem to `out`; returns how many were new."""
+    policy, task = _policy(config, model), load_task(config.task)
+    try:
+        with Track(None, progress=config.track.progress) as track:
+            engine = HFEngine(policy, config.rollout.batch_size)
+            return collect(policy, engine, task, _asked(config, task, "train"), config.rollout, out, [seed], track)
+    finally:
+        task.close()
+
+
+def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, seed: int = 0) -> TrainStats:
+    """Trains on a rollout file with importance weights, and saves the model in `out`, metrics.jsonl beside it.
+
+    Raises StoreError for a bad row, and for one that another policy sampled.
+    """
+    with distributed.launched() as rank, Track(out if rank == 0 else None, config.track.sinks) as track:
+        policy = _policy(config, model)
+        rows = store.read(rollouts)
+        if unknown := store.check_policy(rows, policy.hash()):
+            track.say(f"{unknown} of {len(rows)} rows do not say which policy sampled them; taken to be this one")
+        weights, stats = weigh(rows, config.weights)
+        track.log(0, **{f"weights/{key}": value for key, value in stats.items()})
+        trajectories = [
+            trajectory
+            for index, (row, weight) in enumerate(zip(rows, weights))
+            for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
+        ]
+        done = train(policy, trajectories, config.train, seed=seed, track=track, checkpoint_dir=out / "checkpoints")
+        if rank == 0:
+            policy.save(out)
+        return done
+
+
+def score(config: Config, *, model: str | None = None) -> Evaluation:
+    """multi@k and single-turn accuracy on the evaluation problems."""
+    policy, task = _policy(config, model), load_task(config.task)
+    try:
+        with Track(None, progress=config.track.progress) as track:
+            engine, asked = HFEngine(policy, config.eval.batch_size), _asked(config, task, "eval")
+            how = config.rollout
+            return evaluate(policy, engine, task, asked, config.eval, how.feedback, history=how.history, track=track)
+    finally:
+        task.close()
+
+
+def _policy(config: Config, model: str | None) -> Policy:
+    base = Path(config.output_dir) / config.name / "base"
+    path = model or config.model.path
+    if path is None and config.warm_start.enabled:
+        if not (base / "warm_start.json").exists():
+            raise ConfigError(
+                f"the embedded model is not trained yet: {base} is not there. `drift run` makes it; or name a model, "
+                "by --model or model.path=…; or take random weights by warm_start.enabled=false"
+            )
+        path = str(base)
+    settings = config.model.model_copy(update={"path": path})
+    return load_policy(settings, device=distributed.device(), seed=config.task.seed)
+
+
+def _asked(config: Config, task: Task, split: str) -> list[Problem]:
+    """Problems as `drift run` puts them: a model of one's own is told the answer format, the embedded one knows it."""
+    problems = task.problems("train" if split == "train" else "eval")
+    if config.model.path is None:
+        return problems
+    return [replace(problem, prompt=f"{problem.prompt}\n\n{rules(task.answer_tag)}") for problem in problems]

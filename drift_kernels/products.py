@@ -1,0 +1,105 @@
+"""The three matrix products of a chunk: logits, and from their gradient dhidden and dweight. Two ways to the same sums.
+
+`Widened` gives torch operands in the compute dtype. `Native` multiplies bf16 operands as they are and sums in fp32, which
+torch cannot (its bf16 products round their results to bf16); d(logits) is rounded to bf16 on the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drift_kernels.backends import cpu
+
+TILE_SHARE = 8  # a widened weight tile takes at most this part of the workspace
+
+
+def scratch(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory; through numpy, which asks for huge pages (the page faults of 256 MiB cost tens of ms)."""
+    kinds = {torch.float32: np.float32, torch.float64: np.float64, torch.uint8: np.uint8}
+    return torch.from_numpy(np.empty(size, dtype=kinds[dtype]))
+
+
+class Widened:
+    """Products by torch in `dtype`; a weight of another dtype is widened tile by tile."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, workspace: int) -> None:
+        V, D = weight.shape
+        self.weight, self.operand = weight, dtype
+        self.row_bytes = D * dtype.itemsize  # of the workspace for each row: the gathered hidden rows
+        self.bytes, self.tile, self.buffer = 0, V, None  # bytes: of the workspace once
+        if weight.dtype != dtype:
+            self.tile = min(V, max(1, workspace // TILE_SHARE // self.row_bytes))
+            self.bytes = self.tile * self.row_bytes
+            self.buffer = scratch((self.tile, D), dtype)
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for chunks of at most `rows` rows."""
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        V = self.weight.shape[0]
+        for v in range(0, V, self.tile):
+            part = slice(v, min(v + self.tile, V))
+            tile = self.weight[part]
+            yield part, tile if self.buffer is None else self.buffer[: part.stop - part.start].copy_(tile)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out [C, V] = hidden [C, D] · weightᵀ"""
+        for part, weight in self._tiles():
+            torch.mm(hidden, weight.t(), out=out[:, part])
+
+    def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
+        """out [C, D] = dlogits [C, V] · weight"""
+        for part, weight in self._tiles():
+            torch.addmm(out, dlogits[:, part], weight, beta=0 if part.start == 0 else 1, out=out)
+
+    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
+        """out [V, D] (+)= dlogitsᵀ · hidden"""
+        torch.addmm(out, dlogits.t(), hidden, beta=1 if accumulate else 0, out=out)
+
+
+class Native:
+    """The same products of bf16 operands, by `csrc/cpu/gemm.cpp`."""
+
+    operand = torch.bfloat16
+
+    def __init__(self, weight: Tensor, workspace: int) -> None:
+        self.weight, self.threads = weight, 1
+        self.bytes, packed = self._scratch_bytes(8), self._scratch_bytes(8) - self._scratch_bytes(0)
+        self.row_bytes = weight.shape[1] * weight.itemsize + packed // 8  # as gathered, and packed eight by eight
+        self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self.bytes))
+        self.bytes = self._scratch_bytes(8)
+
+    def _scratch_bytes(self, rows: int) -> int:
+        return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads)
+
+    def reserve(self, rows: int) -> None:
+        self.scratch = scratch((self._scratch_bytes(rows),), torch.uint8)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        cpu.gemm_nt(hidden, self.weight, out, self.scratch, self.threads)
+
+    def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
+        cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads)
+
+    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
+        cpu.gemm_tn(dlogits, hidden, out, self.scratch, self.threads, accumulate=accumulate)
+
+
+def is_native(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `Native` can and should multiply these. It does not where
+
+    - an operand is not bf16: fp32 and fp64 are multiplied as they are, and fp16 has no such instruction;
+    - the elements of a row do not lie side by side in memory: the kernels read them so;
+    - the CPU lacks AVX512-BF16, or the compiler did not know it.
+    """
+    bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+    return bf16 and hidden.stride(1) == weight.stride(1) == 1 and cpu.has_bf16_gemm()
+
+
+def choose(hidden: Tensor, weight: Tensor, dtype: torch.dtype, workspace: int) -> Widened | Native:
+    """The products of hidden rows by `weight` in the compute dtype; the workspace bounds a widened tile."""
+    return Native(weight, workspace) if is_native(hidden, weight) else Widened(weight, dtype, workspace)

@@ -1,0 +1,115 @@
+"""The benchmark's own machinery at a size of milliseconds: its report's structure, and who is refused a time."""
+
+import json
+
+import pytest
+import torch
+
+from bench import memory, report
+from bench.cases import CASES, Problem, eager_loss, log_probs, make
+from bench.measure import run_case
+from bench.peers import CONTENDERS, Contender
+
+OFFLINE = ["drift", "eager", "eager-picked", "torch", "torch-512"]
+
+
+class _Lie(torch.autograd.Function):
+    """A loss that is right with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
+def _contender(name, loss, load=None):
+    return Contender(name, name, "torch", lambda case, shares: 6.0, load or (lambda: loss))
+
+
+def _missing():
+    raise ModuleNotFoundError("No module named 'nobody'", name="nobody")
+
+
+def _crash(problem: Problem):
+    raise RuntimeError("out of luck")
+
+
+def test_smoke_report_has_every_case_and_contender(tmp_path, capsys):
+    report.main(["--smoke", "--no-memory", "--rounds", "2", "--out", str(tmp_path), "--contenders", *OFFLINE])
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert {"date", "machine", "versions", "rounds", "cases"} <= set(found)
+    assert {"cpu", "isa", "threads"} <= set(found["machine"])
+    assert found["versions"]["torch"] == torch.__version__
+    assert [case["name"] for case in found["cases"]] == list(CASES)
+    for case in found["cases"]:
+        assert [entry["name"] for entry in case["contenders"]] == OFFLINE
+        assert len(case["limits"]) == (2 if case["dtype"] == "bfloat16" else 1)
+        for entry in case["contenders"]:
+            if entry["name"] == "eager-picked" and case["name"].startswith("dense"):
+                assert (entry["status"], entry["seconds"]) == ("refused", None)
+            else:
+                assert entry["status"] == "ok", (case["name"], entry)
+                assert entry["seconds"] == min(entry["times"].values()) > 0
+                assert len(entry["over_limits"]) == len(case["limits"])
+        assert case["fastest_peer"] in OFFLINE[1:]
+        assert case["speedup"] > 0
+    table = (tmp_path / "smoke.md").read_text()
+    assert all(f"### {name}\n" in table for name in CASES)
+    assert "drift" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dense", "turns", "ppo", "grpo"])
+def test_a_wrong_contender_gets_no_time(name):
+    contenders = [
+        CONTENDERS["drift"],
+        _contender("off", lambda p: eager_loss(p) * 1.001),
+        _contender("lies", lambda p: _Lie.apply(eager_loss(p))),
+        _contender("nan", lambda p: eager_loss(p) * float("nan")),
+        _contender("half", lambda p: eager_loss(p, p.trained[::2])),
+        _contender("crashes", _crash),
+        _contender("absent", None, _missing),
+        _contender("right", eager_loss),
+    ]
+    entries = {entry["name"]: entry for entry in run_case(CASES[name].shrunk(), contenders, 2)["contenders"]}
+    for wrong in ("off", "lies", "nan", "half"):
+        assert entries[wrong]["status"] == "failed", wrong
+        assert entries[wrong]["reason"].startswith("wrong: "), wrong
+        assert entries[wrong]["seconds"] is None
+        assert entries[wrong]["times"] == {}
+    assert entries["crashes"]["reason"] == "RuntimeError: out of luck"
+    assert (entries["absent"]["status"], entries["absent"]["seconds"]) == ("unavailable", None)
+    assert "not installed" in entries["absent"]["reason"]
+    assert entries["right"]["status"] == entries["drift"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "clipped"),
+    [("dense", (1, 1), (0, 0)), ("turns", (0.27, 0.33), (0, 0)), ("ppo", (0.27, 0.33), (0.2, 0.3))],
+)
+def test_cases_train_and_clip_the_shares_they_are_named_for(name, trained, clipped):
+    shares = make(CASES[name].shrunk(length=128)).shares()
+    assert trained[0] <= shares.trained <= trained[1]
+    assert clipped[0] <= 1 - shares.live / shares.read <= clipped[1]
+
+
+def test_grpo_has_flat_groups_prompts_and_few_clipped():
+    shares = make(CASES["grpo"].shrunk(length=32)).shares()
+    assert shares.trained == 0.75
+    assert shares.read == pytest.approx(0.75 * 0.6)
+    assert 0 < 1 - shares.live / shares.read < 0.03
+
+
+def test_log_probs_agree_with_log_softmax():
+    problem = make(CASES["dense"].shrunk())
+    want = (problem.hidden @ problem.weight.t()).log_softmax(1)[torch.arange(problem.case.T), problem.targets]
+    torch.testing.assert_close(log_probs(problem.hidden, problem.weight, problem.targets, problem.trained), want)
+
+
+@pytest.mark.skipif(memory.available() is not None, reason=str(memory.available()))
+def test_memory_is_measured_in_a_process_of_its_own():
+    found = dict(memory.measure("drift", ["turns", "ppo"], smoke=True))
+    assert set(found) == {"turns", "ppo"}
+    assert all(0 <= peak < 64 << 20 for peak in found.values())

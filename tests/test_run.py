@@ -1,0 +1,197 @@
+"""The whole job on a tiny task: its files, its resumption after a kill, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripted import quarters
+
+from drift import run as module
+from drift import store
+from drift.config import ConfigError, dump
+from drift.policy import load_policy
+from drift.returns import weigh
+from drift.run import RunError, run, steps_of
+
+ARMS = ("base", "uniform", "success_only", "drift")
+
+
+def changed(config, **sections):
+    values = {
+        name: getattr(config, name).model_copy(update=new) if isinstance(new, dict) else new
+        for name, new in sections.items()
+    }
+    return config.model_copy(update=values)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, folder, summary) of a run that was let through."""
+    config = quarters(tmp_path_factory.mktemp("whole"))
+    return config, Path(config.output_dir) / config.name, run(config)
+
+
+def test_summary_and_files(whole):
+    config, folder, summary = whole
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert set(summary["results"]) == set(ARMS)
+    for arm in ARMS:
+        of_arm = summary["results"][arm]
+        for number, seed in enumerate(config.seeds):
+            solved = json.loads((folder / f"seed-{seed}" / f"eval-{arm}.json").read_text())["solved_at"]
+            assert len(solved) == config.task.eval_problems
+            by_turn = [sum(0 < at <= turn for at in solved) / len(solved) for turn in (1, 2, 3)]
+            assert of_arm["by_turn"][number] == by_turn
+            assert (of_arm["single"][number], of_arm["multi_at_3"][number]) == (by_turn[0], by_turn[2])
+    first, second = (summary["results"]["base"]["by_turn"][i] for i in (0, 1))
+    assert first == second  # one base for all seeds
+    ahead = summary["paired"]["drift - uniform"]["multi_at_3"]
+    differences = [d - u for d, u in zip(*(summary["results"][arm]["multi_at_3"] for arm in ("drift", "uniform")))]
+    assert ahead["mean"] == pytest.approx(sum(differences) / 2)
+    assert ahead["stderr"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
+    assert {"warm_start", "rollouts", "train", "evaluate", "total"} == set(summary["seconds"])
+    assert (folder / "report.html").stat().st_size > 1000
+
+
+def test_seeds_sample_differently_and_from_the_base(whole):
+    config, folder, summary = whole
+    base = load_policy(config.model.model_copy(update={"path": str(folder / "base")}))
+    files = [folder / "rollouts.jsonl", folder / "seed-1" / "rollouts.jsonl"]
+    rows = [store.read(file) for file in files]
+    for number, sampled in enumerate(rows):
+        assert len(sampled) == config.task.train_problems * config.rollout.n
+        assert store.check_policy(sampled, base.hash()) == 0
+        assert summary["ess"][number] == pytest.approx(weigh(sampled, config.weights)[1]["ess_overall"])
+    assert rows[0] != rows[1]
+
+
+def test_arms_take_the_same_number_of_steps_and_end_apart(whole):
+    config, folder, _ = whole
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {
+        (seed, arm): max(line["step"] for line in logged if f"seed-{seed}/{arm}/loss" in line)
+        for seed in config.seeds
+        for arm in ARMS[1:]
+    }
+    assert set(steps.values()) == {steps_of(48, config.train.epochs, config.train.batch_size)} == {3}
+    models = [folder / "base", *(folder / f"seed-{seed}" / arm for seed in config.seeds for arm in ARMS[1:])]
+    hashes = {load_policy(config.model.model_copy(update={"path": str(model)})).hash() for model in models}
+    assert len(hashes) == 7
+    assert not list(folder.rglob("checkpoint-*"))
+
+
+def test_a_second_run_is_done_and_says_so(whole, capfd, monkeypatch):
+    config, folder, summary = whole
+    monkeypatch.setattr(module, "load_task", lambda _: pytest.fail("something was run again"))
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert run(config) == summary
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert "is done: 2 seeds" in capfd.readouterr().err
+
+
+def test_other_settings_are_refused_by_name(whole):
+    config, _, _ = whole
+    with pytest.raises(ConfigError, match=r"train\.lr was 0\.001 and is 0\.002.*name=…"):
+        run(changed(config, train={"lr": 2e-3}))
+    with pytest.raises(ConfigError, match=r"seeds began with 0 and now with 1"):
+        run(changed(config, seeds=[1, 0]))
+
+
+def test_more_seeds_and_fewer_arms_go_on_from_what_is_there(tmp_path):
+    config = changed(quarters(tmp_path), seeds=[0])
+    first = run(config)
+    folder = Path(config.output_dir) / config.name
+    kept = (folder / "seed-0" / "eval-drift.json").stat().st_mtime_ns
+    second = run(changed(config, seeds=[0, 1], arms=["drift"]))
+    assert (folder / "seed-0" / "eval-drift.json").stat().st_mtime_ns == kept
+    assert set(second["results"]) == {"base", "drift"}
+    assert second["results"]["drift"]["by_turn"][0] == first["results"]["drift"]["by_turn"][0]
+    assert first["paired"]["drift - base"]["single"]["stderr"] is None  # one seed has no spread
+    assert second["seconds"]["total"] > first["seconds"]["total"]
+
+
+def test_killed_in_the_middle_of_sampling_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    config, folder, summary = whole
+    again = changed(config, output_dir=str(tmp_path))
+    (tmp_path / "digits.yaml").write_text(dump(again))
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drift.cli", "run", str(tmp_path / "digits.yaml")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    rollouts = tmp_path / "digits" / "rollouts.jsonl"
+    deadline = time.monotonic() + 240
+    while not (rollouts.exists() and rollouts.stat().st_size):
+        assert process.poll() is None, "the run ended before it sampled"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = rollouts.read_bytes()
+    assert 0 < kept.count(b"\n") < 48
+    resumed = run(again)
+    assert rollouts.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert rollouts.read_bytes() == (folder / "rollouts.jsonl").read_bytes()
+    assert resumed["results"] == summary["results"]
+
+
+def test_interrupted_in_training_and_evaluation(whole, tmp_path, monkeypatch):
+    """A checkpoint in the middle of an arm, and a trained arm that was not evaluated yet."""
+    config, _, summary = whole
+    again = changed(config, output_dir=str(tmp_path), train={"save_every": 1})
+    evaluate, calls = module.evaluate, []
+
+    def stops(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:  # the first arm's, after the base's
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(again)
+    assert list((tmp_path / "digits" / "seed-0" / "uniform").rglob("checkpoint-3"))
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    assert run(again)["results"] == summary["results"]
+
+
+def test_rounds_sample_again_from_the_trained_policy(tmp_path, monkeypatch):
+    config = changed(quarters(tmp_path), seeds=[0], arms=["drift"], train={"rounds": 2})
+    sampled, collect = [], module.collect
+
+    def spy(policy, engine, task, problems, settings, path, *rest):
+        sampled.append((policy.hash(), path.name, path.parent.name))
+        return collect(policy, engine, task, problems, settings, path, *rest)
+
+    monkeypatch.setattr(module, "collect", spy)
+    run(config)
+    assert [place[1:] for place in sampled] == [("rollouts.jsonl", "digits"), ("rollouts.jsonl", "round-1")]
+    assert sampled[0][0] != sampled[1][0]
+
+
+def test_a_given_model_is_not_warm_started_and_is_told_the_format(whole, tmp_path):
+    config, folder, _ = whole
+    given = changed(config, name="given", seeds=[0], output_dir=str(tmp_path), model={"path": str(folder / "base")})
+    asked = {}
+    given = changed(given, arms=["uniform"])
+    summary = run(given)
+    rows = store.read(tmp_path / "given" / "rollouts.jsonl")
+    asked = {row["messages"][0]["content"] for row in rows}
+    assert all("<answer> and </answer>" in text for text in asked)
+    assert not (tmp_path / "given" / "base" / "warm_start.json").exists()
+    assert set(summary["results"]) == {"base", "uniform"}
+
+
+def test_no_success_at_all_is_said(tmp_path):
+    config = changed(quarters(tmp_path), seeds=[0], warm_start={"enabled": False}, arms=["success_only"])
+    with pytest.raises(RunError, match="no trajectory has a right answer"):
+        run(config)
