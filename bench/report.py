@@ -11,7 +11,9 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def show(console: Console, case: dict) -> None:
     console.print(table)
 
 
-def measure_memory(results: dict, smoke: bool, report: Any) -> None:
+def measure_memory(results: dict, smoke: bool, report: Callable[[str], None]) -> None:
     """Fills in `peak_bytes` of everyone who has a time."""
     wanted = {case["name"]: case for case in results["cases"] if smoke or case["name"] in MEMORY_CASES}
     entries = {(name, entry["name"]): entry for name, case in wanted.items() for entry in case["contenders"]}
@@ -139,6 +141,26 @@ def measure_memory(results: dict, smoke: bool, report: Any) -> None:
             report(CONTENDERS[contender].title)
             for name, peak in memory.measure(contender, cases, smoke):
                 entries[name, contender]["peak_bytes"] = peak
+
+
+def save(results: dict, stem: Path) -> None:
+    """Writes both forms; after each case, so that a run cut short leaves what it had."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(results))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """(say what is being done, one step further): a bar on a terminal, lines elsewhere."""
+    console, began = Console(stderr=True), time.monotonic()
+    if not console.is_terminal:
+        yield lambda text: console.print(f"{time.monotonic() - began:6.0f} s  {text}", highlight=False), lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -173,28 +195,20 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "memory": memory.available() or ("not asked for" if args.no_memory else "measured"),
         "cases": [],
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(args.cases) + 1)
+    stem = args.out / ("smoke" if args.smoke else "cpu")
+    with _progress(len(args.cases) + 1) as (say, advance):
         for name in dict.fromkeys(args.cases):
             case = CASES[name].shrunk() if args.smoke else CASES[name]
-            found = run_case(
-                case,
-                contenders,
-                args.rounds,
-                lambda text, name=name: progress.update(task, description=f"{name}: {text}"),
-            )
+            found = run_case(case, contenders, args.rounds, lambda text, name=name: say(f"{name}: {text}"))
             results["cases"].append(found)
-            progress.advance(task)
+            save(results, stem)
+            advance()
         if results["memory"] == "measured":
-            measure_memory(results, args.smoke, lambda text: progress.update(task, description=f"memory: {text}"))
-        progress.advance(task)
+            measure_memory(results, args.smoke, lambda text: say(f"memory: {text}"))
+            save(results, stem)
+        advance()
     for case in results["cases"]:
         show(console, case)
-    stem = args.out / ("smoke" if args.smoke else "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(results))
     console.print(f"{stem.with_suffix('.md')} · {stem.with_suffix('.json')}")
     return results
 

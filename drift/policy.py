@@ -121,7 +121,8 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     attention = register(config.attention, device=device, dtype=dtype)
     if config.path is None:
         tokenizer = tiny.build_tokenizer()
-        model: Any = tiny.build_model(config, tokenizer, seed, attention).to(dtype)
+        model: Any = tiny.build_model(config, tokenizer, seed, attention)
+        model.to(dtype)
     else:
         path, adapters = _adapters(config.path)
         tokenizer = AutoTokenizer.from_pretrained(config.path)

@@ -148,6 +148,7 @@ class _Job:
                     checkpoint_dir=inside,
                     prefix=name,
                     steps=steps_of(len(rows), config.train.epochs, config.train.batch_size),
+                    min_weight=config.weights.min_weight if arm == "drift" else 0.0,
                 )
         if distributed.rank() == 0:
             self.policy.save(folder)
@@ -170,7 +171,9 @@ class _Job:
             return chosen
         weights, stats = weigh(rows, self.config.weights)
         self.track.log(number, **{f"{name}/{key}": value for key, value in stats.items()})
-        return weights
+        solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}
+        skip = self.config.weights.skip_unsolved_groups
+        return [None if skip and row["prompt_id"] not in solved else w for row, w in zip(rows, weights)]
 
     def _sample(self, path: Path, seed: Sequence[int], prefix: str) -> list[dict[str, Any]]:
         config = self.config
@@ -180,7 +183,9 @@ class _Job:
                 problems = self._asked(self.task.problems("train"))
                 collect(self.policy, engine, self.task, problems, config.rollout, path, seed, self.track, prefix)
         distributed.barrier()
-        return store.read(path)
+        rows = store.read(path)
+        store.check_policy(rows, self.policy.hash())
+        return rows
 
     def _evaluate(self, name: str, path: Path) -> None:
         if distributed.rank() == 0 and not path.exists():

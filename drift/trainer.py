@@ -115,8 +115,8 @@ def train(
     """Trains in place for `config.epochs`, or for `steps` optimizer steps, over and over the trajectories if need be.
 
     An epoch is a permutation of all trajectories, cut into batches of `config.batch_size`. Those of a weight below
-    `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3). Under torchrun every rank gives the
-    same trajectories and trains its share of each batch. Metrics go to `track` as PREFIX/NAME. With `checkpoint_dir` it
+    `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3).
+    Under torchrun every rank gives the same trajectories and trains its share of each batch. Metrics go to `track` as PREFIX/NAME. With `checkpoint_dir` it
     saves every `config.save_every` steps and at the end, and goes on from what is there (a folder all ranks see).
     Raises ValueError where there is nothing to train or a trajectory does not fit (before the first step), and
     CheckpointError where the folder holds another training.

@@ -237,7 +237,7 @@ def backward(
     if plan.row_ptr is not None:  # per row what was given per entry
         first = plan.row_ptr[:-1]
         lse_rows = lse_rows[first]
-        if entropy_coefs is not None:
+        if entropy_coefs is not None and entropy_rows is not None:
             owner = torch.repeat_interleave(torch.arange(plan.count), plan.row_ptr.diff())
             entropy_coefs = torch.zeros_like(lse_rows).index_add_(0, owner, entropy_coefs)
             entropy_rows = entropy_rows[first]

@@ -164,18 +164,25 @@ def test_interrupted_in_training_and_evaluation(whole, tmp_path, monkeypatch):
     assert run(again)["results"] == summary["results"]
 
 
-def test_rounds_sample_again_from_the_trained_policy(tmp_path, monkeypatch):
-    config = changed(quarters(tmp_path), seeds=[0], arms=["drift"], train={"rounds": 2})
-    sampled, collect = [], module.collect
+def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, monkeypatch):
+    config = changed(quarters(tmp_path), seeds=[0], arms=["uniform", "drift"], train={"rounds": 2})
+    sampled, started, collect, train = [], [], module.collect, module.train
 
-    def spy(policy, engine, task, problems, settings, path, *rest):
-        sampled.append((policy.hash(), path.name, path.parent.name))
+    def spy_collect(policy, engine, task, problems, settings, path, *rest):
+        sampled.append((policy.hash(), path.parent.name))
         return collect(policy, engine, task, problems, settings, path, *rest)
 
-    monkeypatch.setattr(module, "collect", spy)
+    def spy_train(policy, *args, **kwargs):
+        started.append(policy.hash())
+        return train(policy, *args, **kwargs)
+
+    monkeypatch.setattr(module, "collect", spy_collect)
+    monkeypatch.setattr(module, "train", spy_train)
     run(config)
-    assert [place[1:] for place in sampled] == [("rollouts.jsonl", "digits"), ("rollouts.jsonl", "round-1")]
-    assert sampled[0][0] != sampled[1][0]
+    base = load_policy(config.model.model_copy(update={"path": str(tmp_path / "runs" / "digits" / "base")})).hash()
+    assert [place for _, place in sampled] == ["digits", "round-1", "round-1"]
+    assert [who == base for who in started] == [True, False, True, False]
+    assert [who for who, _ in sampled] == [base, started[1], started[3]]
 
 
 def test_a_given_model_is_not_warm_started_and_is_told_the_format(whole, tmp_path):

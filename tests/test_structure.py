@@ -16,7 +16,7 @@ TRAINER = [  # lowest first; rooms of one level never import each other
     {"engines", "chat", "trainer", "report"},
     {"rollout"},
     {"evaluate", "warm_start"},
-    {"run", "doctor"},
+    {"run", "doctor", "stages"},
     {"study"},
     {"cli"},
 ]

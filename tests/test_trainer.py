@@ -478,15 +478,15 @@ def test_min_weight_leaves_out_terms_and_nothing_else(normalize):
     for t, weight in zip(trajectories, (0.1, 2.0, 0.05, 1.5)):
         t.weight = weight
     settings, steps = config(normalize=normalize, grad_clip=1e9), []
-    for given, least in ((trajectories, 0.5), ([t for t in trajectories if t.weight >= 0.5], 0.0)):
+    for some_of, least in ((trajectories, 0.5), ([t for t in trajectories if t.weight >= 0.5], 0.0)):
         losses = []
-        stats = trainer.train(Policy(), given, settings, seed=0, min_weight=least)
+        stats = trainer.train(Policy(), some_of, settings, seed=0, min_weight=least)
         losses.append(stats.losses[0])
         steps.append((stats, losses[0]))
-    (ours, loss), (kept_alone, other) = steps
+    (ours, loss), (_, other) = steps
     assert ours.dropped == 2
     whole = 4 if normalize == "samples" else 3.65
     alone = 2 if normalize == "samples" else 3.5
     assert loss * whole == pytest.approx(other * alone, rel=1e-5)
     with pytest.raises(ValueError, match="below min_weight"):
-        trainer.train(Policy(), given, settings, seed=0, min_weight=9.0)
+        trainer.train(Policy(), some_of, settings, seed=0, min_weight=9.0)
