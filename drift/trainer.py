@@ -116,8 +116,9 @@ def train(
 
     An epoch is a permutation of all trajectories, cut into batches of `config.batch_size`. Those of a weight below
     `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3).
-    Under torchrun every rank gives the same trajectories and trains its share of each batch. Metrics go to `track` as PREFIX/NAME. With `checkpoint_dir` it
-    saves every `config.save_every` steps and at the end, and goes on from what is there (a folder all ranks see).
+    Under torchrun every rank gives the same trajectories and trains its share of each batch. Metrics go to `track` as
+    PREFIX/NAME. With `checkpoint_dir` it saves every `config.save_every` steps and at the end, and goes on from what is
+    there (a folder all ranks see).
     Raises ValueError where there is nothing to train or a trajectory does not fit (before the first step), and
     CheckpointError where the folder holds another training.
     """
