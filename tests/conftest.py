@@ -1,7 +1,12 @@
-"""One thread for every test: tensors here are tiny, and waiting threads slow a busy machine down a hundredfold.
+"""One thread for every test and for the processes that tests start: tensors here are tiny, waiting threads slow a busy
+machine down a hundredfold, and the last bits of a sum depend on how many threads made it.
 
-Tests that are about threads set their own; those that start a process say how many it gets.
+Tests that are about threads set their own.
 """
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
