@@ -54,7 +54,7 @@ class GemmLimit:
 
     def __init__(self, problem: Problem, shares: Shares, dtype: torch.dtype) -> None:
         case = problem.case
-        self.title = f"bare GEMMs, {'fp32' if dtype == torch.float32 else 'bf16'}"
+        self.title = f"GEMMs, {'fp32' if dtype == torch.float32 else 'bf16'}"
         self.read, self.live = round(shares.read * case.T), round(shares.live * case.T)
         self.hidden = problem.hidden.detach()[: self.read].to(dtype)
         self.weight = problem.weight.detach().to(dtype)

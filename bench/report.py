@@ -75,7 +75,7 @@ def lines(case: dict) -> list[list[str]]:
     empty = ["–"] * len(case["limits"])
     table = []
     for limit in case["limits"]:
-        title = f"{limit['title']}, {limit['chunk']} rows"
+        title = f"bare {limit['title']}, {limit['chunk']} rows"
         table.append([title, f"{case['limit_units']:.2f}", f"{limit['seconds']:.3f}", *empty, "–", "–"])
     for entry in sorted(case["contenders"], key=lambda e: (e["seconds"] is None, e["seconds"] or 0.0)):
         peak = None if entry["peak_bytes"] is None else entry["peak_bytes"] / 2**20
@@ -123,9 +123,10 @@ def markdown(results: dict) -> str:
 
 def show(console: Console, case: dict) -> None:
     """A case's table on the terminal."""
-    table = Table(title=f"{case['name']}: {caption(case)}", title_justify="left")
+    console.print(f"\n[bold]{case['name']}[/bold]  {caption(case)}", highlight=False)
+    table = Table()
     for i, head in enumerate(headings(case)):
-        table.add_column(head, justify="left" if i == 0 else "right")
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i != 2)
     for row in lines(case):
         table.add_row(*row, style="bold" if row[0] == CONTENDERS[OURS].title else None)
     console.print(table)
@@ -185,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints, writes cpu.md and cpu.json (smoke.* with --smoke), and returns what the JSON holds."""
     args = _arguments(argv)
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     contenders = [CONTENDERS[name] for name in dict.fromkeys([OURS, *args.contenders])]
     results: dict[str, Any] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
