@@ -45,6 +45,7 @@ $(VENV)/.dev: $(VENV)/.installed
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install -e ".[lora,bench]"
+	-$(BIN)/pip install --no-deps verl==0.9.1  # its own requirements are not needed for its loss
 	@touch $@
 
 clean:
