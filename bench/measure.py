@@ -20,8 +20,8 @@ from bench.cases import Case, Problem, Shares, make
 from bench.peers import Contender, Loss
 
 CHUNKS = (128, 256, 512, 1024)  # rows; the limit is the fastest of these
-SLOW = (8.0, 3.0)  # times the fastest, after one and after more rounds: slower ones are not run again
-SECONDS = 45.0  # of rounds in a case; after the second one, no further round begins beyond it
+SLOW = 2.0  # times the fastest: after two rounds, those slower than this are not run again
+SECONDS = 30.0  # of rounds in a case; after the second one, no further round begins beyond it
 OURS = "drift"
 
 Report = Callable[[str], None]
@@ -36,6 +36,7 @@ class Entry:
     units: float | None = None
     status: str = "ok"  # or "unavailable", "refused" (not for this case), "failed" (an error, or outside the budget)
     reason: str = ""
+    once: bool = False
     times: dict[int, float] = field(default_factory=dict)  # by round, seconds
     peak_bytes: int | None = None
 
@@ -94,7 +95,7 @@ def _line(error: BaseException) -> str:
 
 def _enter(contender: Contender, case: Case, tiny: Problem) -> tuple[Entry, Loss | None]:
     """Its row, and its loss if it is there and runs on a tiny problem (which also compiles what wants compiling)."""
-    entry = Entry(contender.name, contender.title)
+    entry = Entry(contender.name, contender.title, once=contender.once)
     if reason := contender.refuses(case):
         entry.fail(reason, "refused")
         return entry, None
@@ -172,8 +173,12 @@ def _rounds(
             break
         for limit in limits:
             limit.times[number] = limit.run()
-        bound = SLOW[min(number, 2) - 1] * min((entry.best or 0.0 for entry, _ in runners), default=0.0)
-        fast = [(entry, loss) for entry, loss in runners if (entry.best or 0.0) <= bound or entry.name == OURS]
+        bound = SLOW * min((entry.best or 0.0 for entry, _ in runners), default=0.0)
+        fast = [
+            (entry, loss)
+            for entry, loss in runners
+            if entry.name == OURS or (not entry.once if number == 1 else (entry.best or 0.0) <= bound)
+        ]
         turn = number % max(len(fast), 1)
         for entry, loss in fast[turn:] + fast[:turn]:
             report(f"round {number}: {entry.title}")

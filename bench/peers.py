@@ -31,6 +31,7 @@ class Contender:
     units: Callable[[Case, Shares], float]  # GEMM work in units: 2 are one GEMM over all T rows, 2TVD FLOPs
     load: Callable[[], Loss]  # raises where the package is missing or cannot run
     refuses: Callable[[Case], str | None] = lambda case: None  # why a case is not for it
+    once: bool = False  # several times slower than all others by what it is: one run, and no memory
 
 
 def _drift() -> Loss:
@@ -168,7 +169,9 @@ CONTENDERS = {
             _chunked_torch,
             _torch(lambda options: options(batch_chunk_size=512, chunking_method=None)),
         ),
-        Contender("torch-auto", "torch, default chunks", "torch", _chunked_torch, _torch(lambda options: options())),
+        Contender(
+            "torch-auto", "torch, default chunks", "torch", _chunked_torch, _torch(lambda options: options()), once=True
+        ),
         Contender("trl", "TRL", "trl", _always(8), _trl),
         Contender("liger", "Liger", "liger-kernel", _always(8), _liger),
         Contender("liger-grpo", "Liger GRPO", "liger-kernel", _always(8), _liger_grpo, _unclipped),

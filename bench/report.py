@@ -29,7 +29,7 @@ from bench.peers import CONTENDERS
 
 RESULTS = Path(__file__).parent / "results"
 # Memory costs a run more of everything; the cases left out hold what these hold, at other shares of rows.
-MEMORY_CASES = ("dense", "ppo", "ppo-bf16")
+MEMORY_CASES = ("dense", "ppo")
 ISA = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 
 
@@ -138,7 +138,7 @@ def measure_memory(results: dict, smoke: bool, report: Callable[[str], None]) ->
     entries = {(name, entry["name"]): entry for name, case in wanted.items() for entry in case["contenders"]}
     for contender in CONTENDERS:
         cases = [name for name in wanted if entries.get((name, contender), {}).get("status") == "ok"]
-        if cases:
+        if cases and not CONTENDERS[contender].once:
             report(CONTENDERS[contender].title)
             for name, peak in memory.measure(contender, cases, smoke):
                 entries[name, contender]["peak_bytes"] = peak

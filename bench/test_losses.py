@@ -15,8 +15,7 @@ from bench.peers import CONTENDERS
 pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
 pytestmark = pytest.mark.filterwarnings("default")  # other projects' deprecations are no result
 
-# Chunks by default take seconds even here, and a report shows them once.
-NAMES = [name for name in CONTENDERS if name != "torch-auto"]
+NAMES = [name for name, contender in CONTENDERS.items() if not contender.once]
 
 
 @cache

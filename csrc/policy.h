@@ -55,10 +55,10 @@ DRIFT_HD R kl_slope(int kind, R d) {
 template <class R>
 DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, bool has_old, R old, bool has_ref, R ref) {
   const R A = advantage;
-  const R raw = has_old ? logp - old : R(0);
+  const R raw = logp - (has_old ? old : logp);  // on-policy 0, but NaN where logp is
   const R log_ratio = raw > R(20) ? R(20) : (raw < R(-20) ? R(-20) : raw);
   const R inside = (raw != raw || log_ratio == raw) ? R(1) : R(0);  // the clamp has no slope outside; NaN stays NaN
-  const R r = has_old ? std::exp(raw != raw ? raw : log_ratio) : R(1);
+  const R r = std::exp(raw != raw ? raw : log_ratio);
   const R low = R(p.low), high = R(p.high);
   TokenLoss<R> out{R(0), R(0), r, R(0), R(0)};
   const bool below = r < low, above = r > high;
@@ -88,7 +88,7 @@ DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, b
     case CISPO:
       out.loss = -clip * A * logp;
       out.dlogp = -clip * A;
-      out.clipped = below ? R(-1) : (above ? R(1) : R(0));
+      out.clipped = A == 0 ? R(0) : below ? R(-1) : (above ? R(1) : R(0));
       break;
     case SAPO: {
       const R tau = A > 0 ? R(p.tau_pos) : R(p.tau_neg);

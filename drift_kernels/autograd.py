@@ -229,6 +229,7 @@ class LinearLogprobs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(lse)
         if "entropy" not in call.outputs:
             grad_entropy = None  # a compiled graph hands in an empty tensor here
+        grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         saved_entropy = None if grad_entropy is None else entropy
         grads = torch.ops.drift_kernels.logprob_backward(
             hidden,

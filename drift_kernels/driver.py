@@ -78,7 +78,7 @@ class Sweep:
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
         self.kernels = backends.load("cpu")
-        self._check_targets()
+        rows.check_targets(plan.pick(x.targets), x.weight.shape[0], call.head.ignore_index)
         V, D = x.weight.shape
         workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
@@ -94,14 +94,6 @@ class Sweep:
         self.row_ptr = None if plan.row_ptr is None else plan.row_ptr.tolist()
         self.grads = self._empty_grads()
         self.weight_started = False
-
-    def _check_targets(self) -> None:
-        kept = self.plan.pick(self.x.targets)
-        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < self.x.weight.shape[0]:
-            raise IndexError(
-                f"targets hold {int(kept.min())}…{int(kept.max())}, but the vocabulary is [0, {self.x.weight.shape[0]}); "
-                f"mask positions with ignore_index={self.call.head.ignore_index}"
-            )
 
     def _empty_grads(self) -> Grads:
         x, need = self.x, self.call
@@ -189,7 +181,9 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
     sweep = Sweep(x, call, plan := _plan(x, call))
     advantages, old, ref, weights = (plan.pick(v) for v in (x.advantages, x.old, x.ref, x.weights))
     if call.config.check_finite:
-        _check_finite({"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "token_weights": weights})
+        rows.check_finite(
+            {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "token_weights": weights}
+        )
     weights = sweep.targets.new_ones(sweep.targets.shape, dtype=sweep.dtype) if weights is None else weights
     weights = weights / normalizer
     want = tuple(dict.fromkeys((*call.outputs, "loss")))
@@ -271,12 +265,3 @@ def pointwise(
             sweep.add_gradients(piece, live)
     loss = sum((part.double().sum() for part in collected.get("loss", [])), torch.zeros((), dtype=torch.float64))
     return loss.to(sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
-
-
-def _check_finite(values: dict[str, Tensor | None]) -> None:
-    for name, value in values.items():
-        if value is not None and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"{name} has {bad} non-finite values on rows that count; mask them with ignore_index or weight 0"
-            )

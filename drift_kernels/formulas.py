@@ -65,13 +65,15 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 
 
 def clipped(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, spec: PolicySpec) -> Tensor:
-    """−1 where the lower bound of the ratio is what counts, +1 where the upper one does, else 0 [N]."""
+    """−1 where the lower bound of the ratio is what counts, +1 where the upper one does, else 0 (and for A = 0) [N]."""
     low, high = ratio_bounds(spec)
     ratio = log_ratio(logprobs, old_logprobs).exp()
     below, above = ratio < low, ratio > high
     if spec.objective == "clip":
         below, above = below & (advantages < 0), above & (advantages > 0)
-    elif spec.objective != "cispo":
+    elif spec.objective == "cispo":
+        below, above = below & (advantages != 0), above & (advantages != 0)
+    else:
         return torch.zeros_like(ratio)
     return above.to(ratio.dtype) - below.to(ratio.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Flat:
         """`value` of the targets' shape as [N] in the compute dtype, without gradient."""
         if value is None:
             return None
+        check_data(name, value, self.targets.device)
         if value.shape != self.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, targets {tuple(self.shape)}; they must agree")
         return value.detach().reshape(-1).to(self.dtype).contiguous()
@@ -48,6 +50,18 @@ class Flat:
         return mask
 
 
+def check_data(name: str, value: object, device: torch.device) -> None:
+    """Raises unless `value` is a real tensor on `device` that no gradient is expected for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    if value.device != device:
+        raise ValueError(f"{name} lies on {value.device}, hidden on {device}; move it")
+    if value.is_complex():
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be real")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and no gradient would reach it; detach it")
+
+
 def flatten(
     hidden: Tensor,
     weight: Tensor,
@@ -58,7 +72,9 @@ def flatten(
     active: Tensor | None,
 ) -> Flat:
     """Checks what every op takes and drops its batch shape; raises TypeError or ValueError naming the argument."""
-    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias)):
+    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias), ("targets", targets)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
         if isinstance(value, DTensor):
             raise NotImplementedError(
                 f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
@@ -100,11 +116,26 @@ def flatten(
     if len(devices) > 1:
         raise ValueError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
     flat = hidden.reshape(-1, hidden.shape[-1])
+    _check_indices(rows, active, flat.shape[0], targets.numel())
     return Flat(flat, weight, bias, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
 
 
+def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int, entries: int) -> None:
+    """Values of `rows` and `active`, on a CPU alone: elsewhere looking costs a wait."""
+    if torch.compiler.is_compiling():
+        return
+    for name, index, size in (("rows", rows, hidden_rows), ("active", active, entries)):
+        if index is None or index.device.type != "cpu" or not index.numel():
+            continue
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= size:
+            raise IndexError(f"{name} holds {low}…{high}; it must lie in [0, {size})")
+        if name == "rows" and bool((index.diff() < 0).any()):
+            raise ValueError("rows must be sorted, so that the entries of a hidden row lie together")
+
+
 def _cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:  # as F.linear does
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -118,22 +149,37 @@ def segment_ids(
     From `segment_ids` as given, from `cu_seqlens` [S + 1] of a packed batch, or from the rows of a padded [B, L] one.
     """
     total = shape.numel()
+    if given is not None and cu_seqlens is not None:
+        raise ValueError("cu_seqlens and segment_ids both say where sequences end; pass one of them")
     if given is not None:
         if given.shape != shape or given.dtype != torch.int64:
             raise ValueError(
                 f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
             )
+        if given.numel() and int(given.min()) < 0:
+            raise ValueError(f"segment_ids holds {int(given.min())}; sequences are numbered from 0")
         return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
+        check_cu_seqlens(cu_seqlens, total)
         positions = torch.arange(total, device=device)
         return torch.searchsorted(cu_seqlens.to(torch.int64), positions, right=True) - 1, cu_seqlens.numel() - 1
     if len(shape) == 2:
         return torch.arange(total, device=device) // shape[1], shape[0]
     return None, 0
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+    """Raises ValueError unless cu_seqlens [S + 1] rises from 0 to `total`. On a CPU alone: elsewhere looking costs a wait."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.to(torch.int64)
+    ends = bounds.numel() > 0 and int(bounds[0]) == 0 and int(bounds[-1]) == total
+    if not ends or bool((bounds.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens {cu_seqlens.tolist()[:8]} must rise from 0 to the number of tokens, {total}")
 
 
 def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
@@ -151,8 +197,10 @@ OUTPUTS = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_p
 POLICY_OUTPUTS = (*OUTPUTS, "ratio", "kl", "clipped")
 
 
-def check_outputs(outputs: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
     """`outputs` as a tuple; ValueError names the one that is not known and those that are."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs={outputs!r} is text; pass a tuple of names: ({outputs!r},)")
     for name in outputs:
         if name not in allowed:
             raise ValueError(f"outputs has {name!r}; this op knows {', '.join(allowed)}")

@@ -20,11 +20,14 @@ from drift_kernels.inputs import (
     POLICY_OUTPUTS,
     Flat,
     as_normalizer,
+    check_cu_seqlens,
+    check_data,
     check_outputs,
     flatten,
     segment_ids,
     with_needs,
 )
+from drift_kernels.rows import check_finite, check_targets, counting
 from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -60,11 +63,14 @@ class LossOutput:
 
 def shift_targets(input_ids: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Targets for `input_ids` [T] or [B, L] int64: the next token, `ignore_index` at the end of every segment."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids has dtype {input_ids.dtype}; it must be int64 (or int32)")
     targets = torch.full_like(input_ids, ignore_index)
     targets[..., :-1] = input_ids[..., 1:]
     if cu_seqlens is not None:
         if input_ids.dim() != 1:
             raise ValueError(f"cu_seqlens goes with packed [T] input_ids; got {tuple(input_ids.shape)}")
+        check_cu_seqlens(cu_seqlens, input_ids.numel())
         ends = cu_seqlens[1:].to(torch.int64)
         targets[ends[ends > 0] - 1] = ignore_index
     return targets
@@ -93,7 +99,7 @@ def linear_logprob(
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
-    names = check_outputs(tuple(outputs), OUTPUTS)
+    names = check_outputs(outputs, OUTPUTS)
     wanted = tuple(dict.fromkeys(("logprobs", *(("entropy",) if return_entropy else ()))))
     call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, wanted), flat)
     extra = _unflatten({}, flat)
@@ -139,7 +145,7 @@ def weighted_cross_entropy(
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
     weights = flat.per_entry("token_weights", token_weights)
-    names = check_outputs(tuple(outputs), OUTPUTS)
+    names = check_outputs(outputs, OUTPUTS)
     head = _head(temperature, softcap, logit_scale, ignore_index)
     call = with_needs(Call(PolicySpec(objective="reinforce"), head, config, names), flat)
     if normalizer is None:
@@ -187,14 +193,17 @@ def policy_loss(
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
-    names = check_outputs(tuple(outputs), POLICY_OUTPUTS)
+    names = check_outputs(outputs, POLICY_OUTPUTS)
     mask = flat.mask(ignore_index)
+    check_data("advantages", advantages, flat.targets.device)
     segments, count = _segments(flat, spec, advantages, cu_seqlens, segment_ids)
     tokens = _tokens(
         flat, mask, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights, spec
     )
     head = _head(temperature, softcap, logit_scale, ignore_index)
-    wanted = tuple(dict.fromkeys((*names, "clipped")))
+    # metrics take "clipped" from the rows that train; a caller who asks for it reads every row, as for any output
+    dense = ("ratio",) if "clipped" in names else ()
+    wanted = tuple(dict.fromkeys((*names, "clipped", *dense)))
     call = with_needs(Call(spec, head, config, wanted), flat)
     if normalizer is None:
         normalizer = _own_normalizer(flat, mask, segments, count, spec)
@@ -238,7 +247,7 @@ def pointwise_loss(
     tensors = tuple(tensor.reshape(-1) for tensor in per_token_tensors)
     mask = flat.mask(ignore_index)
     _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
-    names = check_outputs(tuple(outputs), OUTPUTS)
+    names = check_outputs(outputs, OUTPUTS)
     call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, names), flat)
     denominator = as_normalizer(
         _or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype)
@@ -253,9 +262,7 @@ def pointwise_loss(
 
 
 def _head(temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> HeadOptions:
-    return HeadOptions(
-        1.0 if isinstance(temperature, Tensor) else float(temperature), softcap, float(logit_scale), ignore_index
-    )
+    return HeadOptions(1.0 if isinstance(temperature, Tensor) else temperature, softcap, logit_scale, ignore_index)
 
 
 def _unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
@@ -269,7 +276,14 @@ def _or_one(total: Tensor, flat: Flat) -> Tensor:
 
 
 def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
-    z = reference.logits(flat.hidden, flat.weight, flat.bias, flat.temperature, call.head)
+    check_targets(flat.targets[mask], flat.weight.shape[0], call.head.ignore_index)
+    read = (
+        mask
+        if flat.rows is None
+        else torch.zeros_like(flat.hidden[:, 0], dtype=torch.bool).index_fill(0, flat.rows[mask], True)
+    )
+    hidden = torch.where(read[:, None], flat.hidden, 0.0)  # so that a masked NaN reaches nothing
+    z = reference.logits(hidden, flat.weight, flat.bias, flat.temperature, call.head)
     return reference.statistics(z, flat.targets, flat.rows, mask)
 
 
@@ -278,6 +292,17 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
     denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
     if backends.resolve(call.config.backend, flat.hidden.device) == "reference":
         mask = flat.mask(call.head.ignore_index)
+        if call.config.check_finite:
+            counts = counting(
+                flat.targets, flat.active, tokens.advantages, tokens.weights, tokens.ref is not None, call
+            )
+            given = {
+                "advantages": tokens.advantages,
+                "old_logprobs": tokens.old,
+                "ref_logprobs": tokens.ref,
+                "token_weights": tokens.weights,
+            }
+            check_finite({name: None if v is None else v[counts] for name, v in given.items()})
         stats = _reference_stats(flat, call, mask)
         terms = reference.policy(stats, mask, tokens.advantages, tokens.old, tokens.ref, tokens.weights, call.spec)
         loss = terms["loss"].sum() / denominator

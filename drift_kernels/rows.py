@@ -79,6 +79,25 @@ def plan(mask: Tensor, rows: Tensor | None) -> Plan:
     return Plan(index.numel(), index, None if everything else entries, row_ptr)
 
 
+def check_targets(kept: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """IndexError unless all targets of the entries that count lie in the vocabulary."""
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < vocabulary:
+        raise IndexError(
+            f"targets hold {int(kept.min())}…{int(kept.max())}, but the vocabulary is [0, {vocabulary}); "
+            f"mask positions with ignore_index={ignore_index}"
+        )
+
+
+def check_finite(values: dict[str, Tensor | None]) -> None:
+    """ValueError naming the first of `values` (of the entries that count) that holds a NaN or an infinity."""
+    for name, value in values.items():
+        if value is not None and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise ValueError(
+                f"{name} has {bad} non-finite values on rows that count; mask them with ignore_index or weight 0"
+            )
+
+
 def chunks(count: int, largest: int) -> list[tuple[int, int]]:
     """[0, count) cut into the fewest spans of at most `largest` rows, all about equally long."""
     pieces = -(-count // max(largest, 1))

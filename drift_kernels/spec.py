@@ -16,6 +16,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 CORRECTIONS = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
+HUGE = 1e30  # fits float32
+
 # Published names. Each is the general loss with other numbers.
 PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {},
@@ -33,6 +35,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _one_of(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not known; it is one of {', '.join(map(repr, allowed))}")
+
+
+def _number(name: str, value: Any, optional: bool = False) -> Any:
+    """`value` as a plain float, so that specs hash and travel as text; an infinite bound as a very large one."""
+    if value is None and optional:
+        return None
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} must be a number")
+    number = float(value)
+    if number != number:
+        raise ValueError(f"{name} is NaN; it must be a number")
+    return max(min(number, HUGE), -HUGE)
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,14 @@ class PolicySpec:
     correction_bounds: tuple[float, float] = (0.0, 2.0)
 
     def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "dual_clip", "delta", "kl_coef", "entropy_coef", "z_loss_coef"):
+            optional = name in ("clip_low", "dual_clip", "delta")
+            object.__setattr__(self, name, _number(name, getattr(self, name), optional))
+        for name in ("sapo_temperatures", "correction_bounds"):
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"{name}={pair!r} must be two numbers")
+            object.__setattr__(self, name, tuple(_number(name, v) for v in pair))
         _one_of("objective", self.objective, OBJECTIVES)
         _one_of("ratio", self.ratio, ("token",))
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
@@ -112,6 +134,8 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
+        if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
+            raise TypeError(f"workspace_bytes={self.workspace_bytes!r} must be a whole number of bytes, or None")
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes={self.workspace_bytes} must be positive, or None for the default")
 
@@ -126,6 +150,11 @@ class HeadOptions:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "logit_scale", "softcap"):
+            object.__setattr__(self, name, _number(name, getattr(self, name), optional=name == "softcap"))
+        if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
+            raise TypeError(f"ignore_index={self.ignore_index!r} must be an integer")
+        object.__setattr__(self, "ignore_index", int(self.ignore_index))
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive; score greedy samples with 1.0")
         if self.softcap is not None and not self.softcap > 0:

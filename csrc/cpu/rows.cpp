@@ -38,6 +38,15 @@ ALWAYS_INLINE float fast_exp(float x) {
 }
 ALWAYS_INLINE double fast_exp(double x) { return std::exp(x); }
 
+// tanh to a few ulp: the exponential form cancels near 0, where a polynomial takes over.
+ALWAYS_INLINE float fast_tanh(float a) {
+  const float s = a * a;
+  const float small = a * (1.0f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
+  const float large = 1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f);
+  return s < 0.0625f ? small : large;
+}
+ALWAYS_INLINE double fast_tanh(double a) { return std::tanh(a); }
+
 template <class R>
 struct Transform {  // x -> z, and dz/dx from z
   R logit_scale, softcap, inv_temperature;
@@ -45,7 +54,7 @@ struct Transform {  // x -> z, and dz/dx from z
   ALWAYS_INLINE bool identity() const { return !bias && softcap == 0 && logit_scale == 1 && inv_temperature == 1; }
   ALWAYS_INLINE R apply(R x, int64_t j) const {
     R u = logit_scale * (bias ? x + bias[j] : x);
-    if (softcap != 0) u = softcap - R(2) * softcap / (fast_exp(u * (R(2) / softcap)) + R(1));
+    if (softcap != 0) u = softcap * fast_tanh(u / softcap);
     return u * inv_temperature;
   }
   ALWAYS_INLINE R slope(R z) const {
@@ -60,11 +69,11 @@ struct Transform {  // x -> z, and dz/dx from z
 
 template <class R, bool BIAS, bool CAPPED>
 ALWAYS_INLINE void transform_block(R* __restrict x, int64_t n, const R* __restrict bias, R scale, R cap, R inverse) {
-  const R twice = R(2) / (CAPPED ? cap : R(1));
+  const R per_cap = R(1) / (CAPPED ? cap : R(1));
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     R u = scale * (BIAS ? x[i] + bias[i] : x[i]);
-    if (CAPPED) u = cap - R(2) * cap / (fast_exp(u * twice) + R(1));
+    if (CAPPED) u = cap * fast_tanh(u * per_cap);
     x[i] = u * inverse;
   }
 }
@@ -320,7 +329,7 @@ void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, ui
       put<R>(policy.loss, k, w != 0 ? w * loss : R(0));
       put<R>(policy.ratio, k, token.ratio);
       put<R>(policy.kl, k, token.kl);
-      put<R>(policy.clipped, k, token.clipped);
+      put<R>(policy.clipped, k, w != 0 ? token.clipped : R(0));
       coef[k] = w != 0 ? w * token.dlogp : R(0);
       weight_sum += w;
     }

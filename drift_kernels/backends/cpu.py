@@ -35,13 +35,20 @@ class Chunk:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where a tensor's elements lie one after another, for C++ to read."""
+    if tensor is None:
+        return 0
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_neg():
+        raise ValueError(
+            f"a {tuple(tensor.shape)} tensor on {tensor.device} with strides {tensor.stride()} cannot be read as it is"
+        )
+    return tensor.data_ptr()
 
 
 def _rows(logits: Tensor, chunk: Chunk):
     rows = _cpu.Rows()
     rows.logits, rows.rows, rows.vocab, rows.stride = logits.data_ptr(), *logits.shape, logits.stride(0)
-    rows.targets, rows.row_ptr = chunk.targets.data_ptr(), _address(chunk.row_ptr)
+    rows.targets, rows.row_ptr = _address(chunk.targets), _address(chunk.row_ptr)
     rows.bias, rows.inv_temperature = _address(chunk.bias), _address(chunk.inv_temperature)
     rows.scalar_inv_temperature = 1 / chunk.head.temperature
     rows.logit_scale, rows.softcap = chunk.head.logit_scale, chunk.head.softcap or 0.0
@@ -80,7 +87,7 @@ def grad_logits(
     `coefs` [M] and `entropy_coefs` [C] are d(loss)/d(log-prob) and d(loss)/d(entropy).
     """
     c = _cpu.Coefs()
-    c.logprobs, c.lse = _address(coefs), lse.data_ptr()
+    c.logprobs, c.lse = _address(coefs), _address(lse)
     c.entropy, c.row_entropy = _address(entropy_coefs), _address(entropy)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
     _cpu.grad_logits(_rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)

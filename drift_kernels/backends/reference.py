@@ -62,4 +62,6 @@ def policy(
         "clipped": formulas.clipped(logprobs, advantages, old, spec).detach(),
         "kl": torch.zeros_like(logprobs) if ref is None else formulas.kl(logprobs, ref, spec.kl_estimator).detach(),
     }
+    if weights is not None:
+        out["clipped"] = torch.where(weights != 0, out["clipped"], 0.0)
     return {name: torch.where(mask, value, 0.0) for name, value in out.items()}
