@@ -110,20 +110,44 @@ def _from_messages(policy: Policy, row: dict[str, Any], index: int, weight: floa
     whole = text(policy.tokenizer, messages)
     encoded = policy.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    assistants = [m["content"] for m in messages if m["role"] == "assistant"]
-    spans, place = [], len(whole)
-    for i in reversed(range(len(assistants))):  # from the end: an earlier message may say the same
-        place = whole.rfind(assistants[i], 0, place)
-        if place < 0:
-            if i == len(assistants) - 1 or turns == "assistant":
-                raise ValueError(
-                    f"row {row['prompt_id']!r}: the chat template does not show assistant message {i + 1} as it is"
-                )
-            break  # earlier thinking left out by the template; only the last turn is trained
-        stop = place + len(assistants[i])
-        inside = [k for k, (a, b) in enumerate(offsets) if b > place and a < stop]
-        first, last = inside[0], inside[-1] + 1
+    spans = []
+    for place, stop in _places(policy.tokenizer, row["prompt_id"], messages, whole, every=turns == "assistant"):
+        first = next((k for k, (_, end) in enumerate(offsets) if end > place), len(ids))
+        last = next((k for k, (start, _) in enumerate(offsets) if start >= stop), len(ids))
         if last < len(ids) and ids[last] in policy.eos_ids:
             last += 1
-        spans.append(Turn(first, last))
-    return Trajectory(row["prompt_id"], ids, spans[::-1], weight, index)
+        if first < last:
+            spans.append(Turn(first, last))
+    return Trajectory(row["prompt_id"], ids, spans, weight, index)
+
+
+def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bool) -> list[tuple[int, int]]:
+    """Where in `whole`, their rendering, the assistant messages stand, as character spans in order.
+
+    The template's own words around them come from a rendering with marks in their place, and are matched from the end.
+    The last message has to be there as it is (or stripped); earlier ones only with `every`, since some templates drop
+    earlier thinking.
+    """
+    assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    marked = [{**m, "content": f"{_MARK}{i}{_MARK}"} if i in assistants else m for i, m in enumerate(messages)]
+    shown = text(tokenizer, marked)
+    around = []  # the template's words after each assistant message
+    for i in reversed(assistants):
+        shown, found, after = shown.rpartition(f"{_MARK}{i}{_MARK}")
+        if not found:
+            raise ValueError(
+                f"row {name!r}: the chat template does not show assistant message {len(assistants) - len(around)}"
+            )
+        around.append(after)
+    places, end = [], len(whole)
+    for number, (i, after) in enumerate(zip(reversed(assistants), around)):
+        stop, content = end - len(after), messages[i]["content"]
+        content = content if whole[:stop].endswith(content) else content.strip()
+        if whole[stop:end] != after or not whole[:stop].endswith(content):
+            if number == 0 or every:
+                which = len(assistants) - number
+                raise ValueError(f"row {name!r}: the chat template does not show assistant message {which} as it is")
+            break
+        end = stop - len(content)
+        places.append((end, stop))
+    return places[::-1]

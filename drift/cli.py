@@ -42,10 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except Exception as error:
-        if type(error).__module__.partition(".")[0] != "drift":  # ours are worded for the reader; others are bugs
+        if not _worded(error):
             raise
         _complain(str(error))
         return 1
+
+
+def _worded(error: Exception) -> bool:
+    """Whether the message says what to do: our own exceptions, ones that our own lines raise, and the system's about files.
+
+    Anything else is a bug, and its traceback is what helps.
+    """
+    if type(error).__module__.partition(".")[0] == "drift" or isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] if trace is not None else ""
+    return isinstance(error, (ValueError, RuntimeError)) and package in ("drift", "drift_kernels")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -51,7 +51,15 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
             for index, (row, weight) in enumerate(zip(rows, weights))
             for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
         ]
-        done = train(policy, trajectories, config.train, seed=seed, track=track, checkpoint_dir=out / "checkpoints")
+        done = train(
+            policy,
+            trajectories,
+            config.train,
+            seed=seed,
+            track=track,
+            checkpoint_dir=out / "checkpoints",
+            min_weight=config.weights.min_weight,
+        )
         if rank == 0:
             policy.save(out)
         return done

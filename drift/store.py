@@ -208,6 +208,9 @@ def _decode(line: bytes) -> Any:
 
 
 def _is_torn(line: bytes) -> bool:
+    """Whether this may be the beginning of a row: what is not (another program's file) is never cut off."""
+    if not line.startswith(b"{"):
+        return False
     try:
         _decode(line)
     except StoreError:
@@ -280,5 +283,5 @@ def _mend(path: Path) -> None:
         elif _is_torn(last):
             logger.warning("%s: cut off a torn last line of %d bytes, left by an interrupted write", path, len(last))
             file.truncate(len(content) - len(last))
-        else:
+        elif last.startswith(b"{"):
             file.write(b"\n")

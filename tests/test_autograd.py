@@ -279,3 +279,24 @@ def test_a_small_models_step_compiles_as_one_graph():
         loss, entropy = fn(ids, CASE.targets, CASE.advantages, OLD)
         results.append((loss, entropy, *torch.autograd.grad(loss, [head, *backbone.parameters()])))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("of", ["logprobs", "entropy"])
+def test_expanded_incoming_gradients(of):
+    """sum() hands an expanded gradient over; with no row masked nothing else makes it contiguous."""
+    targets, grads = CASE.targets.abs() % 61, []
+    for backend in ("cpu", "reference"):
+        leaves = CASE.leaves(torch.float64)
+        out = dk.linear_logprob(*leaves[:2], targets, return_entropy=True, config=dk.KernelConfig(backend=backend))
+        grads.append(torch.autograd.grad(getattr(out, of).sum(), leaves[:2]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo", "sapo", "reinforce"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nan_shows_on_policy_too(objective, backend):
+    hidden = CASE.hidden.float().clone()
+    hidden[(CASE.targets >= 0).nonzero()[0, 0]] = float("nan")
+    spec, config = dk.PolicySpec(objective=objective), dk.KernelConfig(backend=backend)
+    loss = dk.policy_loss(hidden, CASE.weight.float(), CASE.targets, torch.ones(30), spec=spec, config=config).loss
+    assert loss.isnan()

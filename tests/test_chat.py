@@ -123,3 +123,22 @@ def test_templates_without_a_place_to_go_on_are_refused():
     policy.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         type(policy)(policy.model, policy.tokenizer)
+
+
+@pytest.mark.parametrize("said", ["end", ">", "user", "im", "17"])
+def test_content_that_the_template_or_the_user_says_too(policy, said):
+    """A word of the template, and one that a closing user message repeats, are found where the assistant said them."""
+    messages = [*START, {"role": "assistant", "content": said}, {"role": "user", "content": f"{said} is Incorrect."}]
+    for talk in (messages, messages[:-1]):
+        [trajectory] = chat.to_trajectories(policy, {"prompt_id": "p", "messages": talk}, index=0)
+        [turn] = trajectory.turns
+        assert policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) == said + "<|im_end|>"
+        before = policy.tokenizer.decode(trajectory.token_ids[: turn.start])
+        assert before == chat.text(policy.tokenizer, talk[:1], True).removesuffix("<think>\n")
+
+
+def test_an_empty_message_trains_its_end_alone(policy):
+    row = {"prompt_id": "p", "messages": [*START, {"role": "assistant", "content": ""}]}
+    [trajectory] = chat.to_trajectories(policy, row, index=0)
+    [turn] = trajectory.turns
+    assert policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) == "<|im_end|>"

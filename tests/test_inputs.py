@@ -1,5 +1,8 @@
 """Bad arguments: an error that names the argument, its value and what would do."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +38,21 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"spec": dk.PolicySpec(correction="token_mask")}, ValueError, "needs old_logprobs and rollout_logprobs"),
         ({"active": torch.tensor([[0]])}, ValueError, "active must be"),
         ({"rows": torch.arange(5)}, ValueError, "with rows="),
+        ({"rows": torch.tensor([0, 1, 0, 2, 3, 4])}, ValueError, "rows must be sorted"),
+        ({"rows": torch.tensor([-1, 0, 1, 2, 3, 4])}, IndexError, r"rows holds -1…4; it must lie in \[0, 6\)"),
+        ({"active": torch.tensor([0, 6])}, IndexError, "active holds 0…6"),
+        ({"active": torch.tensor([-1])}, IndexError, "active holds -1"),
+        ({"cu_seqlens": torch.tensor([2, 4, 6])}, ValueError, "must rise from 0 to the number of tokens, 6"),
+        ({"cu_seqlens": torch.tensor([0, 2, 9])}, ValueError, "must rise from 0"),
+        ({"cu_seqlens": torch.tensor([0, 5, 3, 6])}, ValueError, "must rise from 0"),
+        ({"segment_ids": torch.tensor([-1, 0, 0, 1, 1, 1])}, ValueError, "segment_ids holds -1"),
+        ({"segment_ids": torch.arange(6), "cu_seqlens": torch.tensor([0, 6])}, ValueError, "pass one of them"),
+        ({"old_logprobs": torch.zeros(6, device="meta")}, ValueError, "old_logprobs lies on meta"),
+        ({"advantages": 1.0}, TypeError, "advantages is a float"),
+        ({"advantages": torch.ones(6, requires_grad=True)}, ValueError, "advantages requires grad"),
+        ({"outputs": "entropy"}, TypeError, "pass a tuple of names"),
+        ({"temperature": "2"}, TypeError, "temperature='2' must be a number"),
+        ({"ignore_index": None}, TypeError, "ignore_index=None"),
     ],
 )
 def test_policy_loss_names_what_is_wrong(change, error, words):
@@ -57,6 +75,8 @@ def test_policy_loss_names_what_is_wrong(change, error, words):
         ({"correction": "clip"}, "correction='clip'"),
         ({"correction_bounds": (2.0, 1.0)}, "correction_bounds"),
         ({"sapo_temperatures": (0.0, 1.0)}, "sapo_temperatures"),
+        ({"sapo_temperatures": (1.0, 1.0, 1.0)}, "two numbers"),
+        ({"clip_high": float("nan")}, "clip_high is NaN"),
     ],
 )
 def test_specs_are_checked(options, words):
@@ -86,6 +106,19 @@ def test_backends_say_why_they_cannot_run():
         dk.KernelConfig(workspace_bytes=0)
 
 
+def test_numbers_of_other_libraries_and_infinite_bounds_travel():
+    """numpy scalars and infinities are what users pass; an op's schema carries them as text."""
+    spec = dk.PolicySpec(clip_high=np.float64(0.28), correction="token_truncate", correction_bounds=(0, math.inf))
+    data = {"old_logprobs": -A, "rollout_logprobs": -A}
+    losses = [
+        dk.policy_loss(H, W, Y, A, spec=spec, softcap=np.float64(30), config=dk.KernelConfig(backend=b), **data).loss
+        for b in ("cpu", "reference")
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert dk.PolicySpec(clip_high=math.inf).clip_high > 1e20
+    assert hash(spec) == hash(dk.PolicySpec(clip_high=0.28, correction="token_truncate", correction_bounds=[0.0, 1e30]))
+
+
 def test_shift_targets():
     ids = torch.tensor([5, 6, 7, 8, 9])
     assert dk.shift_targets(ids).tolist() == [6, 7, 8, 9, -100]
@@ -93,3 +126,7 @@ def test_shift_targets():
     assert dk.shift_targets(ids[None]).tolist() == [[6, 7, 8, 9, -100]]
     with pytest.raises(ValueError, match="packed"):
         dk.shift_targets(ids[None], torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="must rise from 0"):
+        dk.shift_targets(ids, torch.tensor([2, -1]))
+    with pytest.raises(TypeError, match="uint8"):
+        dk.shift_targets(ids.to(torch.uint8))

@@ -275,3 +275,34 @@ def test_several_targets_a_row(backend):
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
     outs = [f(*case.leaves(torch.float64))[1].outputs for f in (shared, repeated)]
     torch.testing.assert_close(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e3, 1e5, 1e7])
+def test_softcap_keeps_its_digits_whatever_its_size(softcap):
+    case = make_case(20, 9, 61, masked=0.0)
+    leaves = [t.float() for t in (case.hidden, case.weight)]
+    exact = dk.linear_logprob(case.hidden, case.weight, case.targets, softcap=softcap).logprobs
+    actual = dk.linear_logprob(*leaves, case.targets, softcap=softcap).logprobs
+    assert (actual.double() - exact).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_clip_metrics_do_not_depend_on_what_else_is_asked_for(objective, backend):
+    case, spec = make_case(40, 9, 61, seed=8), dk.PolicySpec(objective=objective)
+    old, found = torch.full((40,), -6.0, dtype=torch.float64), []
+    for outputs in ((), ("clipped",), ("clipped", "logprobs")):
+        out = dk.policy_loss(
+            case.hidden,
+            case.weight,
+            case.targets,
+            case.advantages,
+            old_logprobs=old,
+            token_weights=case.token_weights,
+            spec=spec,
+            outputs=outputs,
+            config=dk.KernelConfig(backend=backend),
+        )
+        found.append({name: (int(total), int(count)) for name, (total, count) in out.metrics.items()})
+    assert found[0] == found[1] == found[2]
+    assert found[0]["clip_ratio/region_mean"][0] > 0

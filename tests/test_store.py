@@ -276,3 +276,14 @@ def test_check_policy():
         StoreError, match="traj_idx 4 was sampled by policy 'abc', not by the reference 'xyz'; sample again"
     ):
         check_policy([published(), row(traj_idx=4)], "xyz")
+
+
+@pytest.mark.parametrize("content", ["precious notes, not json", '[\n {"a": 1}\n]', "\ufeff{}"])
+def test_another_programs_file_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(StoreError):
+        Writer(path)
+    assert path.read_text(encoding="utf-8") == content
+    with pytest.raises(StoreError):
+        read(path)
