@@ -21,7 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest bench --benchmark-only -q
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds -q
 	$(BIN)/python -m bench.report
 
 study: $(VENV)/.installed

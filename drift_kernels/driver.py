@@ -17,7 +17,6 @@ from torch import Tensor
 
 from drift_kernels import backends, products, rows
 from drift_kernels.backends.cpu import Chunk
-from drift_kernels.products import scratch
 from drift_kernels.spec import Call
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -86,7 +85,7 @@ class Sweep:
         self.spans = rows.chunks(plan.count, int((workspace - self.products.bytes) // row_bytes))
         largest = max((stop - start for start, stop in self.spans), default=0)
         self.products.reserve(largest)
-        self.logits = scratch((largest, V), self.dtype)
+        self.logits = self.products.empty((largest, V), self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.targets = plan.pick(x.targets)
         inverse = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
@@ -100,7 +99,7 @@ class Sweep:
         everything = self.plan.index is None
         make = torch.empty if everything else torch.zeros
         hidden = make(x.hidden.shape, dtype=self.dtype) if need.need_hidden else None
-        weight = scratch(tuple(x.weight.shape), self.dtype) if need.need_weight else None
+        weight = self.products.empty(tuple(x.weight.shape), self.dtype) if need.need_weight else None
         bias = torch.zeros(x.weight.shape[0], dtype=self.dtype) if need.need_bias else None
         return Grads(hidden, weight, bias)
 

@@ -17,14 +17,21 @@ from drift_kernels.backends import cpu
 TILE_SHARE = 8  # a widened weight tile takes at most this part of the workspace
 
 
-def scratch(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory; through numpy, which asks for huge pages (the page faults of 256 MiB cost tens of ms)."""
+def huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory through numpy, which asks the kernel for huge pages."""
     kinds = {torch.float32: np.float32, torch.float64: np.float64, torch.uint8: np.uint8}
     return torch.from_numpy(np.empty(size, dtype=kinds[dtype]))
 
 
+def small_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory by torch."""
+    return torch.empty(size, dtype=dtype)
+
+
 class Widened:
     """Products by torch in `dtype`; a weight of another dtype is widened tile by tile."""
+
+    empty = staticmethod(small_pages)  # fp32 calls took a quarter longer on huge pages
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, workspace: int) -> None:
         V, D = weight.shape
@@ -34,7 +41,7 @@ class Widened:
         if weight.dtype != dtype:
             self.tile = min(V, max(1, workspace // TILE_SHARE // self.row_bytes))
             self.bytes = self.tile * self.row_bytes
-            self.buffer = scratch((self.tile, D), dtype)
+            self.buffer = self.empty((self.tile, D), dtype)
 
     def reserve(self, rows: int) -> None:
         """Makes room for chunks of at most `rows` rows."""
@@ -65,6 +72,7 @@ class Native:
     """The same products of bf16 operands, by `csrc/cpu/gemm.cpp`."""
 
     operand = torch.bfloat16
+    empty = staticmethod(huge_pages)  # and bf16 ones a quarter less
 
     def __init__(self, weight: Tensor, workspace: int) -> None:
         self.weight, self.threads = weight, 1
@@ -77,7 +85,7 @@ class Native:
         return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads)
 
     def reserve(self, rows: int) -> None:
-        self.scratch = scratch((self._scratch_bytes(rows),), torch.uint8)
+        self.scratch = self.empty((self._scratch_bytes(rows),), torch.uint8)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         cpu.gemm_nt(hidden, self.weight, out, self.scratch, self.threads)

@@ -41,7 +41,7 @@ def _number(name: str, value: Any, optional: bool = False) -> Any:
     """`value` as a plain float, so that specs hash and travel as text; an infinite bound as a very large one."""
     if value is None and optional:
         return None
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+    if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r} must be a number")
     number = float(value)
     if number != number:
