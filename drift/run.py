@@ -19,7 +19,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from drift.intervals import paired_difference
 from drift.policy import Policy, load_policy
 from drift.returns import weigh
 from drift.rollout import collect
-from drift.tasks import Task, load_task, rules
+from drift.tasks import Task, load_task, with_rules
 from drift.track import Track, plain
 from drift.trainer import train
 from drift.types import Problem
@@ -211,7 +210,7 @@ class _Job:
         """The problems as they are put to the model; one that was not warm-started on the format is told it."""
         if self.config.model.path is None:
             return problems
-        return [replace(p, prompt=f"{p.prompt}\n\n{rules(self.task.answer_tag)}") for p in problems]
+        return with_rules(problems, self.task.answer_tag)
 
     def summarise(self) -> None:
         """summary.json and report.html, from the files of the stages."""

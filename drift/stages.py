@@ -7,7 +7,6 @@ else `model.path`, else the base of the config's own run; an embedded tiny model
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from drift import chat, distributed, store
@@ -17,7 +16,7 @@ from drift.evaluate import Evaluation, evaluate
 from drift.policy import Policy, load_policy
 from drift.returns import weigh
 from drift.rollout import collect
-from drift.tasks import Task, load_task, rules
+from drift.tasks import Split, Task, load_task, with_rules
 from drift.track import Track
 from drift.trainer import TrainStats, train
 from drift.types import Problem
@@ -91,9 +90,9 @@ def _policy(config: Config, model: str | None) -> Policy:
     return load_policy(settings, device=distributed.device(), seed=config.task.seed)
 
 
-def _asked(config: Config, task: Task, split: str) -> list[Problem]:
+def _asked(config: Config, task: Task, split: Split) -> list[Problem]:
     """Problems as `drift run` puts them: a model of one's own is told the answer format, the embedded one knows it."""
-    problems = task.problems("train" if split == "train" else "eval")
+    problems = task.problems(split)
     if config.model.path is None:
         return problems
-    return [replace(problem, prompt=f"{problem.prompt}\n\n{rules(task.answer_tag)}") for problem in problems]
+    return with_rules(problems, task.answer_tag)

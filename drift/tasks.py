@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -75,6 +76,11 @@ def rules(tag: str = "answer") -> str:
     return (
         f"Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
     )
+
+
+def with_rules(problems: Sequence[Problem], tag: str) -> list[Problem]:
+    """The problems as they are put to a model that was not trained on the format."""
+    return [replace(problem, prompt=f"{problem.prompt}\n\n{rules(tag)}") for problem in problems]
 
 
 def normalise(text: str) -> str:

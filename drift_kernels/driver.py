@@ -170,6 +170,11 @@ def _collect(collected: dict[str, list[Tensor]], outputs: dict[str, Tensor], chu
         collected.setdefault(name, []).append(values)
 
 
+def _total(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of per-chunk losses (0-d), added up in fp64."""
+    return sum((part.double().sum() for part in parts), torch.zeros((), dtype=torch.float64)).to(dtype)
+
+
 def _plan(x: Inputs, call: Call) -> rows.Plan:
     mask = rows.counting(x.targets, x.active, x.advantages, x.weights, x.ref is not None, call)
     return rows.plan(mask, x.rows)
@@ -199,8 +204,7 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
         _collect(collected, outputs, piece.chunk)
         if call.need_grad:
             sweep.add_gradients(piece, live)
-    loss = sum((part.double().sum() for part in collected.get("loss", [])), torch.zeros((), dtype=torch.float64))
-    return loss.to(sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
 def score(x: Inputs, call: Call) -> Tensor:
@@ -262,5 +266,4 @@ def pointwise(
                 piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False
             )
             sweep.add_gradients(piece, live)
-    loss = sum((part.double().sum() for part in collected.get("loss", [])), torch.zeros((), dtype=torch.float64))
-    return loss.to(sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
