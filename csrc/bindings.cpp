@@ -60,6 +60,7 @@ PYBIND11_MODULE(_cpu, m) {
   address(coefs, "entropy", &Coefs::entropy);
   address(coefs, "row_entropy", &Coefs::row_entropy);
   address(coefs, "lse", &Coefs::lse);
+  address(coefs, "row_lse", &Coefs::row_lse);
 
   py::class_<PolicyParams> params(m, "PolicyParams");
   params.def(py::init<>());
@@ -68,7 +69,8 @@ PYBIND11_MODULE(_cpu, m) {
   params.def_readwrite("dual_clip", &PolicyParams::dual_clip).def_readwrite("delta", &PolicyParams::delta);
   params.def_readwrite("tau_pos", &PolicyParams::tau_pos).def_readwrite("tau_neg", &PolicyParams::tau_neg);
   params.def_readwrite("kl_coef", &PolicyParams::kl_coef).def_readwrite("entropy_coef", &PolicyParams::entropy_coef);
-  params.def_readwrite("z_loss_coef", &PolicyParams::z_loss_coef);
+  params.def_readwrite("z_loss_coef", &PolicyParams::z_loss_coef).def_readwrite("dro_beta", &PolicyParams::dro_beta);
+  params.def_readwrite("kl_unbiased", &PolicyParams::kl_unbiased);
 
   py::class_<Policy> policy(m, "Policy");
   policy.def(py::init<>()).def_readwrite("params", &Policy::params).def_readwrite("gradient", &Policy::gradient);

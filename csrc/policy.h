@@ -11,17 +11,19 @@
 
 namespace drift {
 
-enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3 };
+enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3, DPPO_TV = 4, DPPO_KL = 5, DRO = 6 };
 enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
 
 struct PolicyParams {
   int objective = CLIP;
   int kl_value = K3, kl_grad = K3;      // estimators for the value and for the gradient (straight-through forms differ)
-  double low = 0.8, high = 1.2;         // bounds of the ratio; low = 0 where there is none
+  double low = 0.8, high = 1.2;         // bounds of the ratio (low = 0 where there is none), or of the divergence (dppo)
   double dual_clip = 0;                 // 0 = off
   double delta = INFINITY;              // cap of the ratio before the unclipped product
   double tau_pos = 1.0, tau_neg = 1.05; // sapo
   double kl_coef = 0, entropy_coef = 0, z_loss_coef = 0;
+  double dro_beta = 0;
+  bool kl_unbiased = false;             // the KL estimate times the ratio
 };
 
 template <class R>
@@ -49,6 +51,17 @@ DRIFT_HD R kl_slope(int kind, R d) {
     case K3: return R(1) - std::exp(-d);
     default: return d > 0 ? R(1) : (d < 0 ? R(-1) : R(0));
   }
+}
+
+// Whether DPPO's trust region ends here for the move that the advantage asks for: q is the old probability, p the new one.
+template <class R>
+DRIFT_HD bool beyond_region(const PolicyParams& p, R advantage, R logp, R old) {
+  const R now = std::exp(logp), before = std::exp(old);
+  const R move = advantage > 0 ? now - before : before - now, bound = advantage > 0 ? R(p.high) : R(p.low);
+  if (p.objective == DPPO_TV) return move > bound;
+  const R tiny = R(1e-8);
+  const R kl = before * (old - logp) + (R(1) - before) * std::log((R(1) - before + tiny) / (R(1) - now + tiny));
+  return move > 0 && kl > bound;
 }
 
 // has_old = false is on-policy: the ratio is 1 and its gradient that of logp.
@@ -97,16 +110,36 @@ DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, b
       out.dlogp = -R(4) * s * (R(1) - s) * r * A * inside;
       break;
     }
+    case DPPO_TV:
+    case DPPO_KL: {
+      const R kept = r > R(p.delta) ? R(p.delta) : r;
+      if (beyond_region<R>(p, A, logp, has_old ? old : logp)) {
+        out.clipped = A > 0 ? R(1) : (A < 0 ? R(-1) : R(0));
+      } else {
+        out.loss = -kept * A * logp;
+        out.dlogp = -kept * A;
+      }
+      break;
+    }
+    case DRO:
+      out.loss = -A * logp + R(0.5) * R(p.dro_beta) * raw * raw;
+      out.dlogp = -A + R(p.dro_beta) * raw;
+      break;
     default:
       out.loss = -A * logp;
       out.dlogp = -A;
   }
   if (has_ref) {
     const R d = logp - ref;
+    R slope = kl_slope<R>(p.kl_grad, d);
     out.kl = kl_term<R>(p.kl_value, d);
+    if (p.kl_unbiased) {
+      slope = (slope + out.kl * inside) * r;
+      out.kl *= r;
+    }
     if (p.kl_coef != 0) {
       out.loss += R(p.kl_coef) * out.kl;
-      out.dlogp += R(p.kl_coef) * kl_slope<R>(p.kl_grad, d);
+      out.dlogp += R(p.kl_coef) * slope;
     }
   }
   return out;

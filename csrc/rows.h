@@ -32,6 +32,7 @@ struct Coefs {                             // d(loss)/d(...), null = zero everyw
   const void* entropy = nullptr;           // [rows]
   const void* row_entropy = nullptr;       // [rows] the entropy itself, with `entropy`
   const void* lse = nullptr;               // [rows] the log-sum-exp itself
+  const void* row_lse = nullptr;           // [rows] d(loss)/d(log-sum-exp)
 };
 
 struct Policy {

@@ -10,6 +10,7 @@ from drift_kernels.ops import (
     shift_targets,
     weighted_cross_entropy,
 )
+from drift_kernels.products import LoRAHead
 from drift_kernels.spec import KernelConfig, PolicySpec
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KernelConfig",
     "LinearLogprob",
+    "LoRAHead",
     "LossOutput",
     "PolicySpec",
     "available_backends",

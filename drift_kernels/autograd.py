@@ -8,93 +8,45 @@ where only `hidden` needs a gradient, keeps ∂logp/∂hidden. Double backward r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drift_kernels import driver
+from drift_kernels.formulas import NO_TOKENS, Tokens
+from drift_kernels.products import LoRAHead
 from drift_kernels.spec import Call, PolicySpec
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
-_TOKENS = "Tensor? advantages, Tensor? old, Tensor? ref, Tensor? weights"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+_REST = "Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
+_TOKENS = ", ".join(f"Tensor? {field.name}" for field in fields(Tokens))
+_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 torch.library.define(
-    "drift_kernels::fused",
-    f"({_HEAD}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "drift_kernels::fused", f"({_HEAD}, {_REST}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, {_GRADS}, Tensor)"
 )
-torch.library.define("drift_kernels::score", f"({_HEAD}, str call) -> Tensor")
+torch.library.define("drift_kernels::score", f"({_HEAD}, {_REST}, str call) -> Tensor")
 torch.library.define(
     "drift_kernels::logprob_backward",
-    f"({_HEAD}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor? entropy, str call) -> (Tensor, Tensor, Tensor)",
+    f"({_HEAD}, {_REST}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor? entropy, str call) -> ({_GRADS})",
 )
-
-
-def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    empty = [like.new_empty(0) if g is None else g for g in (grads.hidden, grads.weight, grads.bias)]
-    return empty[0], empty[1], empty[2]
-
-
-@torch.library.impl("drift_kernels::fused", "CPU")
-def _fused_cpu(
-    hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call
-):
-    x = driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights)
-    loss, grads, outputs = driver.fused(x, Call.decode(call), normalizer)
-    return (loss, *_given(grads, loss), outputs)
-
-
-@torch.library.impl("drift_kernels::score", "CPU")
-def _score_cpu(hidden, weight, bias, targets, rows, active, temperature, call):
-    return driver.score(driver.Inputs(hidden, weight, bias, targets, rows, active, temperature), Call.decode(call))
-
-
-@torch.library.impl("drift_kernels::logprob_backward", "CPU")
-def _logprob_backward_cpu(
-    hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call
-):
-    x = driver.Inputs(hidden, weight, bias, targets, rows, active, temperature)
-    return _given(driver.backward(x, Call.decode(call), grad_logprobs, grad_entropy, lse, entropy), lse)
-
-
-def _fake_grads(hidden: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = driver.compute_dtype(hidden.dtype)
-    shapes = [(call.need_hidden, hidden.shape), (call.need_weight, weight.shape), (call.need_bias, weight.shape[:1])]
-    made = [hidden.new_empty(shape if need else (0,), dtype=dtype) for need, shape in shapes]
-    return made[0], made[1], made[2]
-
-
-@torch.library.register_fake("drift_kernels::fused")
-def _fused_fake(
-    hidden, weight, bias, targets, rows, active, temperature, advantages, old, ref, weights, normalizer, call
-):
-    options, dtype = Call.decode(call), driver.compute_dtype(hidden.dtype)
-    outputs = hidden.new_empty((len(options.outputs), targets.shape[0]), dtype=dtype)
-    return (hidden.new_empty((), dtype=dtype), *_fake_grads(hidden, weight, options), outputs)
-
-
-@torch.library.register_fake("drift_kernels::score")
-def _score_fake(hidden, weight, bias, targets, rows, active, temperature, call):
-    return hidden.new_empty(
-        (len(Call.decode(call).outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype)
-    )
-
-
-@torch.library.register_fake("drift_kernels::logprob_backward")
-def _logprob_backward_fake(
-    hidden, weight, bias, targets, rows, active, temperature, grad_logprobs, grad_entropy, lse, entropy, call
-):
-    return _fake_grads(hidden, weight, Call.decode(call))
+_HEAD_SIZE, _REST_SIZE = len(_HEAD.split(",")), len(_REST.split(","))
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Per-entry data of a fused loss [N] in the compute dtype, None where not given."""
+class Head:
+    """The tensors of a head and what it is applied to: all that may need a gradient."""
 
-    advantages: Tensor | None = None
-    old: Tensor | None = None
-    ref: Tensor | None = None
-    weights: Tensor | None = None
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    lora_a: Tensor | None = None  # [r, D]
+    lora_b: Tensor | None = None  # [V, r]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """In the order of the ops' schemas."""
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
 
 
 @dataclass(frozen=True)
@@ -109,6 +61,66 @@ class Rest:
     def flat(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """In the order of the ops' schemas."""
         return self.targets, self.rows, self.active, self.temperature
+
+
+def _inputs(head_and_rest: tuple, call: Call, tokens: Tokens = NO_TOKENS, weight_grad: Tensor | None = None):
+    hidden, weight, bias, a, b, targets, rows, active, temperature = head_and_rest
+    lora = None if a is None else LoRAHead(a, b, call.lora_scale)
+    return driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, tokens, lora, weight_grad)
+
+
+def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if g is None else g for g in grads.flat())
+
+
+@torch.library.impl("drift_kernels::fused", "CPU")
+def _fused_cpu(*args):
+    head, (*tokens, normalizer, text) = args[: _HEAD_SIZE + _REST_SIZE], args[_HEAD_SIZE + _REST_SIZE :]
+    call = Call.decode(text)
+    loss, grads, outputs = driver.fused(_inputs(head, call, Tokens(*tokens)), call, normalizer)
+    return (loss, *_given(grads, loss), outputs)
+
+
+@torch.library.impl("drift_kernels::score", "CPU")
+def _score_cpu(*args):
+    *head, text = args
+    call = Call.decode(text)
+    return driver.score(_inputs(tuple(head), call), call)
+
+
+@torch.library.impl("drift_kernels::logprob_backward", "CPU")
+def _logprob_backward_cpu(*args):
+    *head, grad_logprobs, grad_entropy, lse, entropy, text = args
+    call = Call.decode(text)
+    return _given(driver.backward(_inputs(tuple(head), call), call, grad_logprobs, grad_entropy, lse, entropy), lse)
+
+
+def _fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
+    hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
+    made = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in made)
+
+
+def _fake_outputs(args: tuple, call: Call) -> Tensor:
+    hidden, targets = args[0], args[_HEAD_SIZE]
+    return hidden.new_empty((len(call.outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype))
+
+
+@torch.library.register_fake("drift_kernels::fused")
+def _fused_fake(*args):
+    call, dtype = Call.decode(args[-1]), driver.compute_dtype(args[0].dtype)
+    loss = args[0].new_empty((), dtype=dtype)
+    return (loss, *_fake_grads(args[:_HEAD_SIZE], call), _fake_outputs(args, call))
+
+
+@torch.library.register_fake("drift_kernels::score")
+def _score_fake(*args):
+    return _fake_outputs(args, Call.decode(args[-1]))
+
+
+@torch.library.register_fake("drift_kernels::logprob_backward")
+def _logprob_backward_fake(*args):
+    return _fake_grads(args[:_HEAD_SIZE], Call.decode(args[-1]))
 
 
 def _no_double_backward() -> None:
@@ -138,13 +150,19 @@ def _may_hand_over(grad: Tensor, scale: Tensor) -> bool:
 
 
 class FusedLoss(torch.autograd.Function):
-    """(hidden, weight, bias, normalizer) → (loss, outputs [K, N]); the rest is data."""
+    """(head's five tensors) → (loss, outputs [K, N]); the rest is data."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, normalizer, rest: Rest, tokens: Tokens, call: Call):
-        values = (tokens.advantages, tokens.old, tokens.ref, tokens.weights)
-        out = torch.ops.drift_kernels.fused(hidden, weight, bias, *rest.flat(), *values, normalizer, call.encode())
-        return _finish_forward(ctx, out, (hidden, weight, bias), call)
+    def forward(ctx: Any, hidden, weight, bias, a, b, normalizer, rest: Rest, tokens: Tokens, call: Call):
+        head = (hidden, weight, bias, a, b)
+        if call.accumulate_scale is not None:  # writes into weight.grad: not an op that a graph may move or repeat
+            x = _inputs((*head, *rest.flat()), call, tokens, weight.grad)
+            loss, grads, outputs = driver.fused(x, call, normalizer)
+            loss, *made, outputs = loss, *_given(replace(grads, weight=None), loss), outputs
+        else:
+            out = torch.ops.drift_kernels.fused(*head, *rest.flat(), *tokens.flat(), normalizer, call.encode())
+            loss, *made, outputs = out
+        return _finish_forward(ctx, loss, made, outputs, head, call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
@@ -155,75 +173,84 @@ class PointwiseLoss(torch.autograd.Function):
     """As `FusedLoss`, for a token loss that is a Python function."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, normalizer, rest: Rest, fn: Callable, tensors: tuple, call: Call):
-        loss, grads, outputs = driver.pointwise(
-            driver.Inputs(hidden, weight, bias, *rest.flat()), call, fn, tensors, normalizer
-        )
-        return _finish_forward(ctx, (loss, *_given(grads, loss), outputs), (hidden, weight, bias), call)
+    def forward(ctx: Any, hidden, weight, bias, a, b, normalizer, rest: Rest, fn: Callable, tensors: tuple, call: Call):
+        head = (hidden, weight, bias, a, b)
+        grad_into = None if call.accumulate_scale is None else weight.grad
+        x = _inputs((*head, *rest.flat()), call, weight_grad=grad_into)
+        loss, grads, outputs = driver.pointwise(x, call, fn, tensors, normalizer)
+        if grad_into is not None:
+            grads = replace(grads, weight=None)
+        return _finish_forward(ctx, loss, _given(grads, loss), outputs, head, call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
         return (*_finish_backward(ctx, grad_outputs[0]), None, None, None, None, None)
 
 
-def _finish_forward(ctx: Any, out: tuple, heads: tuple, call: Call) -> tuple[Tensor, Tensor]:
-    loss, dhidden, dweight, dbias, outputs = out
-    ctx.save_for_backward(dhidden, dweight, dbias)
-    ctx.needs = (call.need_hidden, call.need_weight, call.need_bias)
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in heads)
+def _finish_forward(ctx: Any, loss: Tensor, grads: Any, outputs: Tensor, head: tuple, call: Call):
+    ctx.save_for_backward(*grads)
+    ctx.needs, ctx.accumulate_scale = call.needs, call.accumulate_scale
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in head)
     ctx.mark_non_differentiable(outputs)
     ctx.set_materialize_grads(False)
     return loss, outputs
 
 
-def _finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     _no_double_backward()
     if grad_loss is None:
-        return None, None, None
-    made = [
-        _scaled(g, grad_loss, dtype) if need else None
-        for need, g, dtype in zip(ctx.needs, ctx.saved_tensors, ctx.dtypes)
-    ]
-    return made[0], made[1], made[2]
+        return (None,) * len(ctx.needs)
+    needs = list(ctx.needs)
+    if ctx.accumulate_scale is not None:
+        if float(grad_loss) != ctx.accumulate_scale:
+            raise RuntimeError(
+                f"accumulate_into_grad={ctx.accumulate_scale} was added to weight.grad in the forward, but backward scales "
+                f"the loss by {float(grad_loss)}: pass that number as accumulate_into_grad, and zero weight.grad"
+            )
+        needs[1] = False  # it is in weight.grad already
+    return tuple(
+        _scaled(g, grad_loss, dtype) if need else None for need, g, dtype in zip(needs, ctx.saved_tensors, ctx.dtypes)
+    )
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias) → (logprobs, entropy) [N] each; entropy has no elements where nobody asked."""
+    """(head's five tensors) → (logprobs, entropy) [N] each; entropy has no elements where nobody asked."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, rest: Rest, call: Call):
+    def forward(ctx: Any, hidden, weight, bias, a, b, rest: Rest, call: Call):
+        head = (hidden, weight, bias, a, b)
         with_entropy = "entropy" in call.outputs
         ctx.rest, ctx.call, ctx.jacobian = rest, call, False
         ctx.set_materialize_grads(False)
-        if call.need_hidden and not (call.need_weight or call.need_bias or with_entropy) and rest.rows is None:
+        if call.need_hidden and not any(call.needs[1:]) and not with_entropy and rest.rows is None:
             # only hidden is differentiated: keep dlogp/dhidden, and backward is a product
-            jacobian = Call(PolicySpec(objective="reinforce"), call.head, call.config, ("logprobs",), need_hidden=True)
-            none, one = (None, None, None, None), hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
-            _, dhidden, _, _, out = torch.ops.drift_kernels.fused(
-                hidden, weight, bias, *rest.flat(), *none, one, jacobian.encode()
-            )
+            jacobian = replace(call, spec=PolicySpec(objective="reinforce"), outputs=("logprobs",))
+            one = hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
+            out = torch.ops.drift_kernels.fused(*head, *rest.flat(), *NO_TOKENS.flat(), one, jacobian.encode())
             ctx.jacobian = True
-            ctx.save_for_backward(dhidden)
+            ctx.save_for_backward(out[1])
             ctx.dtype = hidden.dtype
-            return out[0], out.new_empty(0)
-        wanted = Call(call.spec, call.head, call.config, ("logprobs", "lse", *(("entropy",) if with_entropy else ())))
-        out = torch.ops.drift_kernels.score(hidden, weight, bias, *rest.flat(), wanted.encode())
+            return out[-1][0], out[-1].new_empty(0)
+        no_needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), False)
+        wanted = replace(call, outputs=("logprobs", "lse", *(("entropy",) if with_entropy else ())), **no_needs)
+        out = torch.ops.drift_kernels.score(*head, *rest.flat(), wanted.encode())
         logprobs, lse = out[0].clone(), out[1].clone()
         entropy = out[2].clone() if with_entropy else out.new_empty(0)
-        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.save_for_backward(*head, lse, entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
         grad_logprobs, grad_entropy = grad_outputs
         _no_double_backward()
+        none = (None,) * _HEAD_SIZE
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
+            return (*none, None, None)
         if ctx.jacobian:
             (dhidden,) = ctx.saved_tensors
             assert grad_logprobs is not None  # this path has no entropy
-            return _scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), None, None, None, None
-        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+            return (_scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), *none[1:], None, None)
+        *head, lse, entropy = ctx.saved_tensors
         call: Call = ctx.call
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(lse)
@@ -232,17 +259,7 @@ class LinearLogprobs(torch.autograd.Function):
         grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         saved_entropy = None if grad_entropy is None else entropy
         grads = torch.ops.drift_kernels.logprob_backward(
-            hidden,
-            weight,
-            bias,
-            *ctx.rest.flat(),
-            grad_logprobs.contiguous(),
-            grad_entropy,
-            lse,
-            saved_entropy,
-            call.encode(),
+            *head, *ctx.rest.flat(), grad_logprobs.contiguous(), grad_entropy, lse, saved_entropy, call.encode()
         )
-        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        needs = (call.need_hidden, call.need_weight, call.need_bias)
-        made = [g.to(dtype) if need else None for need, g, dtype in zip(needs, grads, dtypes)]
-        return made[0], made[1], made[2], None, None
+        made = (g.to(t.dtype) if need else None for need, g, t in zip(call.needs, grads, head))
+        return (*made, None, None)

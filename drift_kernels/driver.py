@@ -1,5 +1,8 @@
 """The chunk loop, once for every backend: rows → drop → chunk by workspace → GEMM → row kernels → two GEMMs.
 
+`fused` is one pass for losses that read one token at a time. `scoped` is for those that read a sequence or the whole call:
+one pass where a chunk holds all that a loss reads together, else one for the statistics and one for the gradients.
+
 Logits live in one scratch block of at most `workspace_bytes`; a row's gradient is written over its logits. Rows whose
 gradient turns out to be zero (clipped ones) are squeezed out before the two gradient GEMMs. Logits and sums are fp32 for
 half-precision inputs too; see `products` for how.
@@ -9,14 +12,16 @@ The normaliser is folded into the token weights, so gradients come out final. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, products, rows
+from drift_kernels import backends, formulas, products, rows
 from drift_kernels.backends.cpu import Chunk
+from drift_kernels.formulas import NO_TOKENS, Tokens
+from drift_kernels.products import LoRAHead, LowRank
 from drift_kernels.spec import Call
 
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -33,10 +38,9 @@ class Inputs:
     rows: Tensor | None  # [N] int64 sorted; None = entry i is of hidden row i
     active: Tensor | None  # [A] int64, the entries that may count
     temperature: Tensor | None  # [T]
-    advantages: Tensor | None = None  # [N], None = 1
-    old: Tensor | None = None  # [N], None = on-policy
-    ref: Tensor | None = None  # [N]
-    weights: Tensor | None = None  # [N], None = 1
+    tokens: Tokens = NO_TOKENS
+    lora: LoRAHead | None = None
+    weight_grad: Tensor | None = None  # [V, D], what dweight is added to in place of a fresh one
 
 
 @dataclass
@@ -46,12 +50,19 @@ class Grads:
     hidden: Tensor | None  # [T, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+    lora_a: Tensor | None = None  # [r, D]
+    lora_b: Tensor | None = None  # [V, r]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """In the order of the ops' results."""
+        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
 
 
 @dataclass(frozen=True)
 class Piece:
     """One chunk on its way: `logits` [C, V] of `hidden` [C, D] rows, entries [first, last) of the plan's."""
 
+    plan: rows.Plan
     start: int
     stop: int
     first: int
@@ -64,6 +75,12 @@ class Piece:
         """Of the plan's entries [M] those of this chunk."""
         return None if values is None else values[self.first : self.last]
 
+    def per_row(self, values: Tensor | None) -> Tensor | None:
+        """This chunk's entries' values added up for each of its rows [C]."""
+        if values is None or self.chunk.row_ptr is None:
+            return values
+        return torch.segment_reduce(values, "sum", offsets=self.chunk.row_ptr, initial=0)
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for the rest: what logits, losses and sums are held in."""
@@ -71,7 +88,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Sweep:
-    """One pass over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias."""
+    """Passes over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias."""
 
     def __init__(self, x: Inputs, call: Call, plan: rows.Plan) -> None:
         self.x, self.call, self.plan = x, call, plan
@@ -81,46 +98,62 @@ class Sweep:
         V, D = x.weight.shape
         workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
+        self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
         row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes
-        self.spans = rows.chunks(plan.count, int((workspace - self.products.bytes) // row_bytes))
-        largest = max((stop - start for start, stop in self.spans), default=0)
-        self.products.reserve(largest)
-        self.logits = self.products.empty((largest, V), self.dtype)
+        self.limit = max(1, int((workspace - self.products.bytes) // row_bytes))
+        self.limit = -(-plan.count // -(-plan.count // self.limit)) if plan.count else 0  # chunks about equally long
+        self.products.reserve(self.limit)
+        self.logits = self.products.empty((self.limit, V), self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
-        self.targets = plan.pick(x.targets)
-        inverse = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
-        self.inverse_temperature = plan.pick_rows(inverse)
-        self.row_ptr = None if plan.row_ptr is None else plan.row_ptr.tolist()
+        self.inverse_temperature = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
         self.grads = self._empty_grads()
-        self.weight_started = False
+        self.weight_started = call.accumulate_scale is not None
 
     def _empty_grads(self) -> Grads:
         x, need = self.x, self.call
         everything = self.plan.index is None
         make = torch.empty if everything else torch.zeros
         hidden = make(x.hidden.shape, dtype=self.dtype) if need.need_hidden else None
-        weight = self.products.empty(tuple(x.weight.shape), self.dtype) if need.need_weight else None
+        weight = x.weight_grad
+        if weight is None and need.need_weight:
+            weight = self.products.empty(tuple(x.weight.shape), self.dtype)
         bias = torch.zeros(x.weight.shape[0], dtype=self.dtype) if need.need_bias else None
-        return Grads(hidden, weight, bias)
+        a, b = (
+            (
+                torch.zeros(t.shape, dtype=self.dtype) if needed else None
+                for t, needed in ((x.lora.A, need.need_lora_a), (x.lora.B, need.need_lora_b))
+            )
+            if x.lora is not None
+            else (None, None)
+        )
+        return Grads(hidden, weight, bias, a, b)
 
-    def __iter__(self) -> Iterator[Piece]:
-        x, plan = self.x, self.plan
-        for start, stop in self.spans:
-            hidden = x.hidden[start:stop] if plan.index is None else x.hidden[plan.index[start:stop]]
+    def pieces(self, plan: rows.Plan, spans: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+        """The chunks [start, stop) of the plan's rows, each as soon as its logits are there; they share one buffer."""
+        targets, inverse = plan.pick(self.x.targets), plan.pick_rows(self.inverse_temperature)
+        for start, stop in spans:
+            hidden = self.x.hidden[start:stop] if plan.index is None else self.x.hidden[plan.index[start:stop]]
             hidden = hidden.to(self.products.operand)
             logits = self.logits[: stop - start]
             self.products.logits(hidden, logits)
-            first, last = (start, stop) if self.row_ptr is None else (self.row_ptr[start], self.row_ptr[stop])
+            if self.low_rank is not None:
+                self.low_rank.add_logits(hidden, logits)
+            first, last = plan.entries_of(start, stop)
             row_ptr = None if plan.row_ptr is None else plan.row_ptr[start : stop + 1] - first
-            inverse = None if self.inverse_temperature is None else self.inverse_temperature[start:stop]
-            chunk = Chunk(self.targets[first:last], row_ptr, inverse, self.bias, self.call.head)
-            yield Piece(start, stop, first, last, hidden, logits, chunk)
+            per_row = None if inverse is None else inverse[start:stop]
+            chunk = Chunk(targets[first:last], row_ptr, per_row, self.bias, self.call.head)
+            yield Piece(plan, start, stop, first, last, hidden, logits, chunk)
+
+    def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """[start, stop) of a plan's rows cut into spans that fit the buffer."""
+        return [(start + a, start + b) for a, b in rows.chunks(stop - start, self.limit)]
 
     def add_gradients(self, piece: Piece, live: Tensor) -> None:
         """Takes d(loss)/d(product) of a chunk, zero rows named in `live` [C], into the gradients."""
-        grads, plan = self.grads, self.plan
+        grads, plan = self.grads, piece.plan
         count, order = self.kernels.compact(piece.logits, live)
         dlogits, hidden = piece.logits[:count], piece.hidden
+        dhidden = None
         if grads.hidden is not None:
             where = None if plan.index is None else plan.index[piece.start : piece.stop]
             if order is None and where is None:
@@ -128,6 +161,11 @@ class Sweep:
             else:
                 dhidden = torch.empty((count, hidden.shape[1]), dtype=self.dtype)
             self.products.dhidden(dlogits, dhidden)
+        if order is not None:
+            hidden = hidden[order]
+        if self.low_rank is not None:
+            self.low_rank.add_gradients(dlogits, hidden, dhidden, grads.lora_a, grads.lora_b)
+        if grads.hidden is not None and dhidden is not None:
             if order is not None:
                 if where is None:
                     grads.hidden[piece.start : piece.stop] = 0
@@ -137,10 +175,9 @@ class Sweep:
                 grads.hidden[where] = dhidden
         if count == 0:
             return
-        if order is not None:
-            hidden = hidden[order]
         if grads.weight is not None:
-            self.products.dweight(dlogits, hidden, grads.weight, accumulate=self.weight_started)
+            scale = 1.0 if self.call.accumulate_scale is None else self.call.accumulate_scale
+            self.products.dweight(dlogits, hidden, grads.weight, accumulate=self.weight_started, scale=scale)
             self.weight_started = True
         if grads.bias is not None:
             grads.bias += dlogits.sum(0)
@@ -163,6 +200,7 @@ class Sweep:
 
 
 def _collect(collected: dict[str, list[Tensor]], outputs: dict[str, Tensor], chunk: Chunk) -> None:
+    """Adds a chunk's outputs, those of rows repeated for each of the row's entries."""
     row_outputs = backends.load("cpu").ROW_OUTPUTS
     for name, values in outputs.items():
         if name in row_outputs and chunk.row_ptr is not None:
@@ -175,29 +213,29 @@ def _total(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     return sum((part.double().sum() for part in parts), torch.zeros((), dtype=torch.float64)).to(dtype)
 
 
-def _plan(x: Inputs, call: Call) -> rows.Plan:
-    mask = rows.counting(x.targets, x.active, x.advantages, x.weights, x.ref is not None, call)
-    return rows.plan(mask, x.rows)
+def _start(x: Inputs, call: Call) -> tuple[Sweep, Tokens]:
+    """The pass over the rows that count, and the per-token data of their entries."""
+    plan = rows.plan(rows.counting(x.targets, x.active, x.tokens, call), x.rows)
+    tokens = x.tokens if plan.entries is None else x.tokens.pick(plan.entries)
+    if call.config.check_finite:
+        rows.check_finite(tokens)
+    return Sweep(x, call, plan), tokens
 
 
 def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
-    """Σ weight·loss over the entries / normalizer (0-d), its gradients, and `call.outputs` [K, N], in one pass."""
-    sweep = Sweep(x, call, plan := _plan(x, call))
-    advantages, old, ref, weights = (plan.pick(v) for v in (x.advantages, x.old, x.ref, x.weights))
-    if call.config.check_finite:
-        rows.check_finite(
-            {"advantages": advantages, "old_logprobs": old, "ref_logprobs": ref, "token_weights": weights}
-        )
-    weights = sweep.targets.new_ones(sweep.targets.shape, dtype=sweep.dtype) if weights is None else weights
-    weights = weights / normalizer
+    """Σ weight·loss over the entries / normalizer (0-d), its gradients, and `call.outputs` [K, N]."""
+    if call.spec.scope != "token":
+        return scoped(x, call, normalizer)
+    sweep, tokens = _start(x, call)
+    weights = _weights(tokens, sweep.plan.pick(x.targets), normalizer)
     want = tuple(dict.fromkeys((*call.outputs, "loss")))
     collected: dict[str, list[Tensor]] = {}
-    for piece in sweep:
+    for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         outputs, live = sweep.kernels.fused_policy(
             piece.logits,
             piece.chunk,
             call.spec,
-            *(piece.pick(v) for v in (advantages, old, ref, weights)),
+            *(piece.pick(v) for v in (tokens.advantages, tokens.old, tokens.ref, weights)),
             want,
             gradient=call.need_grad,
         )
@@ -207,11 +245,119 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
     return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
+def _weights(tokens: Tokens, targets: Tensor, normalizer: Tensor) -> Tensor:
+    """What each entry's loss is multiplied by [M]."""
+    weights = normalizer.new_ones(targets.shape) if tokens.weights is None else tokens.weights
+    return weights / normalizer
+
+
+def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
+    """As `fused`, for a loss that reads several tokens: its arithmetic in torch, its derivatives by autograd.
+
+    What is read together is a sequence, or everything (`PolicySpec.scope`). Where it fits one chunk, gradients are made
+    from the logits that are there; else those of rows with a gradient are computed again.
+    """
+    sweep, tokens = _start(x, call)
+    plan, weights = sweep.plan, _weights(tokens, sweep.plan.pick(x.targets), normalizer)
+    segments = tokens.segments if call.spec.scope == "sequence" else None
+    spec = call.spec
+    read = ("logprobs", "lse", "entropy") if spec.entropy_coef else ("logprobs", "lse")
+    want = tuple(dict.fromkeys((*call.outputs, *read)))
+    collected: dict[str, list[Tensor]] = {}
+    for start, stop in rows.whole(segments, plan.count, sweep.limit, shared=plan.row_ptr is not None):
+        spans, stats, piece = sweep.chunks(start, stop), {}, None
+        for piece in sweep.pieces(plan, spans):
+            _collect(stats, sweep.kernels.row_stats(piece.logits, piece.chunk, want), piece.chunk)
+        stats = {name: torch.cat(values) for name, values in stats.items()}
+        first, last = plan.entries_of(start, stop)
+        some = tokens.pick(slice(first, last))
+        leaves = {name: stats[name] for name in read}
+
+        def weighted(logprobs: Tensor, lse: Tensor, entropy: Tensor | None = None, some=some, w=weights[first:last]):
+            return torch.where(w != 0, w * formulas.token_loss(logprobs, some, entropy, lse, spec), 0.0)
+
+        loss, slopes = _differentiate(weighted, leaves)
+        terms = _terms(stats["logprobs"], some, weights[first:last], call)
+        for name, values in (stats | terms | {"loss": loss}).items():
+            collected.setdefault(name, []).append(values)
+        if not (call.need_grad and slopes):
+            continue
+        if len(spans) == 1 and piece is not None:
+            _add_from_logits(sweep, piece, stats, slopes)
+        else:
+            _add_again(sweep, slice(first, last), stats, slopes)
+    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+
+
+def _differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """fn(**leaves) [M] and the derivatives of its sum by those leaves that it depends on.
+
+    Autograd is switched on whatever surrounds: a compiled graph calls operators below it.
+    """
+    tls, nothing = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(tls, nothing), torch.enable_grad():
+        inputs = {name: values.detach().requires_grad_() for name, values in leaves.items()}
+        result = fn(**inputs)
+        if not result.requires_grad:
+            return result, {}
+        found = torch.autograd.grad(result.sum(), tuple(inputs.values()), allow_unused=True)
+    return result.detach(), {name: slope for name, slope in zip(inputs, found) if slope is not None}
+
+
+def _terms(logprobs: Tensor, tokens: Tokens, weights: Tensor, call: Call) -> dict[str, Tensor]:
+    """The policy's own per-token outputs, of those asked for; `clipped` is 0 where the weight is."""
+    out = {}
+    if "ratio" in call.outputs:
+        out["ratio"] = formulas.ratio_of(logprobs, tokens, call.spec)
+    if "clipped" in call.outputs:
+        out["clipped"] = torch.where(weights != 0, formulas.clipped(logprobs, tokens, call.spec), 0.0)
+    if "kl" in call.outputs:
+        out["kl"] = torch.zeros_like(logprobs) if tokens.ref is None else formulas.kl_term(logprobs, tokens, call.spec)
+    return out
+
+
+def _add_from_logits(sweep: Sweep, piece: Piece, stats: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+    """Gradients of one chunk whose logits are still there; `stats` and `slopes` hold its entries' values."""
+    per_row = {name: piece.per_row(slopes.get(name)) for name in ("entropy", "lse")}
+    row = slice(None) if piece.chunk.row_ptr is None else piece.chunk.row_ptr[:-1]
+    live = sweep.kernels.grad_logits(
+        piece.logits,
+        piece.chunk,
+        slopes["logprobs"].contiguous() if "logprobs" in slopes else None,
+        stats["lse"][row],
+        per_row["entropy"],
+        stats["entropy"][row] if per_row["entropy"] is not None else None,
+        per_row["lse"],
+        raw=False,
+    )
+    sweep.add_gradients(piece, live)
+
+
+def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+    """Gradients of the plan's entries at `where` (their `stats` and `slopes`), of which those without any are dropped."""
+    x, plan = sweep.x, sweep.plan
+    everywhere = {}
+    entries = torch.arange(x.targets.numel())[where] if plan.entries is None else plan.entries[where]
+    for name, values in (
+        *slopes.items(),
+        *((f"at {name}", stats[name]) for name in ("lse", "entropy") if name in stats),
+    ):
+        everywhere[name] = values.new_zeros(x.targets.shape).index_copy_(0, entries, values)
+    _add_gradients_of(
+        sweep,
+        everywhere.get("logprobs"),
+        everywhere.get("entropy"),
+        everywhere.get("lse"),
+        everywhere["at lse"],
+        everywhere.get("at entropy"),
+    )
+
+
 def score(x: Inputs, call: Call) -> Tensor:
     """`call.outputs` [K, N] without any gradient: one GEMM over the rows that count."""
-    sweep = Sweep(x, call, _plan(x, call))
+    sweep, _ = _start(x, call)
     collected: dict[str, list[Tensor]] = {}
-    for piece in sweep:
+    for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         _collect(collected, sweep.kernels.row_stats(piece.logits, piece.chunk, call.outputs), piece.chunk)
     return sweep.scatter(collected, call.outputs)
 
@@ -223,44 +369,66 @@ def backward(
 
     Rows whose incoming gradients are all zero are not computed again.
     """
-    mask = (x.targets != call.head.ignore_index) & (
-        grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
-    )
+    mask = x.targets != call.head.ignore_index
     if x.active is not None:
         mask &= torch.zeros_like(mask).index_fill_(0, x.active, True)
-    sweep = Sweep(x, call, plan := rows.plan(mask, x.rows))
-    coefs, lse_rows = plan.pick(grad_logprobs), plan.pick(lse)
-    entropy_coefs, entropy_rows = plan.pick(grad_entropy), plan.pick(entropy)
-    if plan.row_ptr is not None:  # per row what was given per entry
-        first = plan.row_ptr[:-1]
-        lse_rows = lse_rows[first]
-        if entropy_coefs is not None and entropy_rows is not None:
-            owner = torch.repeat_interleave(torch.arange(plan.count), plan.row_ptr.diff())
-            entropy_coefs = torch.zeros_like(lse_rows).index_add_(0, owner, entropy_coefs)
-            entropy_rows = entropy_rows[first]
-    for piece in sweep:
-        spans = [None if v is None else v[piece.start : piece.stop] for v in (lse_rows, entropy_coefs, entropy_rows)]
-        sweep.add_gradients(
-            piece, sweep.kernels.grad_logits(piece.logits, piece.chunk, piece.pick(coefs), *spans, raw=True)
-        )
+    grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
+    grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
+    nonzero = _any_nonzero(grad_logprobs, grad_entropy)
+    sweep = Sweep(x, call, rows.plan(nonzero, x.rows))
+    _add_gradients_of(sweep, grad_logprobs, grad_entropy, None, lse, entropy)
     return sweep.finish()
+
+
+def _any_nonzero(*values: Tensor | None) -> Tensor:
+    masks = [v != 0 for v in values if v is not None]
+    return torch.stack(masks).any(0)
+
+
+def _add_gradients_of(
+    sweep: Sweep,
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    lse: Tensor | None,
+    at_lse: Tensor,
+    at_entropy: Tensor | None,
+) -> None:
+    """Computes logits again where any incoming gradient (of log-probs, entropies, log-sum-exps; [N]) is not 0."""
+    plan = rows.plan(_any_nonzero(logprobs, entropy, lse), sweep.x.rows)
+    coefs, entropy, lse, at_entropy = (plan.pick(v) for v in (logprobs, entropy, lse, at_entropy))
+    at_lse = plan.pick(at_lse)
+    for piece in sweep.pieces(plan, sweep.chunks(0, plan.count)):
+        row = slice(None) if piece.chunk.row_ptr is None else piece.chunk.row_ptr[:-1]
+        of_rows = [None if v is None else v[piece.first : piece.last][row].contiguous() for v in (at_lse, at_entropy)]
+        live = sweep.kernels.grad_logits(
+            piece.logits,
+            piece.chunk,
+            piece.pick(coefs),
+            of_rows[0],
+            piece.per_row(piece.pick(entropy)),
+            None if entropy is None else of_rows[1],
+            piece.per_row(piece.pick(lse)),
+            raw=True,
+        )
+        sweep.add_gradients(piece, live)
 
 
 def pointwise(
     x: Inputs, call: Call, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], normalizer: Tensor
 ) -> tuple[Tensor, Grads, Tensor]:
     """As `fused`, for a token loss fn(logprobs, *tensors) in torch: its derivative by autograd, chunk by chunk."""
-    sweep = Sweep(x, call, plan := _plan(x, call))
-    tensors = tuple(plan.pick(t) for t in tensors)
+    sweep, _ = _start(x, call)
+    tensors = tuple(sweep.plan.pick(t) for t in tensors)
     want = tuple(dict.fromkeys((*call.outputs, "logprobs", "lse")))
     collected: dict[str, list[Tensor]] = {}
-    for piece in sweep:
+    for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         outputs = sweep.kernels.row_stats(piece.logits, piece.chunk, want)
-        with torch.enable_grad():
-            logprobs = outputs["logprobs"].detach().requires_grad_()
-            token = fn(logprobs, *(piece.pick(t) for t in tensors)) / normalizer
-            coefs = torch.autograd.grad(token.sum(), logprobs)[0] if token.requires_grad else torch.zeros_like(logprobs)
-        _collect(collected, outputs | {"loss": token.detach()}, piece.chunk)
+        some = tuple(piece.pick(t) for t in tensors)
+        token, slopes = _differentiate(
+            lambda logprobs, some=some: fn(logprobs, *some) / normalizer, {"logprobs": outputs["logprobs"]}
+        )
+        coefs = slopes.get("logprobs", torch.zeros_like(token))
+        _collect(collected, outputs | {"loss": token}, piece.chunk)
         if call.need_grad:
             live = sweep.kernels.grad_logits(
                 piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from drift_kernels.driver import compute_dtype
+from drift_kernels.products import LoRAHead
 from drift_kernels.spec import Call
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,6 +23,7 @@ class Flat:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    lora: LoRAHead | None
     targets: Tensor  # [N] int64
     rows: Tensor | None
     active: Tensor | None
@@ -70,27 +72,45 @@ def flatten(
     temperature: float | Tensor,
     rows: Tensor | None,
     active: Tensor | None,
+    lora: LoRAHead | None = None,
 ) -> Flat:
     """Checks what every op takes and drops its batch shape; raises TypeError or ValueError naming the argument."""
-    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias), ("targets", targets)):
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func transforms (grad, vmap, jvp, …) of a fused op are not supported: its gradient is made by kernels that "
+            "they cannot look into; use loss.backward() or torch.autograd.grad"
+        )
+    if lora is not None and not isinstance(lora, LoRAHead):
+        raise TypeError(f"lora is a {type(lora).__name__}; it must be LoRAHead(A, B, scale)")
+    low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
+    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias), ("targets", targets), *low_rank):
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
         if isinstance(value, DTensor):
             raise NotImplementedError(
                 f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
             )
-    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
+    hidden, weight, bias, lora = _cast_for_autocast(hidden, weight, bias, lora)
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden has dtype {hidden.dtype}; it must be one of float64, float32, bfloat16, float16")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
+    low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
+    for name, value in (("weight", weight), ("bias", bias), *low_rank):
+        if value is not None and value.dtype not in (hidden.dtype, compute_dtype(hidden.dtype)):
             raise TypeError(
-                f"{name} is {value.dtype} but hidden is {hidden.dtype}; cast one of them, or use torch.autocast"
+                f"{name} is {value.dtype} but hidden is {hidden.dtype}; it must be that or {compute_dtype(hidden.dtype)}: "
+                "cast one of them, or use torch.autocast"
             )
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [V] = {tuple(weight.shape[:1])}")
+    if lora is not None and (
+        lora.A.dim() != 2 or lora.A.shape[1] != weight.shape[1] or lora.B.shape != (weight.shape[0], lora.A.shape[0])
+    ):
+        raise ValueError(
+            f"lora.A {tuple(lora.A.shape)} must be [r, D = {weight.shape[1]}] and lora.B {tuple(lora.B.shape)} "
+            f"[V = {weight.shape[0]}, r]"
+        )
     if targets.dtype != torch.int64:
         raise TypeError(f"targets has dtype {targets.dtype}; it must be int64")
     if rows is None and targets.shape != hidden.shape[:-1]:
@@ -112,12 +132,13 @@ def flatten(
         per_row = temperature.detach().reshape(-1)
     if active is not None and (active.dim() != 1 or active.dtype != torch.int64):
         raise ValueError(f"active must be a 1-d int64 tensor of positions; got {tuple(active.shape)} {active.dtype}")
-    devices = {t.device for t in (hidden, weight, targets, bias, rows, active, per_row) if t is not None}
+    everything = (hidden, weight, targets, bias, rows, active, per_row, *(value for _, value in low_rank))
+    devices = {t.device for t in everything if t is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
     flat = hidden.reshape(-1, hidden.shape[-1])
     _check_indices(rows, active, flat.shape[0], targets.numel())
-    return Flat(flat, weight, bias, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
+    return Flat(flat, weight, bias, lora, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
 
 
 def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int, entries: int) -> None:
@@ -134,11 +155,15 @@ def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int,
             raise ValueError("rows must be sorted, so that the entries of a hidden row lie together")
 
 
-def _cast_for_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _cast_for_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRAHead | None
+) -> tuple[Tensor, Tensor, Tensor | None, LoRAHead | None]:
     if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:  # as F.linear does
-        return hidden, weight, bias
+        return hidden, weight, bias, lora
     dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if lora is not None:
+        lora = LoRAHead(lora.A.to(dtype), lora.B.to(dtype), lora.scale)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
 def segment_ids(
@@ -209,7 +234,52 @@ def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...]) -> tuple[str
 
 def with_needs(call: Call, flat: Flat) -> Call:
     """`call` with what has to be differentiated: looked up here, since inside a Function requires_grad stays True."""
-    on = torch.is_grad_enabled()
-    need_bias = on and flat.bias is not None and flat.bias.requires_grad
-    needs = (on and flat.hidden.requires_grad, on and flat.weight.requires_grad, need_bias)
-    return Call(call.spec, call.head, call.config, call.outputs, *needs)
+    on, lora = torch.is_grad_enabled(), flat.lora
+    tensors = (flat.hidden, flat.weight, flat.bias, *((None, None) if lora is None else (lora.A, lora.B)))
+    hidden, weight, bias, a, b = (on and t is not None and t.requires_grad for t in tensors)
+    call = replace(
+        call,
+        need_hidden=hidden,
+        need_weight=weight,
+        need_bias=bias,
+        need_lora_a=a,
+        need_lora_b=b,
+        lora_scale=1.0 if lora is None else float(lora.scale),
+    )
+    scale = call.config.accumulate_into_grad
+    if scale is None or not weight:
+        return call
+    check_accumulation(flat.weight)
+    return replace(call, accumulate_scale=scale)
+
+
+def check_accumulation(weight: Tensor) -> None:
+    """Raises RuntimeError unless dW may be added to `weight.grad` behind autograd's back, and makes it where there is none.
+
+    It may not where the weight is not a leaf (its gradient belongs to what made it) or not in its compute dtype (.grad would
+    round every sum); where hooks wait for the gradient; where several processes may share it (DDP and FSDP reduce it
+    in hooks of their own, which cannot be seen from here); and in a compiled graph.
+    """
+    reason = None
+    if torch.compiler.is_compiling():
+        reason = "a compiled graph may move or repeat it"
+    elif not weight.is_leaf:
+        reason = "weight is not a leaf (under autocast it is a cast copy): pass the parameter itself"
+    elif weight.dtype != compute_dtype(weight.dtype):
+        reason = f"weight is {weight.dtype}, and sums would be rounded to it: pass an fp32 master weight"
+    elif weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        reason = "hooks on weight wait for its gradient, and would not see this one"
+    elif (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        reason = "several processes run, and DDP or FSDP would not see this gradient"
+    elif weight.grad is not None and (weight.grad.dtype != weight.dtype or not weight.grad.is_contiguous()):
+        reason = (
+            f"weight.grad is {weight.grad.dtype} with strides {weight.grad.stride()}; it must be a plain {weight.dtype}"
+        )
+    if reason:
+        raise RuntimeError(f"accumulate_into_grad cannot be used here: {reason}")
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)

@@ -7,14 +7,15 @@ Shapes: hidden [T, D] (packed) or [B, L, D] (padded), targets of its leading sha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from drift_kernels import backends, formulas
-from drift_kernels.autograd import FusedLoss, LinearLogprobs, PointwiseLoss, Rest, Tokens
+from drift_kernels.autograd import FusedLoss, Head, LinearLogprobs, PointwiseLoss, Rest
 from drift_kernels.backends import reference
+from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
     OUTPUTS,
     POLICY_OUTPUTS,
@@ -27,6 +28,7 @@ from drift_kernels.inputs import (
     segment_ids,
     with_needs,
 )
+from drift_kernels.products import LoRAHead
 from drift_kernels.rows import check_finite, check_targets, counting
 from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
 
@@ -88,6 +90,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoRAHead | None = None,
     rows: Tensor | None = None,
     active: Tensor | None = None,
     config: KernelConfig = KernelConfig(),
@@ -98,23 +101,24 @@ def linear_logprob(
     `hidden` needs a gradient (a frozen head) the forward keeps ∂logp/∂hidden instead, and backward is a product.
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
-    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     names = check_outputs(outputs, OUTPUTS)
     wanted = tuple(dict.fromkeys(("logprobs", *(("entropy",) if return_entropy else ()))))
+    if config.accumulate_into_grad is not None and torch.is_grad_enabled() and weight.requires_grad:
+        raise ValueError("accumulate_into_grad is for losses made in one pass; linear_logprob does not know its own")
     call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, wanted), flat)
-    extra = _unflatten({}, flat)
     if backends.resolve(config.backend, hidden.device) == "reference":
         stats = _reference_stats(flat, call, flat.mask(ignore_index))
         logprobs, entropy = stats["logprobs"], stats["entropy"]
         extra = _unflatten({name: stats[name].detach() for name in names}, flat)
     else:
         rest = Rest(flat.targets, rows, active, flat.temperature)
-        logprobs, entropy = LinearLogprobs.apply(flat.hidden, flat.weight, flat.bias, rest, call)
+        logprobs, entropy = LinearLogprobs.apply(*_head_of(flat).flat(), rest, call)
         further = tuple(name for name in names if name not in wanted)
         found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
         if further:
-            scored = Call(call.spec, call.head, config, further)
-            values = torch.ops.drift_kernels.score(flat.hidden, flat.weight, flat.bias, *rest.flat(), scored.encode())
+            scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
+            values = torch.ops.drift_kernels.score(*_head_of(flat).flat(), *rest.flat(), scored.encode())
             found |= dict(zip(further, values))
         extra = _unflatten({name: found[name] for name in names}, flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
@@ -131,6 +135,7 @@ def weighted_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoRAHead | None = None,
     rows: Tensor | None = None,
     active: Tensor | None = None,
     outputs: Sequence[str] = (),
@@ -143,7 +148,7 @@ def weighted_cross_entropy(
     denominator over all micro-batches and ranks; default: this call's Σ token_weights over unmasked positions.
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
-    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     weights = flat.per_entry("token_weights", token_weights)
     names = check_outputs(outputs, OUTPUTS)
     head = _head(temperature, softcap, logit_scale, ignore_index)
@@ -168,11 +173,13 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     segment_ids: Tensor | None = None,
     spec: PolicySpec = PolicySpec(),
+    generator: torch.Generator | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoRAHead | None = None,
     rows: Tensor | None = None,
     active: Tensor | None = None,
     outputs: Sequence[str] = (),
@@ -181,25 +188,32 @@ def policy_loss(
 ) -> LossOutput:
     """A policy loss (`PolicySpec`) straight from hidden states, in one pass: 2 units for rows read, 4 for rows not clipped.
 
+    A loss that reads whole sequences (`spec.scope`) takes one pass too where a chunk holds them whole, else 2 units more for
+    rows not clipped; so does one that selects over the call.
+
     advantages        of the targets' shape, or one per segment [S] with `cu_seqlens`, `segment_ids` or padded inputs
     old_logprobs      log-probs under the policy that is being improved on; None = on-policy, the ratio is 1
     ref_logprobs      of the reference policy, for spec.kl_coef
     rollout_logprobs  of the sampler, for spec.correction (needs old_logprobs)
     token_weights     factor on each token's whole loss (objective, KL, entropy)
+    generator         for the random choice of objective "clip_cov"; default, torch's own
     normalizer        the global denominator; default, this call's own: unmasked tokens for token_mean, sequences with at
                       least one of them for the sequence forms, 1 for token_sum
     outputs           per-token statistics: logprobs, entropy, lse, is_top1, mean_logits, log_sum_sq_probs, ratio, kl, clipped
-    Metrics, as (sum, count): clip_ratio/{low,high,region}_mean, and kl where outputs has "kl", entropy likewise.
+    Metrics, as (sum, count): clip_ratio/{low,high,region}_mean; kl where outputs has "kl", entropy likewise, ratio and
+    ppo_kl where it has "ratio"; sampling/importance_sampling_ratio/mean, the factor after its bounds, with a correction.
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
-    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     names = check_outputs(outputs, POLICY_OUTPUTS)
     mask = flat.mask(ignore_index)
     check_data("advantages", advantages, flat.targets.device)
     segments, count = _segments(flat, spec, advantages, cu_seqlens, segment_ids)
-    tokens = _tokens(
-        flat, mask, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights, spec
-    )
+    given = _given(flat, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights)
+    tokens, factor = _tokens(flat, mask, segments, count, given, spec)
+    if spec.objective == "clip_cov":
+        noise = torch.rand(mask.shape, generator=generator, dtype=flat.dtype, device=mask.device)
+        tokens = replace(tokens, noise=noise)
     head = _head(temperature, softcap, logit_scale, ignore_index)
     # metrics take "clipped" from the rows that train; a caller who asks for it reads every row, as for any output
     dense = ("ratio",) if "clipped" in names else ()
@@ -209,7 +223,7 @@ def policy_loss(
         normalizer = _own_normalizer(flat, mask, segments, count, spec)
     result, values = _fused(flat, tokens, call, normalizer)
     result.outputs = {name: result.outputs[name] for name in names}
-    result.metrics = _metrics(values, mask, names)
+    result.metrics = _metrics(values, mask, names, factor)
     return result
 
 
@@ -224,6 +238,7 @@ def pointwise_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoRAHead | None = None,
     rows: Tensor | None = None,
     active: Tensor | None = None,
     outputs: Sequence[str] = (),
@@ -236,7 +251,7 @@ def pointwise_loss(
     loss may read token i alone. That is checked on each call by comparing fn of the whole with fn of its halves; a function
     that mixes tokens, and tensors that require grad, raise ValueError. Default normalizer: the number of unmasked positions.
     """
-    flat = flatten(hidden, weight, targets, bias, temperature, rows, active)
+    flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     for i, tensor in enumerate(per_token_tensors):
         if tensor.requires_grad:
             raise ValueError(f"per_token_tensors[{i}] requires grad, and no gradient would reach it; detach it")
@@ -257,12 +272,17 @@ def pointwise_loss(
         picked = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
         return LossOutput(picked.sum() / denominator, _unflatten({name: stats[name].detach() for name in names}, flat))
     rest = Rest(flat.targets, rows, active, flat.temperature)
-    loss, values = PointwiseLoss.apply(flat.hidden, flat.weight, flat.bias, denominator, rest, fn, tensors, call)
+    loss, values = PointwiseLoss.apply(*_head_of(flat).flat(), denominator, rest, fn, tensors, call)
     return LossOutput(loss, _unflatten(dict(zip(names, values)), flat))
 
 
 def _head(temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> HeadOptions:
     return HeadOptions(1.0 if isinstance(temperature, Tensor) else temperature, softcap, logit_scale, ignore_index)
+
+
+def _head_of(flat: Flat) -> Head:
+    a, b = (None, None) if flat.lora is None else (flat.lora.A, flat.lora.B)
+    return Head(flat.hidden, flat.weight, flat.bias, a, b)
 
 
 def _unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
@@ -283,7 +303,11 @@ def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
         else torch.zeros_like(flat.hidden[:, 0], dtype=torch.bool).index_fill(0, flat.rows[mask], True)
     )
     hidden = torch.where(read[:, None], flat.hidden, 0.0)  # so that a masked NaN reaches nothing
-    z = reference.logits(hidden, flat.weight, flat.bias, flat.temperature, call.head)
+    weight = flat.weight
+    if flat.lora is not None:
+        B, A = flat.lora.B.to(flat.dtype), flat.lora.A.to(flat.dtype)
+        weight = weight.to(flat.dtype) + flat.lora.scale * (B @ A)
+    z = reference.logits(hidden, weight, flat.bias, flat.temperature, call.head)
     return reference.statistics(z, flat.targets, flat.rows, mask)
 
 
@@ -293,23 +317,14 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
     if backends.resolve(call.config.backend, flat.hidden.device) == "reference":
         mask = flat.mask(call.head.ignore_index)
         if call.config.check_finite:
-            counts = counting(
-                flat.targets, flat.active, tokens.advantages, tokens.weights, tokens.ref is not None, call
-            )
-            given = {
-                "advantages": tokens.advantages,
-                "old_logprobs": tokens.old,
-                "ref_logprobs": tokens.ref,
-                "token_weights": tokens.weights,
-            }
-            check_finite({name: None if v is None else v[counts] for name, v in given.items()})
+            check_finite(tokens.pick(counting(flat.targets, flat.active, tokens, call)))
         stats = _reference_stats(flat, call, mask)
-        terms = reference.policy(stats, mask, tokens.advantages, tokens.old, tokens.ref, tokens.weights, call.spec)
+        terms = reference.policy(stats, mask, tokens, call.spec)
         loss = terms["loss"].sum() / denominator
         values = {name: (stats | terms)[name].detach() for name in call.outputs}
     else:
         rest = Rest(flat.targets, flat.rows, flat.active, flat.temperature)
-        loss, stacked = FusedLoss.apply(flat.hidden, flat.weight, flat.bias, denominator, rest, tokens, call)
+        loss, stacked = FusedLoss.apply(*_head_of(flat).flat(), denominator, rest, tokens, call)
         values = dict(zip(call.outputs, stacked))
     return LossOutput(loss, _unflatten(values, flat)), values
 
@@ -320,7 +335,10 @@ def _segments(
     segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
     if segments is None:
         wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
-        wants += [spec.correction] if spec.correction and spec.correction.startswith("sequence") else []
+        wants += (
+            [f"correction={spec.correction!r}"] if spec.correction and spec.correction.startswith("sequence") else []
+        )
+        wants += [f"objective={spec.objective!r} or ratio={spec.ratio!r}"] if spec.scope == "sequence" else []
         wants += ["advantages per segment"] if advantages.shape != flat.shape else []
         if wants:
             raise ValueError(
@@ -329,29 +347,55 @@ def _segments(
     return segments, count
 
 
-def _tokens(flat: Flat, mask, segments, count, advantages, old, ref, rollout, weights, spec: PolicySpec) -> Tokens:
-    """Per-entry data; corrections are folded into advantages and aggregation into weights (losses are linear in both)."""
+def _given(flat: Flat, segments: Tensor | None, count: int, advantages: Tensor, old, ref, rollout, weights) -> Tokens:
+    """What the caller gave per token, flat, checked, and in the compute dtype."""
     if advantages.shape != flat.shape:
         if advantages.shape != (count,):
             raise ValueError(
                 f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment"
             )
         advantages = advantages.detach()[segments].reshape(flat.shape)
-    advantage = flat.per_entry("advantages", advantages)
-    old_flat, ref_flat = flat.per_entry("old_logprobs", old), flat.per_entry("ref_logprobs", ref)
-    weight = flat.per_entry("token_weights", weights)
-    if spec.kl_coef and ref is None:
+    named = {
+        "advantages": advantages,
+        "old_logprobs": old,
+        "ref_logprobs": ref,
+        "token_weights": weights,
+        "rollout_logprobs": rollout,
+    }
+    return Tokens(*(flat.per_entry(name, value) for name, value in named.items()))
+
+
+def _tokens(
+    flat: Flat, mask: Tensor, segments: Tensor | None, count: int, given: Tokens, spec: PolicySpec
+) -> tuple[Tokens, Tensor | None]:
+    """What the loss reads per token, and the correction's factor [N] for the metrics (None without one).
+
+    Aggregation is folded into weights, and corrections into advantages where the loss is linear in them.
+    """
+    if spec.kl_coef and given.ref is None:
         raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
+    if spec.correction and (given.old is None or given.rollout is None):
+        raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
+    if spec.off_policy_threshold is not None and given.old is None and given.rollout is None:
+        raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
+    lengths = None if segments is None else _lengths(mask, segments, count)
+    whole = Tokens(segments=segments, lengths=None if lengths is None else lengths.clamp(min=1))
+    tokens, factor = replace(given, rollout=None), None
     if spec.correction:
-        rollout_flat = flat.per_entry("rollout_logprobs", rollout)
-        if old_flat is None or rollout_flat is None:
-            raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
-        assert advantage is not None
-        advantage = advantage * formulas.correction(old_flat, rollout_flat, mask, segments, spec)
+        known = (None if v is None else torch.where(mask, v, 0.0) for v in (given.old, given.rollout))
+        factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), known))), spec)
+        if spec.objective != "vespo":
+            assert given.advantages is not None
+            tokens = replace(tokens, advantages=given.advantages * factor)
     if spec.aggregation == "sequence_mean_token_mean":
-        share = 1 / _lengths(mask, segments, count).clamp(min=1).to(flat.dtype)[segments]
-        weight = share if weight is None else weight * share
-    return Tokens(advantage, old_flat, ref_flat, weight)
+        assert whole.lengths is not None
+        share = 1 / whole.lengths.to(flat.dtype)[segments]
+        tokens = replace(tokens, weights=share if given.weights is None else given.weights * share)
+    if spec.scope == "sequence":
+        reads_rollout = spec.objective == "vespo" or spec.off_policy_threshold is not None
+        rollout = given.rollout if reads_rollout else None
+        tokens = replace(tokens, rollout=rollout, segments=segments, lengths=whole.lengths)
+    return tokens, factor
 
 
 def _own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: int, spec: PolicySpec) -> Tensor:
@@ -370,7 +414,8 @@ def _lengths(mask: Tensor, segments: Tensor | None, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
 
 
-def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...]) -> Metrics:
+def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], factor: Tensor | None) -> Metrics:
+    """(sum, count) over unmasked tokens by the names that TRL's users know; ppo_kl (mean of old − logp) by verl's."""
     count, clipped = mask.sum(), values["clipped"]
     sums = {
         "clip_ratio/low_mean": (clipped < 0).sum(),
@@ -379,7 +424,10 @@ def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...]) ->
     }
     sums |= {name: values[name].sum() for name in ("kl", "entropy") if name in names}
     if "ratio" in names:
-        sums["sampling/importance_sampling_ratio/mean"] = values["ratio"].sum()
+        sums["ratio"] = values["ratio"].sum()
+        sums["ppo_kl"] = -torch.where(mask, values["ratio"].log(), 0.0).sum()
+    if factor is not None:
+        sums["sampling/importance_sampling_ratio/mean"] = torch.where(mask, factor, 0.0).sum()
     return {name: (total, count) for name, total in sums.items()}
 
 

@@ -1,12 +1,14 @@
 """The three matrix products of a chunk: logits, and from their gradient dhidden and dweight. Two ways to the same sums.
 
 `Widened` gives torch operands in the compute dtype. `Native` multiplies bf16 operands as they are and sums in fp32, which
-torch cannot (its bf16 products round their results to bf16); d(logits) is rounded to bf16 on the way in.
+torch cannot (its bf16 products round their results to bf16); d(logits) is rounded to bf16 on the way in. `LowRank` adds a
+LoRA head's part to either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,6 +28,44 @@ def huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def small_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory by torch."""
     return torch.empty(size, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LoRAHead:
+    """A low-rank addition to the head: the weight is W + scale·B·A, which is never formed."""
+
+    A: Tensor  # [r, D]
+    B: Tensor  # [V, r]
+    scale: float = 1.0  # alpha / r as LoRA has it (arXiv 2106.09685)
+
+
+class LowRank:
+    """What a `LoRAHead` adds to the products of a chunk, in the compute dtype."""
+
+    def __init__(self, head: LoRAHead, dtype: torch.dtype) -> None:
+        self.A, self.B, self.scale = head.A.to(dtype), head.B.to(dtype), head.scale
+
+    def _down(self, hidden: Tensor) -> Tensor:
+        """scale · hidden · Aᵀ [C, r]"""
+        return (hidden.to(self.A.dtype) @ self.A.t()).mul_(self.scale)
+
+    def add_logits(self, hidden: Tensor, out: Tensor) -> None:
+        """out [C, V] += scale · hidden [C, D] · Aᵀ · Bᵀ"""
+        torch.addmm(out, self._down(hidden), self.B.t(), out=out)
+
+    def add_gradients(
+        self, dlogits: Tensor, hidden: Tensor, dhidden: Tensor | None, dA: Tensor | None, dB: Tensor | None
+    ) -> None:
+        """Adds to what there is of dhidden [C, D], dA [r, D] and dB [V, r]."""
+        if dB is not None:
+            torch.addmm(dB, dlogits.t(), self._down(hidden), out=dB)
+        if dhidden is None and dA is None:
+            return
+        up = (dlogits @ self.B).mul_(self.scale)
+        if dhidden is not None:
+            torch.addmm(dhidden, up, self.A, out=dhidden)
+        if dA is not None:
+            torch.addmm(dA, up.t(), hidden.to(self.A.dtype), out=dA)
 
 
 class Widened:
@@ -63,9 +103,9 @@ class Widened:
         for part, weight in self._tiles():
             torch.addmm(out, dlogits[:, part], weight, beta=0 if part.start == 0 else 1, out=out)
 
-    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """out [V, D] (+)= dlogitsᵀ · hidden"""
-        torch.addmm(out, dlogits.t(), hidden, beta=1 if accumulate else 0, out=out)
+    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, scale: float = 1.0) -> None:
+        """out [V, D] (+)= scale · dlogitsᵀ · hidden"""
+        torch.addmm(out, dlogits.t(), hidden, beta=1 if accumulate else 0, alpha=scale, out=out)
 
 
 class Native:
@@ -93,7 +133,8 @@ class Native:
     def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
         cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads)
 
-    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, scale: float = 1.0) -> None:
+        assert scale == 1.0  # what scales is an fp32 weight's gradient, and these products are of bf16
         cpu.gemm_tn(dlogits, hidden, out, self.scratch, self.threads, accumulate=accumulate)
 
 

@@ -13,6 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import Call
 
 # A caller who asks for one of these reads every unmasked row.
@@ -39,31 +40,42 @@ class Plan:
         """Of [N] values those of the kept entries [M]."""
         return values if values is None or self.entries is None else values[self.entries]
 
+    def entries_of(self, start: int, stop: int) -> tuple[int, int]:
+        """[first, last) of the kept entries that belong to rows [start, stop) of the plan."""
+        if self.row_ptr is None:
+            return start, stop
+        return int(self.row_ptr[start]), int(self.row_ptr[stop])
+
     def pick_rows(self, values: Tensor | None) -> Tensor | None:
         """Of [T] values those of the kept hidden rows [R]."""
         return values if values is None or self.index is None else values[self.index]
 
 
-def counting(
-    targets: Tensor, active: Tensor | None, advantages: Tensor | None, weights: Tensor | None, has_ref: bool, call: Call
-) -> Tensor:
+def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call) -> Tensor:
     """Which entries anything reads [N] bool.
 
     An entry is read unless its target is ignored, it lies outside `active`, or both hold: no requested output reads it,
-    and its loss is zero whatever its log-prob (weight 0; advantage 0 without a KL, entropy or z term).
+    and its loss is zero whatever its log-prob (weight 0; advantage 0 without a KL, entropy or z term). Where a loss reads
+    other tokens, an entry is read for as long as any of those counts.
     """
     mask = targets != call.head.ignore_index
     if active is not None:
         mask &= torch.zeros_like(mask).index_fill_(0, active, True)
-    if DENSE_OUTPUTS.intersection(call.outputs):
-        return mask
     spec = call.spec
-    if weights is not None:
-        mask = mask & (weights != 0)
-    other_terms = (has_ref and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
-    if advantages is not None and not other_terms:
-        mask = mask & (advantages != 0)
-    return mask
+    if DENSE_OUTPUTS.intersection(call.outputs) or spec.scope == "batch":
+        return mask
+    counts = mask
+    if tokens.weights is not None:
+        counts = counts & (tokens.weights != 0)
+    other_terms = (tokens.ref is not None and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
+    if tokens.advantages is not None and not other_terms:
+        counts = counts & (tokens.advantages != 0)
+    if spec.scope == "token":
+        return counts
+    assert tokens.segments is not None
+    assert tokens.lengths is not None
+    alive = torch.zeros_like(tokens.lengths, dtype=torch.bool).index_put_((tokens.segments[counts],), mask.new_ones(()))
+    return mask & alive[tokens.segments]
 
 
 def plan(mask: Tensor, rows: Tensor | None) -> Plan:
@@ -88,9 +100,16 @@ def check_targets(kept: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def check_finite(values: dict[str, Tensor | None]) -> None:
-    """ValueError naming the first of `values` (of the entries that count) that holds a NaN or an infinity."""
-    for name, value in values.items():
+def check_finite(tokens: Tokens) -> None:
+    """ValueError naming the first of `tokens` (of the entries that count) that holds a NaN or an infinity."""
+    given = {
+        "advantages": tokens.advantages,
+        "old_logprobs": tokens.old,
+        "ref_logprobs": tokens.ref,
+        "rollout_logprobs": tokens.rollout,
+        "token_weights": tokens.weights,
+    }
+    for name, value in given.items():
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
@@ -103,3 +122,24 @@ def chunks(count: int, largest: int) -> list[tuple[int, int]]:
     pieces = -(-count // max(largest, 1))
     edges = [count * i // pieces for i in range(pieces + 1)] if pieces else [0]
     return list(pairwise(edges))
+
+
+def whole(segments: Tensor | None, count: int, largest: int, shared: bool) -> list[tuple[int, int]]:
+    """[0, count) rows cut into spans that no sequence crosses, of at most `largest` rows where sequences are no longer.
+
+    `segments` [count] names the sequence of each row. Without it, where it is not in order, or where rows are `shared` by
+    sequences, there is one span.
+    """
+    if not count:
+        return []
+    if segments is None or shared or bool((segments.diff() < 0).any()):
+        return [(0, count)]
+    lengths = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
+    aim = -(-count // -(-count // max(largest, 1)))  # so that spans are about equally long
+    spans, start, size = [], 0, 0
+    for length in lengths:
+        if size and (size >= aim or size + length > largest):
+            spans.append((start, start + size))
+            start, size = start + size, 0
+        size += length
+    return [*spans, (start, start + size)]

@@ -7,6 +7,7 @@ import torch
 
 import drift_kernels as dk
 from drift_kernels import driver
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import Call
 from drift_kernels.testing import make_case
 
@@ -207,8 +208,8 @@ def test_autocast_and_mixed_dtypes():
     assert w.grad.dtype == torch.float32
     want = dk.weighted_cross_entropy(h.bfloat16(), w.bfloat16(), CASE.targets, bias=b.bfloat16()).loss
     torch.testing.assert_close(loss, want)
-    with pytest.raises(TypeError, match=r"weight is torch.float32 but hidden is torch.bfloat16"):
-        dk.weighted_cross_entropy(h.bfloat16(), w, CASE.targets)
+    with pytest.raises(TypeError, match=r"weight is torch.float16 but hidden is torch.bfloat16"):
+        dk.weighted_cross_entropy(h.bfloat16(), w.half(), CASE.targets)
 
 
 def test_non_contiguous_inputs():
@@ -238,13 +239,19 @@ def test_saved_memory_is_given_back():
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= before + 2
 
 
-def test_opcheck():
+NEEDS = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), True)
+
+
+@pytest.mark.parametrize("preset", ["ppo", "gspo"])
+def test_opcheck(preset):
     h, w, b = (t.detach() for t in CASE.leaves(torch.float32))
     old, one = OLD.float(), torch.ones(())
-    head = (h, w, b, CASE.targets, None, None, None)
-    call = Call(outputs=("logprobs", "entropy"), need_hidden=True, need_weight=True, need_bias=True)
-    tokens = (CASE.advantages.float(), old, None, CASE.token_weights.float(), one)
-    torch.library.opcheck(torch.ops.drift_kernels.fused, (*head, *tokens, call.encode()))
+    low_rank = (torch.randn(2, h.shape[1]), torch.randn(w.shape[0], 2))
+    head = (h, w, b, *low_rank, CASE.targets, None, None, None)
+    call = Call(dk.PolicySpec.preset(preset), outputs=("logprobs", "entropy"), lora_scale=0.5, **NEEDS)
+    segments, lengths = torch.arange(30) // 10, torch.full((3,), 10)
+    tokens = Tokens(CASE.advantages.float(), old, None, CASE.token_weights.float(), None, segments, lengths)
+    torch.library.opcheck(torch.ops.drift_kernels.fused, (*head, *tokens.flat(), one, call.encode()))
     torch.library.opcheck(torch.ops.drift_kernels.score, (*head, call.encode()))
     backward = (*head, OLD.float(), OLD.float(), OLD.float(), OLD.float(), call.encode())
     torch.library.opcheck(torch.ops.drift_kernels.logprob_backward, backward)
@@ -257,6 +264,7 @@ def test_a_small_models_step_compiles_as_one_graph():
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Embedding(61, 16), torch.nn.Linear(16, 9), torch.nn.Tanh()).double()
     head = torch.nn.Parameter(CASE.weight.clone())
+    low_rank = [torch.randn(2, 9).double().requires_grad_(), torch.randn(61, 2).double().requires_grad_()]
     ids = torch.arange(30) % 61
 
     def step(ids, targets, advantages, old):
@@ -272,12 +280,22 @@ def test_a_small_models_step_compiles_as_one_graph():
             spec=dk.PolicySpec(entropy_coef=0.1),
         )
         logprobs = dk.linear_logprob(hidden, head, targets).logprobs
-        return ce + out.loss + (logprobs * advantages).mean(), out.outputs["entropy"]
+        whole = dk.policy_loss(
+            hidden,
+            head,
+            targets,
+            advantages[:3],
+            old_logprobs=old,
+            cu_seqlens=torch.tensor([0, 10, 20, 30]),
+            spec=dk.PolicySpec.preset("gspo"),
+            lora=dk.LoRAHead(*low_rank, 0.5),
+        )
+        return ce + out.loss + whole.loss + (logprobs * advantages).mean(), out.outputs["entropy"]
 
     results = []
     for fn in (step, torch.compile(step, fullgraph=True)):
         loss, entropy = fn(ids, CASE.targets, CASE.advantages, OLD)
-        results.append((loss, entropy, *torch.autograd.grad(loss, [head, *backbone.parameters()])))
+        results.append((loss, entropy, *torch.autograd.grad(loss, [head, *low_rank, *backbone.parameters()])))
     torch.testing.assert_close(results[0], results[1])
 
 

@@ -294,7 +294,7 @@ void grad_logits(const Rows& rows, const Coefs& coefs, bool raw, uint8_t* live) 
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
     const R lse = at<R>(coefs.lse, i, R(0)), E = at<R>(coefs.entropy, i, R(0)), H = at<R>(coefs.row_entropy, i, R(0));
-    live[i] = differentiate<R>(rows, i, raw, lse, R(0), E, H, [&](int64_t k) { return at<R>(coefs.logprobs, k, R(0)); });
+    live[i] = differentiate<R>(rows, i, raw, lse, -at<R>(coefs.row_lse, i, R(0)), E, H, [&](int64_t k) { return at<R>(coefs.logprobs, k, R(0)); });
   }
 }
 

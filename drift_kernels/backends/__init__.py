@@ -19,7 +19,6 @@ def available_backends() -> dict[str, str | None]:
     return {"reference": None, **{name: _reason(name) for name in ("cpu", "triton", "cuda")}}
 
 
-@torch.compiler.assume_constant_result  # the same for the life of a process; keeps imports out of compiled graphs
 def _reason(name: str) -> str | None:
     if name in MISSING:
         return MISSING[name]
@@ -28,6 +27,11 @@ def _reason(name: str) -> str | None:
     except ImportError as error:
         return f"the compiled extension does not import ({error}); build it with: pip install -e ."
     return None
+
+
+# The same for the life of a process, which keeps imports out of compiled graphs: all that torch.compiler.assume_constant_result
+# does, but that one imports the compiler, and triton with it.
+_reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def resolve(name: str, device: torch.device) -> str:

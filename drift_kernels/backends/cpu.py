@@ -18,7 +18,7 @@ from drift_kernels.spec import HeadOptions, PolicySpec
 ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
-OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3, "dppo_tv": 4, "dppo_kl": 5, "dro": 6}
 GEMM_ALIGNMENT = 64  # bytes, of the scratch
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
@@ -79,16 +79,17 @@ def grad_logits(
     lse: Tensor,
     entropy_coefs: Tensor | None = None,
     entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
     *,
     raw: bool,
 ) -> Tensor:
     """Products (raw) or logits [C, V] become d(loss)/d(product) in place; returns which rows are not all zero [C] uint8.
 
-    `coefs` [M] and `entropy_coefs` [C] are d(loss)/d(log-prob) and d(loss)/d(entropy).
+    `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse).
     """
     c = _cpu.Coefs()
     c.logprobs, c.lse = _address(coefs), _address(lse)
-    c.entropy, c.row_entropy = _address(entropy_coefs), _address(entropy)
+    c.entropy, c.row_entropy, c.row_lse = _address(entropy_coefs), _address(entropy), _address(lse_coefs)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
     _cpu.grad_logits(_rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
     return live
@@ -131,6 +132,7 @@ def policy_params(spec: PolicySpec):
     p.dual_clip, p.delta = spec.dual_clip or 0.0, math.inf if spec.delta is None else spec.delta
     p.tau_pos, p.tau_neg = spec.sapo_temperatures
     p.kl_coef, p.entropy_coef, p.z_loss_coef = spec.kl_coef, spec.entropy_coef, spec.z_loss_coef
+    p.kl_unbiased, p.dro_beta = spec.kl_unbiased, spec.dro_beta or 0.0
     return p
 
 

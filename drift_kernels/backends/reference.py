@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import formulas
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import HeadOptions, PolicySpec
 
 
@@ -44,24 +45,19 @@ def statistics(z: Tensor, targets: Tensor, rows: Tensor | None, mask: Tensor) ->
     return {name: torch.where(mask, value, 0.0) for name, value in out.items()}
 
 
-def policy(
-    stats: dict[str, Tensor], mask: Tensor, advantages, old, ref, weights, spec: PolicySpec
-) -> dict[str, Tensor]:
+def policy(stats: dict[str, Tensor], mask: Tensor, tokens: Tokens, spec: PolicySpec) -> dict[str, Tensor]:
     """Weighted token losses and per-token terms [N], zero outside `mask`; `loss` is differentiable through `stats`."""
-    logprobs = stats["logprobs"]
-    advantages, old, ref, weights = (
-        None if v is None else torch.where(mask, v, 0.0) for v in (advantages, old, ref, weights)
-    )
-    advantages = torch.ones_like(logprobs) if advantages is None else advantages
-    loss = formulas.token_loss(logprobs, advantages, old, ref, stats["entropy"], stats["lse"], spec)
-    if weights is not None:
-        loss = torch.where(weights != 0, loss * weights, 0.0)
-    out = {
+    where = mask.nonzero().squeeze(1)
+    some, logprobs = tokens.pick(where), stats["logprobs"][where]
+    loss = formulas.token_loss(logprobs, some, stats["entropy"][where], stats["lse"][where], spec)
+    clipped = formulas.clipped(logprobs, some, spec)
+    if some.weights is not None:
+        loss = torch.where(some.weights != 0, loss * some.weights, 0.0)
+        clipped = torch.where(some.weights != 0, clipped, 0.0)
+    terms = {
         "loss": loss,
-        "ratio": formulas.log_ratio(logprobs, old).exp().detach(),
-        "clipped": formulas.clipped(logprobs, advantages, old, spec).detach(),
-        "kl": torch.zeros_like(logprobs) if ref is None else formulas.kl(logprobs, ref, spec.kl_estimator).detach(),
+        "ratio": formulas.ratio_of(logprobs, some, spec).detach(),
+        "clipped": clipped.detach(),
+        "kl": torch.zeros_like(logprobs) if some.ref is None else formulas.kl_term(logprobs, some, spec).detach(),
     }
-    if weights is not None:
-        out["clipped"] = torch.where(weights != 0, out["clipped"], 0.0)
-    return {name: torch.where(mask, value, 0.0) for name, value in out.items()}
+    return {name: torch.zeros_like(stats["lse"]).index_copy(0, where, value) for name, value in terms.items()}
