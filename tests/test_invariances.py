@@ -1,0 +1,224 @@
+"""What must not change a loss: how a batch is split, ordered, packed, padded or chunked. Every preset, random shapes.
+
+The objectives that select over a batch ("clip_cov", "kl_cov") are excepted from splitting: their scope is the call.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import drift_kernels as dk
+from drift_kernels.spec import PRESETS
+
+SPECS = {name: dk.PolicySpec.preset(name, **({"dro_beta": 0.3} if name == "dro" else {})) for name in PRESETS}
+SPECS |= {
+    "terms": dk.PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01),
+    "sequence_terms": dk.PolicySpec.preset("gspo", kl_coef=0.1, kl_unbiased=True, entropy_coef=0.05, z_loss_coef=0.01),
+    "corrected": dk.PolicySpec(correction="sequence_truncate", correction_bounds=(0.5, 2.0)),
+    "vespo_corrected": dk.PolicySpec.preset("vespo", correction="token_mask", correction_bounds=(0.5, 2.0)),
+    "off_policy": dk.PolicySpec(off_policy_threshold=0.02),
+}
+for name in ("gspo", "gspo_token", "luspo", "sequence_terms"):
+    SPECS[name] = replace(SPECS[name], clip_low=0.1, clip_high=0.1)
+for name in ("clip_cov", "kl_cov"):
+    SPECS[name] = replace(SPECS[name], cov_share=0.3, cov_bounds=(0.01, 5.0))
+SPLITS = [name for name, spec in SPECS.items() if spec.scope != "batch"]
+RANDOM = [name for name in SPECS if name != "clip_cov"]  # whose choice depends on the order of the tokens
+D, V = 5, 23
+
+
+@dataclass
+class Batch:
+    """S packed sequences; everything per token [T] but `lengths` [S]."""
+
+    lengths: list[int]
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    tokens: dict[str, Tensor]
+
+    @property
+    def cu(self) -> Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    @property
+    def owner(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+
+    def take(self, index: Tensor, lengths: list[int]) -> "Batch":
+        tokens = {name: v[index] for name, v in self.tokens.items()}
+        return Batch(lengths, self.hidden[index], self.weight, self.targets[index], tokens)
+
+
+def make(lengths: list[int], seed: int) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden, weight = randn(T, D), randn(V, D)
+    targets = torch.randint(0, V, (T,), generator=g)
+    targets[torch.rand(T, generator=g) < 0.25] = -100
+    own = torch.log_softmax(hidden @ weight.t(), -1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    advantages = randn(len(lengths))
+    advantages[torch.rand(len(lengths), generator=g) < 0.3] = 0
+    weights = torch.rand(T, generator=g, dtype=torch.float64)
+    weights[weights < 0.2] = 0
+    old = own + 0.2 * randn(T)
+    tokens = {
+        "advantages": torch.repeat_interleave(advantages, torch.tensor(lengths)),
+        "old_logprobs": old,
+        "ref_logprobs": own + 0.3 * randn(T),
+        "rollout_logprobs": old + 0.1 * randn(T),
+        "token_weights": weights,
+    }
+    return Batch(lengths, hidden, weight, targets, tokens)
+
+
+def assume_no_ties(batch: Batch, name: str) -> None:
+    """Two tokens have equal covariances, and which of them "kl_cov" takes depends on their order."""
+    assume(name != "kl_cov" or int((batch.targets >= 0).sum()) != 2)
+
+
+def run(batch: Batch, spec: dk.PolicySpec, normalizer: float | None = 7.0, **options):
+    """(loss, d hidden, d weight)"""
+    h, w = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+    tokens = {name: v for name, v in batch.tokens.items() if name != "rollout_logprobs" or spec.correction}
+    if spec.kl_coef == 0:
+        del tokens["ref_logprobs"]
+    advantages = tokens.pop("advantages")
+    if "segment_ids" not in options and batch.hidden.dim() == 2:
+        options["cu_seqlens"] = batch.cu
+    options.setdefault("generator", torch.Generator().manual_seed(0))
+    loss = dk.policy_loss(h, w, batch.targets, advantages, spec=spec, normalizer=normalizer, **tokens, **options).loss
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def workspace(rows: int) -> dk.KernelConfig:
+    return dk.KernelConfig(workspace_bytes=8 * (V + 2 * D) * rows)
+
+
+batches = st.builds(make, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**20))
+quick = settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@given(batch=batches, rows=st.integers(1, 60))
+@quick
+def test_chunk_size(name, batch, rows):
+    """One pass, two passes, one row a chunk: the same numbers."""
+    close(run(batch, SPECS[name], config=workspace(rows)), run(batch, SPECS[name]))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@given(batch=batches, cut=st.integers(0, 6))
+@quick
+def test_splitting_into_micro_batches_with_a_global_normalizer(name, batch, cut):
+    whole = run(batch, SPECS[name])
+    cut = min(cut, len(batch.lengths))
+    edge = sum(batch.lengths[:cut])
+    T = len(batch.targets)
+    parts = [
+        run(batch.take(torch.arange(a, b), lengths), SPECS[name])
+        for a, b, lengths in ((0, edge, batch.lengths[:cut]), (edge, T, batch.lengths[cut:]))
+    ]
+    close(parts[0][0] + parts[1][0], whole[0])
+    close(torch.cat([parts[0][1], parts[1][1]]), whole[1])
+    close(parts[0][2] + parts[1][2], whole[2])
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@given(batch=batches, seed=st.integers(0, 99))
+@quick
+def test_packing_order(name, batch, seed):
+    assume_no_ties(batch, name)
+    order = torch.randperm(len(batch.lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    spans = [torch.arange(int(batch.cu[i]), int(batch.cu[i + 1])) for i in order]
+    index = torch.cat(spans)
+    loss, dh, dw = run(batch, SPECS[name], None)
+    other = run(batch.take(index, [batch.lengths[i] for i in order]), SPECS[name], None)
+    close((loss, dh[index], dw), other)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@given(batch=batches, seed=st.integers(0, 99), rows=st.integers(2, 60))
+@quick
+def test_permuting_tokens(name, batch, seed, rows):
+    """Interleaved sequences, told apart by segment_ids."""
+    assume_no_ties(batch, name)
+    index = torch.randperm(len(batch.targets), generator=torch.Generator().manual_seed(seed))
+    loss, dh, dw = run(batch, SPECS[name], None)
+    other = run(
+        batch.take(index, batch.lengths), SPECS[name], None, segment_ids=batch.owner[index], config=workspace(rows)
+    )
+    close((loss, dh[index], dw), other)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@given(batch=batches)
+@quick
+def test_padding_against_packing(name, batch):
+    L = max(batch.lengths)
+    row = batch.owner
+    column = torch.arange(len(row)) - batch.cu[row]
+
+    def pad(v: Tensor, fill: float = 0.0) -> Tensor:
+        out = torch.full((len(batch.lengths), L, *v.shape[1:]), fill, dtype=v.dtype)
+        out[row, column] = v
+        return out
+
+    tokens = {name: pad(v, 3.0) for name, v in batch.tokens.items()}
+    padded = Batch(batch.lengths, pad(batch.hidden, 1.0), batch.weight, pad(batch.targets, -100), tokens)
+    loss, dh, dw = run(padded, SPECS[name], None)
+    close((loss, dh[row, column], dw), run(batch, SPECS[name], None))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@given(batch=batches)
+@quick
+def test_dropping_sequences_without_advantage(name, batch):
+    """Where no other term reads them, they may as well not be there, given the denominator."""
+    spec = SPECS[name]
+    if spec.kl_coef or spec.entropy_coef or spec.z_loss_coef or spec.dro_beta:
+        pytest.skip("another term reads every token")
+    keep = [i for i in range(len(batch.lengths)) if batch.tokens["advantages"][batch.cu[i]] != 0]
+    index = torch.cat([torch.arange(0), *(torch.arange(int(batch.cu[i]), int(batch.cu[i + 1])) for i in keep)])
+    loss, dh, dw = run(batch, spec)
+    close((loss, dh[index], dw), run(batch.take(index, [batch.lengths[i] for i in keep]), spec))
+    dropped = torch.ones(len(batch.targets), dtype=torch.bool).index_fill(0, index, False)
+    assert not dh[dropped].any()
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_batch_of_one(name):
+    """The sum over calls with one sequence each is the whole."""
+    batch = make([4, 1, 7], 3)
+    whole = run(batch, SPECS[name])
+    one = [
+        run(batch.take(torch.arange(int(a), int(b)), [int(b - a)]), SPECS[name])[0]
+        for a, b in zip(batch.cu[:-1], batch.cu[1:])
+    ]
+    close(sum(one), whole[0])
+
+
+@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s.scope == "sequence"])
+def test_a_sequence_split_over_two_calls_would_differ(name):
+    """What the other tests rely on: these losses do read whole sequences (so that the tests can fail)."""
+    differences = []
+    for seed in range(10):
+        batch = make([8], seed)
+        batch.tokens["advantages"].fill_(-1.0)
+        halves = [run(batch.take(torch.arange(a, a + 4), [4]), SPECS[name])[0] for a in (0, 4)]
+        differences.append(abs(sum(halves) - run(batch, SPECS[name])[0]))
+    assert max(differences) > 1e-6
