@@ -101,9 +101,9 @@ class Sweep:
         self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
         row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes
         self.limit = max(1, int((workspace - self.products.bytes) // row_bytes))
-        self.limit = -(-plan.count // -(-plan.count // self.limit)) if plan.count else 0  # chunks about equally long
-        self.products.reserve(self.limit)
-        self.logits = self.products.empty((self.limit, V), self.dtype)
+        largest = min(self.limit, plan.count)
+        self.products.reserve(largest)
+        self.logits = self.products.empty((largest, V), self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.inverse_temperature = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
         self.grads = self._empty_grads()
@@ -111,8 +111,10 @@ class Sweep:
 
     def _empty_grads(self) -> Grads:
         x, need = self.x, self.call
-        everything = self.plan.index is None
-        make = torch.empty if everything else torch.zeros
+        written = (
+            self.plan.index is None and self.call.spec.scope == "token"
+        )  # all of it: a second pass leaves rows out
+        make = torch.empty if written else torch.zeros
         hidden = make(x.hidden.shape, dtype=self.dtype) if need.need_hidden else None
         weight = x.weight_grad
         if weight is None and need.need_weight:

@@ -2,6 +2,8 @@
 machine down a hundredfold, and the last bits of a sum depend on how many threads made it.
 
 Tests that are about threads set their own.
+
+Fresh memory is filled with NaN, so that what is read before it is written shows.
 """
 
 import os
@@ -11,3 +13,4 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns

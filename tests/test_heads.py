@@ -186,8 +186,8 @@ def test_accumulate_into_grad_checks_its_contract():
         (0.5 * loss(w)).backward()
     with pytest.raises(RuntimeError, match="not a leaf"):
         loss(w * 1.0)
+    half = w.detach().bfloat16().requires_grad_()
     with pytest.raises(RuntimeError, match=r"weight is torch\.bfloat16"):
-        half = w.detach().bfloat16().requires_grad_()
         dk.weighted_cross_entropy(h.bfloat16(), half, CASE.targets, config=config)
     with pytest.raises(ValueError, match="losses made in one pass"):
         dk.linear_logprob(h, w, CASE.targets, config=config)
