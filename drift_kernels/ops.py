@@ -306,7 +306,8 @@ def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
     weight = flat.weight
     if flat.lora is not None:
         B, A = flat.lora.B.to(flat.dtype), flat.lora.A.to(flat.dtype)
-        weight = weight.to(flat.dtype) + flat.lora.scale * (B @ A)
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(flat.dtype) + flat.lora.scale * (B @ A)
     z = reference.logits(hidden, weight, flat.bias, flat.temperature, call.head)
     return reference.statistics(z, flat.targets, flat.rows, mask)
 

@@ -40,14 +40,15 @@ class LoRAHead:
 
 
 class LowRank:
-    """What a `LoRAHead` adds to the products of a chunk, in the compute dtype."""
+    """What a `LoRAHead` adds to the products of a chunk, in the compute dtype (out= keeps autocast away)."""
 
     def __init__(self, head: LoRAHead, dtype: torch.dtype) -> None:
         self.A, self.B, self.scale = head.A.to(dtype), head.B.to(dtype), head.scale
 
     def _down(self, hidden: Tensor) -> Tensor:
         """scale · hidden · Aᵀ [C, r]"""
-        return (hidden.to(self.A.dtype) @ self.A.t()).mul_(self.scale)
+        out = hidden.new_empty((hidden.shape[0], self.A.shape[0]), dtype=self.A.dtype)
+        return torch.mm(hidden.to(self.A.dtype), self.A.t(), out=out).mul_(self.scale)
 
     def add_logits(self, hidden: Tensor, out: Tensor) -> None:
         """out [C, V] += scale · hidden [C, D] · Aᵀ · Bᵀ"""
@@ -61,7 +62,7 @@ class LowRank:
             torch.addmm(dB, dlogits.t(), self._down(hidden), out=dB)
         if dhidden is None and dA is None:
             return
-        up = (dlogits @ self.B).mul_(self.scale)
+        up = torch.mm(dlogits, self.B, out=dlogits.new_empty((dlogits.shape[0], self.B.shape[1]))).mul_(self.scale)
         if dhidden is not None:
             torch.addmm(dhidden, up, self.A, out=dhidden)
         if dA is not None:

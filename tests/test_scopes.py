@@ -141,9 +141,8 @@ def test_what_a_sequence_is_must_be_said():
     for preset in ("gmpo", "vespo", "gspo"):
         with pytest.raises(ValueError, match="pass cu_seqlens"):
             dk.policy_loss(case.hidden, case.weight, case.targets, case.advantages, spec=dk.PolicySpec.preset(preset))
+    spec, cu = dk.PolicySpec(off_policy_threshold=0.1), torch.tensor([0, 10])
     with pytest.raises(ValueError, match="needs rollout_logprobs or old_logprobs"):
-        spec = dk.PolicySpec(off_policy_threshold=0.1)
-        cu = torch.tensor([0, 10])
         dk.policy_loss(case.hidden, case.weight, case.targets, case.advantages, spec=spec, cu_seqlens=cu)
 
 

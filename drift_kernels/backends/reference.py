@@ -18,7 +18,8 @@ def logits(
 ) -> Tensor:
     """z [T, V] = softcap(logit_scale·(h·Wᵀ + b)) / temperature in the compute dtype, differentiable."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    z = hidden.to(dtype) @ weight.to(dtype).t()
+    with torch.autocast(hidden.device.type, enabled=False):  # what it casts is cast by now
+        z = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         z = z + bias.to(dtype)
     z = z * head.logit_scale

@@ -1,0 +1,318 @@
+"""Extreme numbers and unusual inputs: overflow, saturation, ±inf, one-word vocabularies, odd strides, torch's own machinery."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import drift_kernels as dk
+from drift_kernels.testing import gradients, make_case
+
+BACKENDS = ["cpu", "reference"]
+CASE = make_case(30, 9, 61, seed=1)
+
+
+def leaves(dtype=torch.float64):
+    return CASE.leaves(dtype)
+
+
+def on(backend):
+    return dk.KernelConfig(backend=backend)
+
+
+@pytest.mark.parametrize("preset", ["ppo", "gspo", "cispo", "dppo_tv"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_row_clipped(backend, preset):
+    """Loss and metrics are there; gradients are exactly zero (cispo keeps its gradient by design)."""
+    h, w, b = leaves()
+    cu = torch.tensor([0, 10, 30])
+    options = {"clip_low": 0.0, "clip_high": 0.0}
+    spec = dk.PolicySpec.preset(preset, **options)
+    advantages = torch.ones(2, dtype=torch.float64)
+    old = torch.full((30,), -30.0, dtype=torch.float64)  # ratios far above 1
+    out = dk.policy_loss(
+        h, w, CASE.targets, advantages, old_logprobs=old, cu_seqlens=cu, bias=b, spec=spec, config=on(backend)
+    )
+    grads = torch.autograd.grad(out.loss, (h, w, b))
+    assert math.isfinite(float(out.loss.detach()))
+    total, count = out.metrics["clip_ratio/high_mean"]
+    assert int(total) == int(count) == int((CASE.targets >= 0).sum())
+    assert any(g.any() for g in grads) == (preset == "cispo")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ratios_that_would_overflow(backend, dtype):
+    """A log-ratio of ±200 is held at ±20: finite loss and gradients, and no gradient from what was held."""
+    h, w, _ = leaves(dtype)
+    for shift in (200.0, -200.0):
+        old = torch.full((30,), -4.0, dtype=dtype) + shift
+        for advantage in (1.0, -1.0):
+            advantages = torch.full((30,), advantage, dtype=dtype)
+            out = dk.policy_loss(
+                h, w, CASE.targets, advantages, old_logprobs=old, config=on(backend), outputs=("ratio",)
+            )
+            grads = torch.autograd.grad(out.loss, (h, w))
+            assert math.isfinite(float(out.loss.detach()))
+            assert not any(g.any() for g in grads)
+            held = out.outputs["ratio"][CASE.targets >= 0]
+            torch.testing.assert_close(held.log(), torch.full_like(held, -math.copysign(20, shift)))
+
+
+@pytest.mark.parametrize("scale", [300.0, -300.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_dominates_and_one_that_vanishes(backend, scale):
+    """p → 1: log-prob and gradient exactly 0. p → 0: log-prob about −|scale|·…, the gradient of a full miss."""
+    hidden = torch.ones(2, 4).requires_grad_()
+    weight = torch.zeros(7, 4)
+    weight[3] = scale / 4
+    weight.requires_grad_()
+    targets = torch.tensor([3, 3])
+    out = dk.weighted_cross_entropy(hidden, weight, targets, outputs=("logprobs", "entropy"), config=on(backend))
+    dh, dw = torch.autograd.grad(out.loss, (hidden, weight))
+    assert (out.logprobs <= 0).all()
+    if scale > 0:
+        assert float(out.loss.detach()) == 0
+        assert not dh.any()
+        assert not dw.any()
+    else:
+        torch.testing.assert_close(out.logprobs, torch.full((2,), scale - math.log(6)))
+        torch.testing.assert_close(dw[3], torch.full((4,), -1.0))
+        torch.testing.assert_close(dw[0], torch.full((4,), 1 / 6))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_logits_through_a_softcap(backend, dtype, sign):
+    """tanh(±inf) = ±1: the logit is ±softcap, with no slope."""
+    h, w, b = leaves(dtype)
+    with torch.no_grad():
+        b[5] = sign * math.inf
+    capped = b.detach().clone()
+    capped[5] = sign * 1e6
+    args = (CASE.targets, CASE.token_weights.to(dtype))
+
+    def run(bias):
+        bias = bias.clone().requires_grad_()
+        out = dk.weighted_cross_entropy(h, w, *args, bias=bias, softcap=3.0, config=on(backend), outputs=("entropy",))
+        return out.loss.detach(), out.entropy, *torch.autograd.grad(out.loss, (h, w, bias))
+
+    infinite, huge = run(b.detach()), run(capped)
+    torch.testing.assert_close(infinite, huge)
+    assert all(torch.isfinite(t).all() for t in infinite)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_words(backend):
+    """A bias of −inf takes a word out of the vocabulary, as users mask tokens: log-probs of the others stay finite."""
+    h, w, b = leaves()
+    with torch.no_grad():
+        b[7] = -math.inf
+    targets = CASE.targets.masked_fill(CASE.targets == 7, 8)
+    out = dk.weighted_cross_entropy(h, w, targets, bias=b, outputs=("logprobs", "entropy"), config=on(backend))
+    kept = [i for i in range(61) if i != 7]
+    shifted = torch.where(targets > 7, targets - 1, targets)
+    want = F.cross_entropy(F.linear(h, w[kept], b[kept]), shifted)
+    torch.testing.assert_close(out.loss, want)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, (h, w)), torch.autograd.grad(want, (h, w))):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.isfinite(out.entropy).all()
+
+
+@pytest.mark.parametrize("preset", ["ppo", "gspo", "kl_cov"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_vocabulary_of_one(backend, preset):
+    """p = 1 whatever the logit: log-prob and entropy 0, no gradient."""
+    hidden, weight = torch.randn(6, 3).requires_grad_(), torch.randn(1, 3).requires_grad_()
+    targets = torch.tensor([0, 0, -100, 0, 0, 0])
+    spec = dk.PolicySpec.preset(preset, entropy_coef=0.1)
+    out = dk.policy_loss(
+        hidden,
+        weight,
+        targets,
+        torch.ones(6),
+        old_logprobs=torch.zeros(6),
+        cu_seqlens=torch.tensor([0, 2, 6]),
+        spec=spec,
+        outputs=("logprobs", "entropy", "is_top1"),
+        config=on(backend),
+    )
+    dh, dw = torch.autograd.grad(out.loss, (hidden, weight))
+    assert not out.logprobs.any()
+    assert out.entropy.abs().max() < 1e-6
+    assert out.outputs["is_top1"].sum() == 5
+    assert dh.abs().max() < 1e-6
+    assert dw.abs().max() < 1e-6
+
+
+def test_the_same_target_everywhere_adds_up():
+    case = make_case(50, 9, 61, masked=0.0)
+    targets = torch.full((50,), 17)
+
+    def fused(h, w, b):
+        return dk.weighted_cross_entropy(h, w, targets, bias=b, config=dk.KernelConfig(workspace_bytes=8 * 80 * 7)).loss
+
+    def eager(h, w, b):
+        return F.cross_entropy(F.linear(h, w, b), targets)
+
+    torch.testing.assert_close(
+        gradients(fused, case.leaves(torch.float64)), gradients(eager, case.leaves(torch.float64))
+    )
+
+
+def test_the_same_target_several_times_in_a_row():
+    """rows= with one word asked for three times by one hidden state."""
+    h, w, _ = leaves()
+    rows, targets = torch.tensor([0, 0, 0, 4]), torch.tensor([5, 5, 5, 1])
+    fused = dk.weighted_cross_entropy(h, w, targets, rows=rows).loss
+    eager = F.cross_entropy(F.linear(h[rows], w), targets)
+    torch.testing.assert_close(torch.autograd.grad(fused, (h, w)), torch.autograd.grad(eager, (h, w)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_transposed_and_strided_inputs(dtype):
+    case = make_case(30, 16, 61, seed=1, dtype=dtype)
+    h, w, b = case.leaves(dtype)
+    strange = {
+        "hidden": torch.stack([h, h], -1).flatten(1)[:, ::2].detach().requires_grad_(),
+        "weight": w.detach().t().contiguous().t().requires_grad_(),
+        "bias": torch.stack([b, b], 1)[:, 0].detach().requires_grad_(),
+    }
+    assert not any(t.is_contiguous() for t in strange.values())
+    token_weights = torch.stack([case.token_weights] * 2, 1)[:, 1].to(torch.float32)
+    targets = torch.stack([case.targets] * 2, 1)[:, 0]
+
+    def run(h, w, b, targets, weights):
+        return dk.weighted_cross_entropy(h, w, targets, weights, bias=b).loss
+
+    plain = gradients(lambda *x: run(*x, case.targets, case.token_weights.float()), (h, w, b))
+    other = gradients(lambda *x: run(*x, targets, token_weights), tuple(strange.values()))
+    close = {"rtol": 2**-6, "atol": 2e-4} if dtype == torch.bfloat16 else {}  # other products, sums in another order
+    torch.testing.assert_close(other, plain, **close)
+
+
+@pytest.mark.slow
+def test_more_logits_than_32_bits_can_count():
+    """T·V = 2^31 and some: offsets are 64-bit; the last row is as good as the first."""
+    V, D = 262_144, 4
+    T = (1 << 31) // V + 5
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g)
+    targets = torch.randint(0, V, (T,), generator=g)
+    advantages = torch.zeros(T)
+    advantages[[0, 1, T - 2, T - 1]] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    everything = dk.linear_logprob(hidden, weight, targets).logprobs
+    few = [0, 1, T - 2, T - 1]
+    some = dk.linear_logprob(hidden[few], weight, targets[few]).logprobs
+    torch.testing.assert_close(everything[few], some)
+    assert torch.isfinite(everything).all()
+    exact = torch.log_softmax(hidden[few].double() @ weight.double().t(), -1).gather(1, targets[few, None])[:, 0]
+    torch.testing.assert_close(some.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+NEEDS = [[bool(mask >> i & 1) for i in range(5)] for mask in range(32)]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "".join("hwbAB"[i] for i in range(5) if needs[i]) or "none")
+def test_any_subset_of_inputs_may_require_grad(needs):
+    h, w, b = leaves()
+    A, B = torch.randn(2, 9, dtype=torch.float64), torch.randn(61, 2, dtype=torch.float64)
+    everything = [t.detach() for t in (h, w, b, A, B)]
+
+    def run(h, w, b, A, B):
+        head = {"bias": b, "lora": dk.LoRAHead(A, B, 0.5)}
+        old = torch.full((30,), -4.0, dtype=torch.float64)
+        loss = dk.policy_loss(h, w, CASE.targets, CASE.advantages, old_logprobs=old, **head).loss
+        plain = dk.linear_logprob(h, w, CASE.targets, **head).logprobs
+        return loss + (plain * CASE.noise).sum()
+
+    full = [t.clone().requires_grad_() for t in everything]
+    want = torch.autograd.grad(run(*full), full)
+    some = [t.clone().requires_grad_(need) for t, need in zip(everything, needs)]
+    loss = run(*some)
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        loss.backward()
+    for t, need, grad in zip(some, needs, want):
+        assert (t.grad is not None) == need
+        if need:
+            torch.testing.assert_close(t.grad, grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_casts_every_tensor_of_the_head(half, backend):
+    h, w, b = leaves(torch.float32)
+    A, B = torch.randn(2, 9).requires_grad_(), torch.randn(61, 2).requires_grad_()
+    with torch.autocast("cpu", dtype=half):
+        options = {"bias": b, "lora": dk.LoRAHead(A, B, 0.5), "config": on(backend)}
+        loss = dk.weighted_cross_entropy(h, w, CASE.targets, **options).loss
+    loss.backward()
+    low = [t.detach().to(half).requires_grad_() for t in (h, w, b, A, B)]
+    options = {"bias": low[2], "lora": dk.LoRAHead(*low[3:], 0.5), "config": on(backend)}
+    want = dk.weighted_cross_entropy(*low[:2], CASE.targets, **options).loss
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    for t, other in zip((h, w, b, A, B), low):
+        assert t.grad.dtype == torch.float32
+        torch.testing.assert_close(t.grad, other.grad.float())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_around_the_backbone_and_around_the_op(reentrant):
+    layer = torch.nn.Linear(9, 9).double()
+    _, w, b = leaves()
+    x = CASE.hidden.clone().requires_grad_()
+
+    def loss_of(hidden):
+        return dk.weighted_cross_entropy(hidden, w, CASE.targets, bias=b).loss
+
+    def grads(loss):
+        return torch.autograd.grad(loss, (x, w, *layer.parameters())) if not reentrant else backward(loss)
+
+    def backward(loss):  # the reentrant form knows .backward() alone
+        for t in (x, w, *layer.parameters()):
+            t.grad = None
+        loss.backward()
+        return tuple(t.grad for t in (x, w, *layer.parameters()))
+
+    plain = grads(loss_of(torch.tanh(layer(x))))
+    outside = grads(loss_of(checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=reentrant)))
+    inside = grads(checkpoint(lambda x: loss_of(torch.tanh(layer(x))), x, use_reentrant=reentrant))
+    torch.testing.assert_close(outside, plain)
+    torch.testing.assert_close(inside, plain)
+
+
+def test_torch_func_is_refused_in_words():
+    h, w, _ = (t.detach() for t in leaves())
+    ops = (
+        lambda h: dk.weighted_cross_entropy(h, w, CASE.targets).loss,
+        lambda h: dk.policy_loss(h, w, CASE.targets, CASE.advantages).loss,
+        lambda h: dk.pointwise_loss(h, w, CASE.targets, lambda logp: -logp).loss,
+        lambda h: dk.linear_logprob(h, w, CASE.targets).logprobs.sum(),
+    )
+    for op in ops:
+        for transform in (torch.func.grad, torch.func.vjp, torch.func.jacrev):
+            with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+                transform(op, h) if transform is torch.func.vjp else transform(op)(h)
+        with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+            torch.func.vmap(op)(torch.stack([h, h]))
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (1, 0, 9), (0, 4, 9)])
+def test_no_rows_at_all(shape):
+    _, w, _ = leaves()
+    hidden = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    targets = torch.zeros(shape[:-1], dtype=torch.int64)
+    tokens = torch.zeros(shape[:-1], dtype=torch.float64)
+    for preset in ("ppo", "gspo", "kl_cov", "vespo"):
+        options = {"cu_seqlens": torch.tensor([0])} if len(shape) == 2 else {}
+        spec = dk.PolicySpec.preset(preset)
+        out = dk.policy_loss(hidden, w, targets, tokens, old_logprobs=tokens, spec=spec, **options)
+        dh, dw = torch.autograd.grad(out.loss, (hidden, w))
+        assert float(out.loss.detach()) == 0
+        assert dh.shape == shape
+        assert not dw.any()
