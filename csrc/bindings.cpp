@@ -28,7 +28,7 @@ void check(const Rows& rows) {
 
 void check(const Gemm& g) {
   if (g.m < 0 || g.n < 0 || g.k < 0 || g.threads < 1) throw std::invalid_argument("sizes must not be negative, and threads at least 1");
-  if (g.m && g.n && !(g.c && g.scratch && (g.k == 0 || (g.a && g.b)))) throw std::invalid_argument("a, b, c or scratch is null");
+  if (g.m && g.n && !((g.c || (g.rounded && !g.accumulate)) && g.scratch && (g.k == 0 || (g.a && g.b)))) throw std::invalid_argument("a, b, c or scratch is null");
 }
 
 }  // namespace
@@ -110,6 +110,7 @@ PYBIND11_MODULE(_cpu, m) {
   address(gemm, "b", &Gemm::b);
   address(gemm, "c", &Gemm::c);
   address(gemm, "scratch", &Gemm::scratch);
+  address(gemm, "rounded", &Gemm::rounded);
   gemm.def_readwrite("m", &Gemm::m).def_readwrite("n", &Gemm::n).def_readwrite("k", &Gemm::k);
   gemm.def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("b_stride", &Gemm::b_stride).def_readwrite("c_stride", &Gemm::c_stride);
   gemm.def_readwrite("accumulate", &Gemm::accumulate).def_readwrite("threads", &Gemm::threads);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drift_kernels import driver
 from drift_kernels.formulas import NO_TOKENS, Tokens
-from drift_kernels.products import LoRAHead
+from drift_kernels.products import LoRAHead, gradient_dtype
 from drift_kernels.spec import Call, PolicySpec
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
@@ -97,8 +97,9 @@ def _logprob_backward_cpu(*args):
 
 def _fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
     hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
-    made = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in made)
+    dtypes = (dtype, gradient_dtype(head[1].dtype, dtype) if call.need_weight else dtype, dtype, dtype, dtype)
+    shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
+    return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes))
 
 
 def _fake_outputs(args: tuple, call: Call) -> Tensor:

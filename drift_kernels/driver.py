@@ -45,7 +45,7 @@ class Inputs:
 
 @dataclass
 class Grads:
-    """Gradients in the compute dtype; None where nobody asked."""
+    """Gradients in the compute dtype, dweight as `products.gradient_dtype` has it; None where nobody asked."""
 
     hidden: Tensor | None  # [T, D]
     weight: Tensor | None  # [V, D]
@@ -70,6 +70,7 @@ class Piece:
     hidden: Tensor
     logits: Tensor
     chunk: Chunk
+    final: bool  # no chunk adds to the gradients after this one
 
     def pick(self, values: Tensor | None) -> Tensor | None:
         """Of the plan's entries [M] those of this chunk."""
@@ -107,7 +108,8 @@ class Sweep:
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.inverse_temperature = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
         self.grads = self._empty_grads()
-        self.weight_started = call.accumulate_scale is not None
+        scale = 1.0 if call.accumulate_scale is None else call.accumulate_scale
+        self.dweight = self.products.weight_gradient(x.weight_grad, scale) if call.need_weight else None
 
     def _empty_grads(self) -> Grads:
         x, need = self.x, self.call
@@ -116,22 +118,16 @@ class Sweep:
         )  # all of it: a second pass leaves rows out
         make = torch.empty if written else torch.zeros
         hidden = make(x.hidden.shape, dtype=self.dtype) if need.need_hidden else None
-        weight = x.weight_grad
-        if weight is None and need.need_weight:
-            weight = self.products.empty(tuple(x.weight.shape), self.dtype)
         bias = torch.zeros(x.weight.shape[0], dtype=self.dtype) if need.need_bias else None
-        a, b = (
-            (
-                torch.zeros(t.shape, dtype=self.dtype) if needed else None
-                for t, needed in ((x.lora.A, need.need_lora_a), (x.lora.B, need.need_lora_b))
-            )
-            if x.lora is not None
-            else (None, None)
-        )
-        return Grads(hidden, weight, bias, a, b)
+        lora_a = torch.zeros(x.lora.A.shape, dtype=self.dtype) if x.lora is not None and need.need_lora_a else None
+        lora_b = torch.zeros(x.lora.B.shape, dtype=self.dtype) if x.lora is not None and need.need_lora_b else None
+        return Grads(hidden, None, bias, lora_a, lora_b)
 
-    def pieces(self, plan: rows.Plan, spans: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """The chunks [start, stop) of the plan's rows, each as soon as its logits are there; they share one buffer."""
+    def pieces(self, plan: rows.Plan, spans: Sequence[tuple[int, int]], *, final: bool = True) -> Iterator[Piece]:
+        """The chunks [start, stop) of the plan's rows, each as soon as its logits are there; they share one buffer.
+
+        `final`: no gradients are added after those of the last chunk.
+        """
         targets, inverse = plan.pick(self.x.targets), plan.pick_rows(self.inverse_temperature)
         for start, stop in spans:
             hidden = self.x.hidden[start:stop] if plan.index is None else self.x.hidden[plan.index[start:stop]]
@@ -144,7 +140,7 @@ class Sweep:
             row_ptr = None if plan.row_ptr is None else plan.row_ptr[start : stop + 1] - first
             per_row = None if inverse is None else inverse[start:stop]
             chunk = Chunk(targets[first:last], row_ptr, per_row, self.bias, self.call.head)
-            yield Piece(plan, start, stop, first, last, hidden, logits, chunk)
+            yield Piece(plan, start, stop, first, last, hidden, logits, chunk, final and (start, stop) == spans[-1])
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """[start, stop) of a plan's rows cut into spans that fit the buffer."""
@@ -177,17 +173,15 @@ class Sweep:
                 grads.hidden[where] = dhidden
         if count == 0:
             return
-        if grads.weight is not None:
-            scale = 1.0 if self.call.accumulate_scale is None else self.call.accumulate_scale
-            self.products.dweight(dlogits, hidden, grads.weight, accumulate=self.weight_started, scale=scale)
-            self.weight_started = True
+        if self.dweight is not None:
+            self.dweight.add(dlogits, hidden, final=piece.final)
         if grads.bias is not None:
             grads.bias += dlogits.sum(0)
 
     def finish(self) -> Grads:
         """The gradients; zero where no row reached them."""
-        if self.grads.weight is not None and not self.weight_started:
-            self.grads.weight.zero_()
+        if self.dweight is not None:
+            self.grads.weight = self.dweight.result()
         return self.grads
 
     def scatter(self, collected: dict[str, list[Tensor]], names: tuple[str, ...]) -> Tensor:
@@ -267,8 +261,8 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
     want = tuple(dict.fromkeys((*call.outputs, *read)))
     collected: dict[str, list[Tensor]] = {}
     for start, stop in rows.whole(segments, plan.count, sweep.limit, shared=plan.row_ptr is not None):
-        spans, stats, piece = sweep.chunks(start, stop), {}, None
-        for piece in sweep.pieces(plan, spans):
+        spans, stats, piece, final = sweep.chunks(start, stop), {}, None, stop == plan.count
+        for piece in sweep.pieces(plan, spans, final=final):
             _collect(stats, sweep.kernels.row_stats(piece.logits, piece.chunk, want), piece.chunk)
         stats = {name: torch.cat(values) for name, values in stats.items()}
         first, last = plan.entries_of(start, stop)
@@ -287,7 +281,7 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
         if len(spans) == 1 and piece is not None:
             _add_from_logits(sweep, piece, stats, slopes)
         else:
-            _add_again(sweep, slice(first, last), stats, slopes)
+            _add_again(sweep, slice(first, last), stats, slopes, final=final)
     return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
@@ -335,7 +329,7 @@ def _add_from_logits(sweep: Sweep, piece: Piece, stats: dict[str, Tensor], slope
     sweep.add_gradients(piece, live)
 
 
-def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dict[str, Tensor], *, final: bool) -> None:
     """Gradients of the plan's entries at `where` (their `stats` and `slopes`), of which those without any are dropped."""
     x, plan = sweep.x, sweep.plan
     everywhere = {}
@@ -352,6 +346,7 @@ def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dic
         everywhere.get("lse"),
         everywhere["at lse"],
         everywhere.get("at entropy"),
+        final=final,
     )
 
 
@@ -378,7 +373,7 @@ def backward(
     grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
     nonzero = _any_nonzero(grad_logprobs, grad_entropy)
     sweep = Sweep(x, call, rows.plan(nonzero, x.rows))
-    _add_gradients_of(sweep, grad_logprobs, grad_entropy, None, lse, entropy)
+    _add_gradients_of(sweep, grad_logprobs, grad_entropy, None, lse, entropy, final=True)
     return sweep.finish()
 
 
@@ -394,12 +389,14 @@ def _add_gradients_of(
     lse: Tensor | None,
     at_lse: Tensor,
     at_entropy: Tensor | None,
+    *,
+    final: bool,
 ) -> None:
     """Computes logits again where any incoming gradient (of log-probs, entropies, log-sum-exps; [N]) is not 0."""
     plan = rows.plan(_any_nonzero(logprobs, entropy, lse), sweep.x.rows)
     coefs, entropy, lse, at_entropy = (plan.pick(v) for v in (logprobs, entropy, lse, at_entropy))
     at_lse = plan.pick(at_lse)
-    for piece in sweep.pieces(plan, sweep.chunks(0, plan.count)):
+    for piece in sweep.pieces(plan, sweep.chunks(0, plan.count), final=final):
         row = slice(None) if piece.chunk.row_ptr is None else piece.chunk.row_ptr[:-1]
         of_rows = [None if v is None else v[piece.first : piece.last][row].contiguous() for v in (at_lse, at_entropy)]
         live = sweep.kernels.grad_logits(

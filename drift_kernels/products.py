@@ -21,8 +21,8 @@ TILE_SHARE = 8  # a widened weight tile takes at most this part of the workspace
 
 def huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory through numpy, which asks the kernel for huge pages."""
-    kinds = {torch.float32: np.float32, torch.float64: np.float64, torch.uint8: np.uint8}
-    return torch.from_numpy(np.empty(size, dtype=kinds[dtype]))
+    kinds = {torch.float32: np.float32, torch.uint8: np.uint8, torch.bfloat16: np.int16}
+    return torch.from_numpy(np.empty(size, dtype=kinds[dtype])).view(dtype)
 
 
 def small_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -104,9 +104,9 @@ class Widened:
         for part, weight in self._tiles():
             torch.addmm(out, dlogits[:, part], weight, beta=0 if part.start == 0 else 1, out=out)
 
-    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, scale: float = 1.0) -> None:
-        """out [V, D] (+)= scale · dlogitsᵀ · hidden"""
-        torch.addmm(out, dlogits.t(), hidden, beta=1 if accumulate else 0, alpha=scale, out=out)
+    def weight_gradient(self, into: Tensor | None = None, scale: float = 1.0) -> WeightGradient:
+        """Starts dweight at 0, or adds `scale` times it to `into`."""
+        return WeightGradient(self.weight, self.operand, into, scale)
 
 
 class Native:
@@ -134,9 +134,57 @@ class Native:
     def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
         cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads)
 
-    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool, scale: float = 1.0) -> None:
-        assert scale == 1.0  # what scales is an fp32 weight's gradient, and these products are of bf16
-        cpu.gemm_tn(dlogits, hidden, out, self.scratch, self.threads, accumulate=accumulate)
+    def weight_gradient(self, into: Tensor | None = None, scale: float = 1.0) -> NativeWeightGradient:
+        assert into is None  # which an fp32 weight has
+        return NativeWeightGradient(self)
+
+
+class WeightGradient:
+    """dweight [V, D] = Σ dlogitsᵀ · hidden over chunks, summed in the compute dtype. A bf16 weight's leaves as bf16: rounded
+    once, and backward can hand it over as it is. (An fp16 one's stays fp32: it would underflow before loss scaling.)
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, into: Tensor | None, scale: float) -> None:
+        self.sums = torch.empty(weight.shape, dtype=dtype) if into is None else into
+        self.dtype = gradient_dtype(weight.dtype, dtype)
+        self.scale, self.started = scale, into is not None
+
+    def add(self, dlogits: Tensor, hidden: Tensor, *, final: bool) -> None:
+        """Adds scale · dlogits [C, V]ᵀ · hidden [C, D]; `final` says that nothing comes after."""
+        torch.addmm(self.sums, dlogits.t(), hidden, beta=1 if self.started else 0, alpha=self.scale, out=self.sums)
+        self.started = True
+
+    def result(self) -> Tensor:
+        """The gradient; zero where nothing was added."""
+        return (self.sums if self.started else self.sums.zero_()).to(self.dtype)
+
+
+class NativeWeightGradient:
+    """The same by bf16 products, the last of which rounds on its way out: a single chunk needs no fp32 [V, D]."""
+
+    def __init__(self, by: Native) -> None:
+        self.by, self.shape = by, tuple(by.weight.shape)
+        self.sums = self.rounded = None
+
+    def add(self, dlogits: Tensor, hidden: Tensor, *, final: bool) -> None:
+        """Adds dlogits [C, V]ᵀ · hidden [C, D]; `final` says that nothing comes after."""
+        by, accumulate = self.by, self.sums is not None
+        if final:
+            self.rounded = by.empty(self.shape, torch.bfloat16)
+        elif self.sums is None:
+            self.sums = by.empty(self.shape, torch.float32)
+        cpu.gemm_tn(dlogits, hidden, self.sums, by.scratch, by.threads, accumulate=accumulate, rounded=self.rounded)
+
+    def result(self) -> Tensor:
+        """The gradient; zero where nothing was added."""
+        if self.rounded is not None:
+            return self.rounded
+        return torch.zeros(self.shape, dtype=torch.bfloat16) if self.sums is None else self.sums.bfloat16()
+
+
+def gradient_dtype(weight: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """What dtype a weight's gradient leaves an op in."""
+    return weight if weight == torch.bfloat16 else compute
 
 
 def is_native(hidden: Tensor, weight: Tensor) -> bool:

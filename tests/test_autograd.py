@@ -42,7 +42,15 @@ def logprob_and_entropy(h, w, b):
     return (out.logprobs * CASE.noise).sum() + (out.entropy.square() * CASE.advantages).sum()
 
 
-OPS = [cross_entropy, policy, pointwise, logprob, logprob_and_entropy]
+def sequences(h, w, b):
+    """Sequence-level ratios in one pass (short sequences) and in two (one of 20 rows, chunks of 7)."""
+    spec = dk.PolicySpec.preset("gspo", clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02)
+    data = {"old_logprobs": OLD, "ref_logprobs": OLD + 0.1, "token_weights": CASE.token_weights}
+    data |= {"cu_seqlens": torch.tensor([0, 6, 26, 30])}
+    return dk.policy_loss(h, w, CASE.targets, CASE.advantages, bias=b, spec=spec, config=MANY, **data).loss
+
+
+OPS = [cross_entropy, policy, pointwise, sequences, logprob, logprob_and_entropy]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -34,12 +34,12 @@ def operands(kind: str, m: int, n: int, k: int, pad: int, seed: int = 0):
     return inside(a if kind == "nn" else a.t(), pad), inside(b, pad), *exact
 
 
-def multiply(kind: str, a, b, out, threads: int = 2, accumulate: bool = False) -> torch.Tensor:
+def multiply(kind: str, a, b, out, threads: int = 2, accumulate: bool = False, rounded=None) -> torch.Tensor:
     """Runs one product in a scratch of NaN that must hold it."""
     rows, width = {"nt": a.shape, "nn": out.shape, "tn": b.shape}[kind]
     need = cpu.gemm_scratch_bytes(rows, width, threads)
     scratch = torch.full((need + 64,), 0xFF, dtype=torch.uint8)
-    more = {"accumulate": accumulate} if kind == "tn" else {}
+    more = {"accumulate": accumulate, "rounded": rounded} if kind == "tn" else {}
     getattr(cpu, f"gemm_{kind}")(a, b, out, scratch, threads, **more)
     assert bool((scratch[need:] == 0xFF).all()), "wrote behind the scratch"
     return out
@@ -70,6 +70,49 @@ def test_products_match_float64(kind, m, n, k, pad, accumulate):
     assert bool(((results[0].double() - want).abs() <= torch.finfo(torch.float32).eps * (k + 4) * size).all())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@native
+@settings(max_examples=40, deadline=None, derandomize=True)
+@example(m=130, n=700, k=385, pad=0, accumulate=True)
+@example(m=257, n=49, k=1000, pad=1, accumulate=False)
+@given(m=SIZES, n=SIZES, k=SIZES, pad=st.integers(0, 3), accumulate=st.booleans())
+def test_a_rounded_product_is_the_fp32_one_rounded(m, n, k, pad, accumulate):
+    """Bit by bit, whatever was in C before, which is left alone."""
+    a, b, *_ = operands("tn", m, n, k, pad)
+    start = torch.randn(m, n, generator=torch.Generator().manual_seed(1)) if accumulate else torch.full((m, n), NAN)
+    full = multiply("tn", a, b, inside(start, pad), 2, accumulate)
+    before = inside(start, pad) if accumulate else None
+    rounded = torch.full((m, n), NAN, dtype=torch.bfloat16)
+    multiply("tn", a, b, before, 2, accumulate, rounded)
+    assert torch.equal(rounded, full.bfloat16())
+    assert before is None or torch.equal(before, start)
+
+
+@native
+def test_the_last_chunk_rounds_the_gradient_of_the_weight(monkeypatch):
+    """One chunk makes no fp32 [V, D]; several make one, and a last chunk without a gradient changes nothing."""
+    case = make_case(60, 50, 1001, masked=0.0, dtype=torch.bfloat16)
+    made = []
+    original = products.huge_pages
+    monkeypatch.setattr(
+        products.Native, "empty", staticmethod(lambda size, dtype: made.append((size, dtype)) or original(size, dtype))
+    )
+    h, w, _ = case.leaves(torch.bfloat16)
+    with torch.no_grad():
+        old = dk.linear_logprob(h, w, case.targets).logprobs - 1  # clipped where A > 0
+    advantages = torch.cat([-torch.ones(40), torch.ones(20)])
+    grads = []
+    for rows in (100, 20):
+        budget = cpu.gemm_scratch_bytes(8, 50, 1) + rows * 5000
+        made.clear()
+        loss = dk.policy_loss(
+            h, w, case.targets, advantages, old_logprobs=old, config=dk.KernelConfig(workspace_bytes=budget)
+        ).loss
+        grads.append(torch.autograd.grad(loss, w)[0])
+        assert (((1001, 50), torch.float32) in made) == (rows == 20)
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(grads[0].float(), grads[1].float(), rtol=2**-7, atol=1e-6)
 
 
 @native

@@ -16,17 +16,18 @@ def rows_through(monkeypatch):
     """Rows that each of the three products saw, since the last `clear()`."""
     seen = {"logits": 0, "dhidden": 0, "dweight": 0}
 
-    def watch(name, axis):
-        original = getattr(products.Widened, name)
+    def watch(name, owner, method):
+        original = getattr(owner, method)
 
         def counted(self, first, *rest, **options):
             seen[name] += first.shape[0]
             return original(self, first, *rest, **options)
 
-        monkeypatch.setattr(products.Widened, name, counted)
+        monkeypatch.setattr(owner, method, counted)
 
-    for name in seen:
-        watch(name, 0)
+    watch("logits", products.Widened, "logits")
+    watch("dhidden", products.Widened, "dhidden")
+    watch("dweight", products.WeightGradient, "add")
     return seen
 
 

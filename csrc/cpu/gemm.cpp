@@ -34,8 +34,9 @@ constexpr int64_t AHEAD = 8;          // lines of n elements fetched before they
 constexpr int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // bytes of one thread
-constexpr int64_t NT_OWN = NR * KC * 2 + ROWS * NR * 4, NN_OWN = (COLUMNS + MR) * KC * 2, TN_OWN = BLOCK * KC * 2;
-constexpr int64_t OWN = std::max({NT_OWN, NN_OWN, TN_OWN});
+constexpr int64_t NT_OWN = NR * KC * 2 + ROWS * NR * 4, NN_OWN = (COLUMNS + MR) * KC * 2;
+constexpr int64_t TN_PACKED = BLOCK * KC * 2;
+int64_t own_bytes(int64_t width) { return std::max({NT_OWN, NN_OWN, TN_PACKED + BLOCK * up(width, NR) * 4}); }
 
 int64_t shared_bytes(int64_t rows, int64_t width) { return up(rows, MR) * up(width, NR) * 2; }
 
@@ -50,9 +51,10 @@ int thread() {
 struct Scratch {
   pair* shared;
   char* own;
+  int64_t size;
   Scratch(const Gemm& g, int64_t rows, int64_t width)
-      : shared(static_cast<pair*>(g.scratch)), own(static_cast<char*>(g.scratch) + shared_bytes(rows, width)) {}
-  pair* mine() const { return reinterpret_cast<pair*>(own + thread() * OWN); }
+      : shared(static_cast<pair*>(g.scratch)), own(static_cast<char*>(g.scratch) + shared_bytes(rows, width)), size(own_bytes(width)) {}
+  pair* mine() const { return reinterpret_cast<pair*>(own + thread() * size); }
 };
 
 INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1); }
@@ -158,10 +160,13 @@ TARGET void pack_columns(const T* in, int64_t stride, int64_t n, int64_t k, pair
   }
 }
 
+INLINE void store(float* p, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(p, mask, v); }
+INLINE void store(bf16* p, __mmask16 mask, __m512 v) { _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v)); }
+
 // A tile: rows × columns of MR × 16 · V. `from` null starts at zero. The tile below is the next one, or soon to come.
-template <int V>
-TARGET void tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t columns, const float* from, int64_t from_stride,
-                 float* to, int64_t to_stride) {
+template <int V, class T>
+TARGET void tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t columns, const float* from, int64_t from_stride, T* to,
+                 int64_t to_stride) {
   __m512 sum[MR][V];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
@@ -188,16 +193,17 @@ TARGET void tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int6
     for (int j = 0; j < V; j++) {
       const __mmask16 mask = first16(columns - 16 * j);
       if (from) sum[i][j] = _mm512_add_ps(sum[i][j], _mm512_maskz_loadu_ps(mask, from + i * from_stride + 16 * j));
-      _mm512_mask_storeu_ps(to + i * to_stride + 16 * j, mask, sum[i][j]);
+      store(to + i * to_stride + 16 * j, mask, sum[i][j]);
     }
   }
 }
 
-void any_tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t columns, const float* from, int64_t from_stride,
-              float* to, int64_t to_stride) {
+template <class T>
+void any_tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t columns, const float* from, int64_t from_stride, T* to,
+              int64_t to_stride) {
   rows = std::min(rows, MR);
   columns = std::min(columns, NR);
-  const auto kernel = columns > 32 ? tile<3> : columns > 16 ? tile<2> : tile<1>;
+  const auto kernel = columns > 32 ? tile<3, T> : columns > 16 ? tile<2, T> : tile<1, T>;
   kernel(a, b, pairs, rows, columns, from, from_stride, to, to_stride);
 }
 
@@ -209,7 +215,7 @@ bool has_bf16_gemm() {
   return has;
 }
 
-int64_t gemm_scratch_bytes(int64_t rows, int64_t width, int threads) { return shared_bytes(rows, width) + threads * OWN; }
+int64_t gemm_scratch_bytes(int64_t rows, int64_t width, int threads) { return shared_bytes(rows, width) + threads * own_bytes(width); }
 
 // A is packed whole; a thread takes NR rows of B at a time and keeps their partial sums by itself, since rows of C that lie a
 // power of two apart would evict each other.
@@ -268,11 +274,12 @@ void gemm_nn(const Gemm& g) {
   }
 }
 
-// B is packed whole; a thread takes BLOCK rows of C at a time.
+// B is packed whole; a thread takes BLOCK rows of C at a time. Where the result is bf16, sums between blocks of k stay with it.
 void gemm_tn(const Gemm& g) {
   const auto* a = static_cast<const float*>(g.a);
   const auto* b = static_cast<const bf16*>(g.b);
-  const int64_t depth = (g.k + 1) / 2;
+  auto* rounded = static_cast<bf16*>(g.rounded);
+  const int64_t depth = (g.k + 1) / 2, width = up(g.n, NR);
   const Scratch scratch(g, g.k, g.n);
 #pragma omp parallel num_threads(g.threads)
   {
@@ -280,19 +287,27 @@ void gemm_tn(const Gemm& g) {
     for (int64_t j = 0; j < g.n; j += NR)
       pack_columns<NR>(b + j, g.b_stride, std::min(NR, g.n - j), g.k, scratch.shared + j * depth, depth);
     pair* packed = scratch.mine();
+    float* sums = reinterpret_cast<float*>(packed + TN_PACKED / 4);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < g.m; block += BLOCK)
       for (int64_t k = 0; k == 0 || k < g.k; k += KC) {
         const int64_t kc = std::min(KC, g.k - k), rows = std::min(BLOCK, g.m - block);
-        const bool onto = k || g.accumulate;
+        const bool last = k + KC >= g.k;
         pack_columns<MR>(a + k * g.a_stride + block, g.a_stride, rows, kc, packed, KC / 2);
         const int64_t wide = std::max<int64_t>(1, GROUP / (NR * std::max<int64_t>(kc, 1) * 2)) * NR;
         for (int64_t group = 0; group < g.n; group += wide)
           for (int64_t i = 0; i < rows; i += MR)
             for (int64_t j = group; j < std::min(g.n, group + wide); j += NR) {
-              float* c = g.c + (block + i) * g.c_stride + j;
-              any_tile(packed + i * KC / 2, scratch.shared + j * depth + k / 2 * NR, (kc + 1) / 2, rows - i, g.n - j, onto ? c : nullptr,
-                       g.c_stride, c, g.c_stride);
+              const pair *left = packed + i * KC / 2, *right = scratch.shared + j * depth + k / 2 * NR;
+              float *c = g.c + (block + i) * g.c_stride + j, *own = sums + i * width + j;
+              const float* from = k ? (rounded ? own : c) : (g.accumulate ? c : nullptr);
+              const int64_t stride = k && rounded ? width : g.c_stride;
+              if (!rounded)
+                any_tile(left, right, (kc + 1) / 2, rows - i, g.n - j, from, stride, c, g.c_stride);
+              else if (!last)
+                any_tile(left, right, (kc + 1) / 2, rows - i, g.n - j, from, stride, own, width);
+              else
+                any_tile(left, right, (kc + 1) / 2, rows - i, g.n - j, from, stride, rounded + (block + i) * g.n + j, g.n);
             }
       }
   }

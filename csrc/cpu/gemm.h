@@ -9,6 +9,7 @@ struct Gemm {                              // C [m, n] = A · B, plus C itself w
   float* c = nullptr;
   int64_t m = 0, n = 0, k = 0, a_stride = 0, b_stride = 0, c_stride = 0;
   bool accumulate = false;                 // read by gemm_tn alone
+  void* rounded = nullptr;                 // gemm_tn: bf16 [m, n], where the result goes instead of C
   int threads = 1;                         // sums do not depend on it
   void* scratch = nullptr;                 // gemm_scratch_bytes, aligned to 64
 };

@@ -172,8 +172,22 @@ def gemm_nn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int) ->
     _cpu.gemm_nn(_gemm(a, b, out, (a.shape[0], b.shape[1], a.shape[1]), scratch, threads))
 
 
-def gemm_tn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int, *, accumulate: bool) -> None:
-    """out [V, D] fp32 (+)= aᵀ · b [C, D] bf16, a [C, V] fp32 rounded to bf16."""
-    g = _gemm(a, b, out, (a.shape[1], b.shape[1], a.shape[0]), scratch, threads)
+def gemm_tn(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None,
+    scratch: Tensor,
+    threads: int,
+    *,
+    accumulate: bool,
+    rounded: Tensor | None = None,
+) -> None:
+    """out [V, D] fp32 (+)= aᵀ · b [C, D] bf16, a [C, V] fp32 rounded to bf16; to `rounded` [V, D] bf16 instead where given."""
+    target = out if rounded is None else rounded
+    assert target is not None
+    g = _gemm(a, b, target, (a.shape[1], b.shape[1], a.shape[0]), scratch, threads)
+    if rounded is not None:
+        g.c, g.c_stride = (0, 0) if out is None else (out.data_ptr(), out.stride(0))
+        g.rounded = _address(rounded)
     g.accumulate = accumulate
     _cpu.gemm_tn(g)
