@@ -36,7 +36,8 @@ def operands(kind: str, m: int, n: int, k: int, pad: int, seed: int = 0):
 
 def multiply(kind: str, a, b, out, threads: int = 2, accumulate: bool = False, rounded=None) -> torch.Tensor:
     """Runs one product in a scratch of NaN that must hold it."""
-    rows, width = {"nt": a.shape, "nn": out.shape, "tn": b.shape}[kind]
+    made = out if rounded is None else rounded
+    rows, width = {"nt": a.shape, "nn": made.shape, "tn": b.shape}[kind]
     need = cpu.gemm_scratch_bytes(rows, width, threads)
     scratch = torch.full((need + 64,), 0xFF, dtype=torch.uint8)
     more = {"accumulate": accumulate, "rounded": rounded} if kind == "tn" else {}
