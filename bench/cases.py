@@ -30,6 +30,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     D: int = 896
     mask: str = "none"  # "turns": the end of each of a segment's four turns is trained; "prompt": all but its start
+    share: float = 1.0  # of each segment, its end, that is trained, where mask is "share"
     noise: float = 0.0  # standard deviation of log π_old − log π
     group: int = 0  # segments that share a prompt; two groups in five have equal rewards, hence advantage 0
 
@@ -61,6 +62,20 @@ CASES = {
         replace(_PPO, name="ppo-bf16", **_HALF),
     )
 }
+
+
+# What one number does to time and memory, the others held: curves for bench.sweeps, by what is varied.
+_CURVE = Case("curve", "mean", 8, 64, 32_768, D=256)
+CURVES = {
+    "T": [replace(_CURVE, name=f"T={8 * n}", length=n, V=8_192) for n in (32, 128, 512, 2_048, 8_192)],
+    "V": [replace(_CURVE, name=f"V={V}", V=V) for V in (8_192, 32_768, 65_536, 151_936, 262_144)],
+    "active": [
+        replace(_CURVE, name=f"active={percent}", length=256, mask="share", share=percent / 100)
+        for percent in (1, 3, 10, 30, 60, 100)
+    ],
+}
+WORKSPACE_CASE = replace(_DENSE, name="workspace", V=65_536)
+CURVES["workspace"] = [WORKSPACE_CASE]
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,8 @@ def make(case: Case, seed: int = 0) -> Problem:
     targets = torch.randint(0, case.V, (case.segments, case.length), generator=g)
     if case.mask == "prompt":
         targets[:, : case.length // 4] = IGNORED
+    elif case.mask == "share":
+        targets[:, : case.length - max(1, round(case.share * case.length))] = IGNORED
     elif case.mask == "turns":
         turn = case.length // 4
         answers = turn * (0.2 + 0.2 * torch.rand(case.segments, 4, 1, generator=g))  # 20–40 % of each turn

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import verify
-from bench.cases import CASES, make
-from bench.peers import CONTENDERS
+from bench.cases import CASES, CURVES, Case, make
+from bench.peers import CONTENDERS, drift
 
 # Blocks from 64 KiB on are mapped, and so unmapped when freed; glibc would otherwise raise that bound up to 32 MiB.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -39,10 +39,13 @@ def high_water() -> int:
     return int(found[1]) * 1024
 
 
-def peak_extra(contender: str, case: str, smoke: bool = False) -> int:
-    """Bytes by which one step raises the high-water mark of this process."""
-    tiny = CASES[case].shrunk()
-    problem, loss = make(tiny if smoke else CASES[case]), CONTENDERS[contender].load()
+def peak_extra(contender: str, name: str, smoke: bool = False) -> int:
+    """Bytes by which one step raises the high-water mark of this process. "drift@64" is drift with a workspace of 64 MiB."""
+    case = known_cases()[name]
+    contender, _, mib = contender.partition("@")
+    tiny = case.shrunk()
+    problem = make(tiny if smoke else case)
+    loss = drift(int(mib) << 20) if mib else CONTENDERS[contender].load()
     verify.step(make(tiny), loss)  # libraries and threads are up, code is compiled
     gc.collect()
     if sys.platform == "linux":
@@ -51,6 +54,11 @@ def peak_extra(contender: str, case: str, smoke: bool = False) -> int:
     before = high_water()
     verify.step(problem, loss)
     return high_water() - before
+
+
+def known_cases() -> dict[str, Case]:
+    """Everything that can be named here."""
+    return CASES | {case.name: case for curve in CURVES.values() for case in curve}
 
 
 def measure(contender: str, cases: Sequence[str], smoke: bool = False) -> Iterator[tuple[str, int]]:

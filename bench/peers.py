@@ -34,16 +34,18 @@ class Contender:
     once: bool = False  # several times slower than all others by what it is: one run, and no memory
 
 
-def _drift() -> Loss:
-    from drift_kernels import policy_loss, weighted_cross_entropy
+def drift(workspace_bytes: int | None = None) -> Loss:
+    """Our own, with the default workspace or another."""
+    from drift_kernels import KernelConfig, policy_loss, weighted_cross_entropy
+
+    config = KernelConfig(workspace_bytes=workspace_bytes)
 
     def loss(p: Problem) -> Tensor:
         if p.case.loss != "clip":
-            return weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weights).loss
+            return weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weights, config=config).loss
         assert p.advantages is not None
-        return policy_loss(
-            p.hidden, p.weight, p.targets, p.advantages, old_logprobs=p.old, cu_seqlens=p.cu_seqlens
-        ).loss
+        options = {"old_logprobs": p.old, "cu_seqlens": p.cu_seqlens, "config": config}
+        return policy_loss(p.hidden, p.weight, p.targets, p.advantages, **options).loss
 
     return loss
 
@@ -151,7 +153,7 @@ def _unclipped(case: Case) -> str | None:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("drift", "drift", "drift-rl", lambda case, shares: 2 * shares.read + 4 * shares.live, _drift),
+        Contender("drift", "drift", "drift-rl", lambda case, shares: 2 * shares.read + 4 * shares.live, drift),
         Contender("eager", "eager", "torch", _always(6), lambda: eager_loss),
         Contender(
             "eager-picked",

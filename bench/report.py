@@ -152,7 +152,7 @@ def save(results: dict, stem: Path) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
     """(say what is being done, one step further): a bar on a terminal, lines elsewhere."""
     console, began = Console(stderr=True), time.monotonic()
     if not console.is_terminal:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "cases": [],
     }
     stem = args.out / ("smoke" if args.smoke else "cpu")
-    with _progress(len(args.cases) + 1) as (say, advance):
+    with progress(len(args.cases) + 1) as (say, advance):
         for name in dict.fromkeys(args.cases):
             case = CASES[name].shrunk() if args.smoke else CASES[name]
             found = run_case(case, contenders, args.rounds, lambda text, name=name: say(f"{name}: {text}"))

@@ -144,7 +144,11 @@ class Sweep:
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """[start, stop) of a plan's rows cut into spans that fit the buffer."""
-        return [(start + a, start + b) for a, b in rows.chunks(stop - start, self.limit)]
+        return [(start + a, start + b) for a, b in rows.chunks(stop - start, self.aim(stop - start))]
+
+    def aim(self, count: int) -> int:
+        """Rows to a chunk of the best time for `count` of them."""
+        return rows.chunk_rows(count, self.x.hidden.shape[1], self.limit)
 
     def add_gradients(self, piece: Piece, live: Tensor) -> None:
         """Takes d(loss)/d(product) of a chunk, zero rows named in `live` [C], into the gradients."""
@@ -260,8 +264,10 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
     read = ("logprobs", "lse", "entropy") if spec.entropy_coef else ("logprobs", "lse")
     want = tuple(dict.fromkeys((*call.outputs, *read)))
     collected: dict[str, list[Tensor]] = {}
-    for start, stop in rows.whole(segments, plan.count, sweep.limit, shared=plan.row_ptr is not None):
-        spans, stats, piece, final = sweep.chunks(start, stop), {}, None, stop == plan.count
+    shared, aim = plan.row_ptr is not None, sweep.aim(plan.count)
+    for start, stop in rows.whole(segments, plan.count, aim, sweep.limit, shared=shared):
+        spans = [(start, stop)] if stop - start <= sweep.limit else sweep.chunks(start, stop)
+        stats, piece, final = {}, None, stop == plan.count
         for piece in sweep.pieces(plan, spans, final=final):
             _collect(stats, sweep.kernels.row_stats(piece.logits, piece.chunk, want), piece.chunk)
         stats = {name: torch.cat(values) for name, values in stats.items()}

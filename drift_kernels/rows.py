@@ -16,6 +16,7 @@ from torch import Tensor
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import Call
 
+KAPPA = 4.0  # of the chunk-size model, as `python -m bench.chunks` measures it
 # A caller who asks for one of these reads every unmasked row.
 DENSE_OUTPUTS = frozenset({"logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs", "kl", "ratio"})
 
@@ -117,6 +118,15 @@ def check_finite(tokens: Tokens) -> None:
             )
 
 
+def chunk_rows(count: int, width: int, limit: int) -> int:
+    """How many of `count` rows of `width` to a chunk: √(κ·count·width), at most the `limit` that the workspace holds.
+
+    A chunk costs by itself (dweight is fetched and stored once more), and a larger buffer for logits costs pages to be
+    cleared: both in proportion to the vocabulary, which drops out. `bench/chunks.py` has the model and measures κ.
+    """
+    return max(1, min(limit, int((KAPPA * count * width) ** 0.5)))
+
+
 def chunks(count: int, largest: int) -> list[tuple[int, int]]:
     """[0, count) cut into the fewest spans of at most `largest` rows, all about equally long."""
     pieces = -(-count // max(largest, 1))
@@ -124,8 +134,8 @@ def chunks(count: int, largest: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def whole(segments: Tensor | None, count: int, largest: int, shared: bool) -> list[tuple[int, int]]:
-    """[0, count) rows cut into spans that no sequence crosses, of at most `largest` rows where sequences are no longer.
+def whole(segments: Tensor | None, count: int, aim: int, largest: int, *, shared: bool) -> list[tuple[int, int]]:
+    """[0, count) rows cut into spans of about `aim` rows that no sequence crosses; beyond `largest` only a sequence goes.
 
     `segments` [count] names the sequence of each row. Without it, where it is not in order, or where rows are `shared` by
     sequences, there is one span.
@@ -135,7 +145,7 @@ def whole(segments: Tensor | None, count: int, largest: int, shared: bool) -> li
     if segments is None or shared or bool((segments.diff() < 0).any()):
         return [(0, count)]
     lengths = torch.unique_consecutive(segments, return_counts=True)[1].tolist()
-    aim = -(-count // -(-count // max(largest, 1)))  # so that spans are about equally long
+    aim = -(-count // -(-count // aim))  # so that spans are about equally long
     spans, start, size = [], 0, 0
     for length in lengths:
         if size and (size >= aim or size + length > largest):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import memory, report
+from bench import memory, report, sweeps
 from bench.cases import CASES, Problem, eager_loss, log_probs, make
 from bench.measure import run_case
 from bench.peers import CONTENDERS, Contender
@@ -110,6 +110,17 @@ def test_log_probs_agree_with_log_softmax():
 
 @pytest.mark.skipif(memory.available() is not None, reason=str(memory.available()))
 def test_memory_is_measured_in_a_process_of_its_own():
-    found = dict(memory.measure("drift", ["turns", "ppo"], smoke=True))
-    assert set(found) == {"turns", "ppo"}
+    found = dict(memory.measure("drift@64", ["turns", "T=1024"], smoke=True))
+    assert set(found) == {"turns", "T=1024"}
     assert all(0 <= peak < 64 << 20 for peak in found.values())
+
+
+def test_sweeps_have_every_curve_and_a_picture(tmp_path, capsys):
+    found = sweeps.main(["--smoke", "--no-memory", "--out", str(tmp_path)])
+    assert list(found["curves"]) == ["T", "V", "active", "workspace"]
+    for name, points in found["curves"].items():
+        assert len(points) >= 5
+        assert all(point["over"]["drift"] > 0 for point in points), name
+    assert json.loads((tmp_path / "sweeps-smoke.json").read_text())["curves"].keys() == found["curves"].keys()
+    assert "<svg" in (tmp_path / "sweeps-smoke.svg").read_text()
+    assert "| active rows, % |" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""`python -m bench.chunks`: the constant of the chunk-size model in `drift_kernels/rows.py`, measured on this machine.
+
+A loss over n rows in k chunks does the same products for every k. What grows with k is what each chunk costs by itself: fetching
+and storing dweight [V, D] once more, and the ramp of three products, together α·V·D seconds. What shrinks with k is the
+logits buffer of n/k rows, whose pages the system has to clear and map: f seconds a byte. k·α·V·D + f·4·V·n/k is least for
+chunks of √(κ·n·D) rows, κ = α / 4f: V drops out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+D, V, ROWS = 512, 65_536, 1_024
+PIECES = (1, 2, 4, 8)
+ROUNDS = 5
+BYTES = 256 << 20
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def chunk_cost() -> float:
+    """α: seconds that each further chunk costs, over V·D; the least-squares slope of time against the number of chunks."""
+    hidden, weight = torch.randn(ROWS, D), torch.randn(V, D)
+    logits, dhidden, dweight = torch.randn(ROWS, V), torch.empty(ROWS, D), torch.zeros(V, D)
+
+    def sweep(pieces: int) -> None:
+        for i in range(pieces):
+            part = slice(ROWS * i // pieces, ROWS * (i + 1) // pieces)
+            torch.mm(hidden[part], weight.t(), out=logits[part])
+            torch.mm(logits[part], weight, out=dhidden[part])
+            torch.addmm(dweight, logits[part].t(), hidden[part], beta=int(i > 0), out=dweight)
+
+    times = [median(seconds(lambda k=k: sweep(k)) for _ in range(ROUNDS)) for k in PIECES]
+    mean_k, mean_t = sum(PIECES) / len(PIECES), sum(times) / len(times)
+    slope = sum((k - mean_k) * (t - mean_t) for k, t in zip(PIECES, times)) / sum((k - mean_k) ** 2 for k in PIECES)
+    return slope / (V * D)
+
+
+def touch_cost() -> float:
+    """f: seconds a byte of memory costs the first time it is written, over what it costs the second time."""
+    found = []
+    for _ in range(ROUNDS):
+        block = torch.empty(BYTES, dtype=torch.uint8)
+        first, second = seconds(block.zero_), seconds(block.zero_)
+        found.append((first - second) / BYTES)
+        del block
+    return median(found)
+
+
+def main() -> None:
+    """Prints α, f and κ."""
+    alpha, f = chunk_cost(), touch_cost()
+    print(f"a chunk costs {alpha * 1e9:.3f} ns for each element of dweight, a byte first written {f * 1e9:.3f} ns")
+    print(
+        f"kappa = {alpha / (4 * f):.2f}; for 1,024 rows of 896: chunks of {(alpha / (4 * f) * 1024 * 896) ** 0.5:,.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
