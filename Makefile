@@ -23,6 +23,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds -q
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.sweeps
 
 study: $(VENV)/.installed
 	$(BIN)/drift study configs/study.yaml
