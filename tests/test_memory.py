@@ -37,4 +37,4 @@ def test_peak_memory_stays_within_the_workspace(dtype, V, preset):
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", SCRIPT, dtype, V, preset], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert 0.5 < float(done.stdout) <= 1.05, f"peak over what is there by right: {done.stdout.strip()} of the workspace"
+    assert 0.3 < float(done.stdout) <= 1.05, f"peak over what is there by right: {done.stdout.strip()} of the workspace"
