@@ -26,6 +26,10 @@ void check(const Rows& rows) {
   if (rows.stride < rows.vocab) throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " + std::to_string(rows.vocab));
 }
 
+void check(const Rows& rows, const Buckets& b) {
+  if (b.k < 0 || b.k > rows.vocab) throw std::invalid_argument("k = " + std::to_string(b.k) + " of vocab " + std::to_string(rows.vocab));
+}
+
 void check(const Gemm& g) {
   if (g.m < 0 || g.n < 0 || g.k < 0 || g.threads < 1) throw std::invalid_argument("sizes must not be negative, and threads at least 1");
   if (g.m && g.n && !((g.c || (g.rounded && !g.accumulate)) && g.scratch && (g.k == 0 || (g.a && g.b)))) throw std::invalid_argument("a, b, c or scratch is null");
@@ -98,6 +102,55 @@ PYBIND11_MODULE(_cpu, m) {
     check(r);
     py::gil_scoped_release release;
     f64 ? fused_policy<double>(r, s, p, bytes(live)) : fused_policy<float>(r, s, p, bytes(live));
+  });
+  py::class_<Distill> distill(m, "Distill");
+  distill.def(py::init<>());
+  address(distill, "taught", &Distill::taught);
+  address(distill, "lse", &Distill::lse);
+  address(distill, "entropy", &Distill::entropy);
+  address(distill, "weights", &Distill::weights);
+  address(distill, "dlogprob", &Distill::dlogprob);
+  address(distill, "dentropy", &Distill::dentropy);
+  address(distill, "dlse", &Distill::dlse);
+
+  py::class_<Teacher> teacher(m, "Teacher");
+  teacher.def(py::init<>()).def_readwrite("stride", &Teacher::stride).def_readwrite("alpha", &Teacher::alpha);
+  teacher.def_readwrite("gradient", &Teacher::gradient);
+  address(teacher, "logits", &Teacher::logits);
+  address(teacher, "lse", &Teacher::lse);
+  address(teacher, "divergence", &Teacher::divergence);
+
+  py::class_<Buckets> buckets(m, "Buckets");
+  buckets.def(py::init<>()).def_readwrite("k", &Buckets::k);
+  address(buckets, "ids", &Buckets::ids);
+  address(buckets, "logprobs", &Buckets::logprobs);
+  address(buckets, "rest", &Buckets::rest);
+  address(buckets, "dlogprobs", &Buckets::dlogprobs);
+  address(buckets, "drest", &Buckets::drest);
+
+  const auto indices = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
+  m.def("top_k", [indices](const Rows& r, uintptr_t taught, const Buckets& b, bool f64) {
+    check(r);
+    check(r, b);
+    py::gil_scoped_release release;
+    f64 ? top_k<double>(r, indices(taught), b) : top_k<float>(r, indices(taught), b);
+  });
+  m.def("bucket_logprobs", [indices, bytes](const Rows& r, uintptr_t taught, uintptr_t lse, const Buckets& b, bool f64) {
+    check(r);
+    check(r, b);
+    py::gil_scoped_release release;
+    f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), b) : bucket_logprobs<float>(r, indices(taught), bytes(lse), b);
+  });
+  m.def("fused_distill", [bytes](const Rows& r, const Distill& d, const Teacher& t, uintptr_t live, bool f64) {
+    check(r);
+    py::gil_scoped_release release;
+    f64 ? fused_distill<double>(r, d, t, bytes(live)) : fused_distill<float>(r, d, t, bytes(live));
+  });
+  m.def("grad_buckets", [bytes](const Rows& r, const Distill& d, const Buckets& b, uintptr_t live, bool f64) {
+    check(r);
+    check(r, b);
+    py::gil_scoped_release release;
+    f64 ? grad_buckets<double>(r, d, b, bytes(live)) : grad_buckets<float>(r, d, b, bytes(live));
   });
   m.def("compact", [bytes](uintptr_t logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, uintptr_t live, uintptr_t order) {
     py::gil_scoped_release release;

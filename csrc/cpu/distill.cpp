@@ -1,0 +1,301 @@
+// Row kernels of distillation for a CPU: divergences of two rows of logits and their gradient, top-k and what remains.
+// One thread takes one row, or a pair of rows.
+#include <utility>
+#include <vector>
+
+#include "cpu/sweeps.h"
+
+namespace drift {
+namespace {
+
+enum class Kind { none, forward, reverse, mixed };  // no teacher, KL(t||s), KL(s||t), between
+
+// What the gradient of a row is made of besides its logits.
+template <class R>
+struct Terms {
+  R lse, P, E, H;                       // further terms: -P p - E p (log p + H)
+  const R* teacher = nullptr;           // z of the teacher
+  R teacher_lse = 0, alpha = 0;
+  R weight = 0, student_kl = 0;         // student_kl: KL(s||t) or KL(s||M)
+};
+
+template <class R>
+struct LogRatios { R student, teacher; };  // log(s/M), log(t/M)
+
+// Written so that no exp overflows, and that a probability of 0 on one side leaves the other's term finite.
+template <class R>
+ALWAYS_INLINE LogRatios<R> against_mixture(R log_s, R log_t, R alpha) {
+  const R u = log_t - log_s;
+  const bool more = u > 0;
+  const R own = more ? alpha : R(1) - alpha;
+  const R r = fast_log(own + (R(1) - own) * fast_exp(more ? -u : u));  // log(M / max(s, t))
+  return {(more ? -u : R(0)) - r, (more ? R(0) : u) - r};
+}
+
+// d(loss)/dz of one element; v and y are its two logits.
+template <Kind K, class R>
+ALWAYS_INLINE R gradient_at(R v, R y, const Terms<R>& t) {
+  const R log_s = v - t.lse, s = fast_exp(log_s), log_t = y - t.teacher_lse;
+  R g = -t.P * s - (s != 0 ? t.E * s * (log_s + t.H) : R(0));
+  if (K == Kind::forward) g += t.weight * (s - fast_exp(log_t));
+  if (K == Kind::reverse) g += s != 0 ? t.weight * s * (log_s - log_t - t.student_kl) : R(0);
+  if (K == Kind::mixed) {
+    const auto r = against_mixture(log_s, log_t, t.alpha);
+    g += s != 0 ? t.weight * (R(1) - t.alpha) * s * (r.student - t.student_kl) : R(0);
+  }
+  return g;
+}
+
+template <Kind K, bool CAPPED, class R>
+ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Terms<R>& terms, R flat, R per_cap) {
+  const Terms<R> t = terms;
+  const R* __restrict y = t.teacher;
+#pragma omp simd
+  for (int64_t i = 0; i < V; i++) {
+    const R v = z[i], g = gradient_at<K>(v, K == Kind::none ? R(0) : y[i], t) * flat;
+    z[i] = CAPPED ? g * (R(1) - v * per_cap * v * per_cap) : g;
+  }
+}
+
+template <Kind K, class R>
+ALWAYS_INLINE void grad_any(R* z, int64_t V, const Terms<R>& terms, const Transform<R>& t) {
+  const R flat = t.logit_scale * t.inv_temperature, per_cap = t.softcap != 0 ? R(1) / (t.inv_temperature * t.softcap) : R(0);
+  t.softcap != 0 ? grad_sweep<K, true>(z, V, terms, flat, per_cap) : grad_sweep<K, false>(z, V, terms, flat, per_cap);
+}
+
+template <class R>
+struct Kls { R student, teacher; };  // KL(s||t) or KL(s||M), KL(t||s) or KL(t||M)
+
+template <Kind K, class R>
+ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int64_t V, R lse, R teacher_lse, R alpha) {
+  double student = 0, teacher = 0;
+  for (int64_t b = 0; b < V; b += BLOCK) {
+    const int64_t end = std::min(b + BLOCK, V);
+    R a = 0, c = 0;
+#pragma omp simd reduction(+ : a, c)
+    for (int64_t i = b; i < end; i++) {
+      const R log_s = z[i] - lse, log_t = y[i] - teacher_lse, s = fast_exp(log_s), t = fast_exp(log_t);
+      if (K == Kind::forward) c += t != 0 ? t * (log_t - log_s) : R(0);
+      if (K == Kind::reverse) a += s != 0 ? s * (log_s - log_t) : R(0);
+      if (K == Kind::mixed) {
+        const auto r = against_mixture(log_s, log_t, alpha);
+        a += s != 0 ? s * r.student : R(0);
+        c += t != 0 ? t * r.teacher : R(0);
+      }
+    }
+    student += a;
+    teacher += c;
+  }
+  return {R(student), R(teacher)};
+}
+
+constexpr int64_t STRIP = 256;  // elements looked at together for one that belongs to the k largest
+
+// A heap of the k best so far, its worst on top; strips without a better one are passed over.
+template <class R>
+ALWAYS_INLINE void select(const R* __restrict z, int64_t V, int64_t k, int64_t* ids, std::pair<R, int64_t>* heap) {
+  using Item = std::pair<R, int64_t>;
+  const auto better = [](const Item& a, const Item& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+  const auto key = [](R x) { return x == x ? x : -std::numeric_limits<R>::infinity(); };  // a NaN sorts last
+  for (int64_t i = 0; i < k; i++) heap[i] = {key(z[i]), i};
+  std::make_heap(heap, heap + k, better);
+  for (int64_t b = k; b < V; b += STRIP) {
+    const int64_t end = std::min(b + STRIP, V);
+    R best = -std::numeric_limits<R>::infinity();
+#pragma omp simd reduction(max : best)
+    for (int64_t i = b; i < end; i++) best = z[i] > best ? z[i] : best;
+    if (!(best > heap[0].first)) continue;
+    for (int64_t i = b; i < end; i++) {
+      if (!(z[i] > heap[0].first)) continue;
+      std::pop_heap(heap, heap + k, better);
+      heap[k - 1] = {z[i], i};
+      std::push_heap(heap, heap + k, better);
+    }
+  }
+  std::sort_heap(heap, heap + k, better);
+  for (int64_t i = 0; i < k; i++) ids[i] = heap[i].second;
+}
+
+// The sweeps, compiled once for each instruction set.
+template <class R>
+struct Sweeps {
+  Kls<R> (*kl)(Kind, const R*, const R*, int64_t, R, R, R);
+  void (*grad)(Kind, R*, int64_t, const Terms<R>&, const Transform<R>&);
+  R (*lse)(R*, int64_t);
+  void (*select)(const R*, int64_t, int64_t, int64_t*, std::pair<R, int64_t>*);
+};
+
+#define SWEEPS(NAME, TARGET)                                                                            \
+  template <class R>                                                                                    \
+  struct NAME {                                                                                         \
+    TARGET static Kls<R> kl(Kind kind, const R* z, const R* y, int64_t V, R lse, R teacher_lse, R alpha) { \
+      switch (kind) {                                                                                   \
+        case Kind::forward: return kl_sweep<Kind::forward>(z, y, V, lse, teacher_lse, alpha);           \
+        case Kind::reverse: return kl_sweep<Kind::reverse>(z, y, V, lse, teacher_lse, alpha);           \
+        default: return kl_sweep<Kind::mixed>(z, y, V, lse, teacher_lse, alpha);                        \
+      }                                                                                                 \
+    }                                                                                                   \
+    TARGET static void grad(Kind kind, R* z, int64_t V, const Terms<R>& terms, const Transform<R>& t) { \
+      switch (kind) {                                                                                   \
+        case Kind::none: return grad_any<Kind::none>(z, V, terms, t);                                   \
+        case Kind::forward: return grad_any<Kind::forward>(z, V, terms, t);                             \
+        case Kind::reverse: return grad_any<Kind::reverse>(z, V, terms, t);                             \
+        default: return grad_any<Kind::mixed>(z, V, terms, t);                                          \
+      }                                                                                                 \
+    }                                                                                                   \
+    TARGET static R lse(R* z, int64_t V) {                                                              \
+      return stats_sweep(z, V, Transform<R>{R(1), R(0), R(1), nullptr}, false).lse;                     \
+    }                                                                                                   \
+    TARGET static void select(const R* z, int64_t V, int64_t k, int64_t* ids, std::pair<R, int64_t>* heap) { \
+      drift::select(z, V, k, ids, heap);                                                                \
+    }                                                                                                   \
+  };
+
+SWEEPS(Baseline, )
+#if defined(__x86_64__)
+SWEEPS(Avx2, DRIFT_AVX2)
+SWEEPS(Avx512, DRIFT_AVX512)
+#endif
+
+template <class R>
+const Sweeps<R>& sweeps() {
+  static const Sweeps<R> chosen = [] {
+#if defined(__x86_64__)
+    if (simd() == Simd::avx512) return Sweeps<R>{Avx512<R>::kl, Avx512<R>::grad, Avx512<R>::lse, Avx512<R>::select};
+    if (simd() == Simd::avx2) return Sweeps<R>{Avx2<R>::kl, Avx2<R>::grad, Avx2<R>::lse, Avx2<R>::select};
+#endif
+    return Sweeps<R>{Baseline<R>::kl, Baseline<R>::grad, Baseline<R>::lse, Baseline<R>::select};
+  }();
+  return chosen;
+}
+
+int64_t taught_row(const int64_t* taught, int64_t i) { return taught ? taught[i] : i; }
+
+// The further terms of row i; coef is d(loss)/d(log-prob of its target).
+template <class R>
+struct Further { R coef, dlse, E, H; };
+template <class R>
+Further<R> further_terms(const Rows& rows, const Distill& d, int64_t i) {
+  const bool target = rows.targets && rows.targets[i] >= 0;
+  return {target ? at<R>(d.dlogprob, i, R(0)) : R(0), at<R>(d.dlse, i, R(0)), at<R>(d.dentropy, i, R(0)), at<R>(d.entropy, i, R(0))};
+}
+
+}  // namespace
+
+template <class R>
+void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets) {
+  const int64_t k = buckets.k;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < rows.rows; i++) {
+    const int64_t j = taught_row(taught, i);
+    if (j < 0) continue;
+    std::vector<std::pair<R, int64_t>> heap(k);
+    sweeps<R>().select(row_of<R>(rows, i), rows.vocab, k, buckets.ids + j * k, heap.data());
+  }
+}
+
+template <class R>
+void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const Buckets& buckets) {
+  const int64_t k = buckets.k;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < rows.rows; i++) {
+    const int64_t j = taught_row(taught, i);
+    if (j < 0) continue;
+    R* z = row_of<R>(rows, i);
+    const R all = static_cast<const R*>(lse)[i];
+    const int64_t* ids = buckets.ids + j * k;
+    R* logprobs = static_cast<R*>(buckets.logprobs) + j * k;
+    for (int64_t a = 0; a < k; a++) logprobs[a] = z[ids[a]];
+    if (buckets.rest) {  // summed without the k rather than as 1 - sum(p), which cancels
+      for (int64_t a = 0; a < k; a++) z[ids[a]] = -std::numeric_limits<R>::infinity();
+      const R rest = sweeps<R>().lse(z, rows.vocab);
+      for (int64_t a = 0; a < k; a++) z[ids[a]] = logprobs[a];
+      put<R>(buckets.rest, j, rest > all ? R(0) : rest - all);
+    }
+    for (int64_t a = 0; a < k; a++) logprobs[a] = logprobs[a] > all ? R(0) : logprobs[a] - all;
+  }
+}
+
+template <class R>
+void fused_distill(const Rows& rows, const Distill& distill, const Teacher& teacher, uint8_t* live) {
+  const Kind kind = teacher.alpha == 0 ? Kind::forward : teacher.alpha == 1 ? Kind::reverse : Kind::mixed;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < rows.rows; i++) {
+    R* z = row_of<R>(rows, i);
+    const int64_t j = taught_row(distill.taught, i);
+    const auto f = further_terms<R>(rows, distill, i);
+    const R lse = static_cast<const R*>(distill.lse)[i];
+    Terms<R> t{lse, f.coef - f.dlse, f.E, f.H};
+    t.alpha = R(teacher.alpha);
+    if (j >= 0) {
+      t.teacher = static_cast<const R*>(teacher.logits) + j * teacher.stride;
+      t.teacher_lse = static_cast<const R*>(teacher.lse)[j];
+      t.weight = at<R>(distill.weights, i, R(0));
+      const auto kl = sweeps<R>().kl(kind, z, t.teacher, rows.vocab, lse, t.teacher_lse, t.alpha);
+      t.student_kl = kl.student;
+      const R mixed = (R(1) - t.alpha) * kl.student + t.alpha * kl.teacher;
+      put<R>(teacher.divergence, j, kind == Kind::forward ? kl.teacher : kind == Kind::reverse ? kl.student : mixed);
+    }
+    if (!teacher.gradient) continue;
+    live[i] = t.weight != 0 || f.coef != 0 || f.dlse != 0 || f.E != 0;
+    if (!live[i]) continue;
+    const auto transform = transform_of<R>(rows, i);
+    const Kind with = t.weight != 0 ? kind : Kind::none;
+    const int64_t y = f.coef != 0 ? rows.targets[i] : -1;
+    const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
+    sweeps<R>().grad(with, z, rows.vocab, t, transform);
+    if (y >= 0) z[y] += slope * f.coef;
+  }
+}
+
+template <class R>
+void grad_buckets(const Rows& rows, const Distill& distill, const Buckets& buckets, uint8_t* live) {
+  const int64_t k = buckets.k;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < rows.rows; i++) {
+    R* z = row_of<R>(rows, i);
+    const int64_t j = k ? taught_row(distill.taught, i) : -1;
+    const auto f = further_terms<R>(rows, distill, i);
+    Terms<R> t{static_cast<const R*>(distill.lse)[i], f.coef - f.dlse, f.E, f.H};
+    const R* dlogprobs = j >= 0 ? static_cast<const R*>(buckets.dlogprobs) + j * k : nullptr;
+    bool any = f.coef != 0 || f.dlse != 0 || f.E != 0;
+    if (j >= 0) {
+      const R drest = at<R>(buckets.drest, j, R(0));
+      any |= drest != 0;
+      t.P += drest;
+      for (int64_t a = 0; a < k; a++) {
+        t.P += dlogprobs[a];
+        any |= dlogprobs[a] != 0;
+      }
+    }
+    live[i] = any;
+    if (!any) continue;
+    const auto transform = transform_of<R>(rows, i);
+    struct Special { R slope, rest; };  // dz/dx, and all of the gradient but the bucket's own term
+    std::vector<Special> special(j >= 0 ? k : 0);
+    for (size_t a = 0; a < special.size(); a++) {
+      const R v = z[buckets.ids[j * k + a]];
+      special[a] = {transform.slope(v), transform.slope(v) * gradient_at<Kind::none>(v, R(0), t)};
+    }
+    const int64_t y = f.coef != 0 ? rows.targets[i] : -1;
+    const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
+    if (j >= 0 && buckets.drest) {  // a token of the rest gets drest times its share p / rest of it
+      const R huge = R(std::is_same<R, float>::value ? 1e38 : 1e300), drest = static_cast<const R*>(buckets.drest)[j];
+      const R share = std::min(fast_exp(-static_cast<const R*>(buckets.rest)[j]), huge);
+      t.P = std::min(std::max(t.P - drest * share, -huge), huge);
+    }
+    sweeps<R>().grad(Kind::none, z, rows.vocab, t, transform);
+    for (size_t a = 0; a < special.size(); a++) z[buckets.ids[j * k + a]] = special[a].rest + special[a].slope * dlogprobs[a];
+    if (y >= 0) z[y] += slope * f.coef;
+  }
+}
+
+#define INSTANTIATE(R)                                                                        \
+  template void top_k<R>(const Rows&, const int64_t*, const Buckets&);                        \
+  template void bucket_logprobs<R>(const Rows&, const int64_t*, const void*, const Buckets&); \
+  template void fused_distill<R>(const Rows&, const Distill&, const Teacher&, uint8_t*);      \
+  template void grad_buckets<R>(const Rows&, const Distill&, const Buckets&, uint8_t*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace drift
