@@ -103,21 +103,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     f64 ? fused_policy<double>(r, s, p, bytes(live)) : fused_policy<float>(r, s, p, bytes(live));
   });
-  py::class_<Distill> distill(m, "Distill");
-  distill.def(py::init<>());
-  address(distill, "taught", &Distill::taught);
-  address(distill, "lse", &Distill::lse);
-  address(distill, "entropy", &Distill::entropy);
-  address(distill, "weights", &Distill::weights);
-  address(distill, "dlogprob", &Distill::dlogprob);
-  address(distill, "dentropy", &Distill::dentropy);
-  address(distill, "dlse", &Distill::dlse);
-
   py::class_<Teacher> teacher(m, "Teacher");
   teacher.def(py::init<>()).def_readwrite("stride", &Teacher::stride).def_readwrite("alpha", &Teacher::alpha);
   teacher.def_readwrite("gradient", &Teacher::gradient);
   address(teacher, "logits", &Teacher::logits);
   address(teacher, "lse", &Teacher::lse);
+  address(teacher, "weights", &Teacher::weights);
   address(teacher, "divergence", &Teacher::divergence);
 
   py::class_<Buckets> buckets(m, "Buckets");
@@ -141,16 +132,16 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), b) : bucket_logprobs<float>(r, indices(taught), bytes(lse), b);
   });
-  m.def("fused_distill", [bytes](const Rows& r, const Distill& d, const Teacher& t, uintptr_t live, bool f64) {
+  m.def("fused_distill", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Teacher& t, uintptr_t live, bool f64) {
     check(r);
     py::gil_scoped_release release;
-    f64 ? fused_distill<double>(r, d, t, bytes(live)) : fused_distill<float>(r, d, t, bytes(live));
+    f64 ? fused_distill<double>(r, c, indices(taught), t, bytes(live)) : fused_distill<float>(r, c, indices(taught), t, bytes(live));
   });
-  m.def("grad_buckets", [bytes](const Rows& r, const Distill& d, const Buckets& b, uintptr_t live, bool f64) {
+  m.def("grad_buckets", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Buckets& b, uintptr_t live, bool f64) {
     check(r);
     check(r, b);
     py::gil_scoped_release release;
-    f64 ? grad_buckets<double>(r, d, b, bytes(live)) : grad_buckets<float>(r, d, b, bytes(live));
+    f64 ? grad_buckets<double>(r, c, indices(taught), b, bytes(live)) : grad_buckets<float>(r, c, indices(taught), b, bytes(live));
   });
   m.def("compact", [bytes](uintptr_t logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, uintptr_t live, uintptr_t order) {
     py::gil_scoped_release release;

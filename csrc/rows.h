@@ -42,18 +42,11 @@ struct Policy {
   bool gradient = false;
 };
 
-struct Distill {                           // of one student row each, [rows]; null = zero everywhere unless said
-  const int64_t* taught = nullptr;         // which row of the teacher's goes with it, -1 = none; null = its own
-  const void* lse = nullptr;               // the student's log-sum-exp
-  const void* entropy = nullptr;           // the student's entropy, with dentropy
-  const void* weights = nullptr;           // of the divergence
-  const void *dlogprob = nullptr, *dentropy = nullptr, *dlse = nullptr;  // what further terms add: d(loss)/d(log-prob of the target), ...
-};
-
 struct Teacher {                           // whole logits
   const void* logits = nullptr;            // [taught rows, stride]
   int64_t stride = 0;
   const void* lse = nullptr;               // [taught rows]
+  const void* weights = nullptr;           // [rows] of the student: of each divergence
   double alpha = 0.5;                      // 0: KL(t||s); 1: KL(s||t); between, M = (1-a) s + a t: (1-a) KL(s||M) + a KL(t||M)
   void* divergence = nullptr;              // [taught rows] out
   bool gradient = false;
@@ -73,14 +66,17 @@ template <class R> void row_stats(const Rows& rows, const Stats& stats);
 template <class R> void grad_logits(const Rows& rows, const Coefs& coefs, bool raw, uint8_t* live);
 // Both, with the policy arithmetic between them, one row at a time while it is in cache.
 template <class R> void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, uint8_t* live);
-// The k largest of each row of z into ids, largest first and the lower of equal ones before: the taught rows only.
+// Below, taught [rows] says which row of the teacher's goes with each of the student's, -1 for none; null = its own. Student
+// rows are logits (z) with one target each, and Coefs is what other terms of the loss add to their gradient.
+//
+// The k largest of each row into ids, largest first and the lower of equal ones before.
 template <class R> void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets);
-// Log-probs of the ids and of the rest, from z and its log-sum-exp: the taught rows only.
+// Log-probs of the ids and of the rest, by the log-sum-exps lse [rows].
 template <class R> void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const Buckets& buckets);
-// z and the teacher's z become divergences and, with gradient, d(loss)/d(product) in place.
-template <class R> void fused_distill(const Rows& rows, const Distill& distill, const Teacher& teacher, uint8_t* live);
-// z becomes d(loss)/d(product), the loss being a function of bucket log-probs (k = 0: of the further terms alone).
-template <class R> void grad_buckets(const Rows& rows, const Distill& distill, const Buckets& buckets, uint8_t* live);
+// Divergences and, with gradient, d(loss)/d(product) over the student's z, one pair of rows at a time while it is in cache.
+template <class R> void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live);
+// d(loss)/d(product) over the student's z, the loss being a function of its buckets' log-probs.
+template <class R> void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets, uint8_t* live);
 // Moves live rows to the front (in any order); order[k] is where row k came from. Returns how many.
 int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, const uint8_t* live, int64_t* order);
 

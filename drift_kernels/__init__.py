@@ -1,6 +1,7 @@
 """Fused log-prob, policy and weighted cross-entropy ops from hidden states and lm_head, never holding [T, V] logits."""
 
 from drift_kernels.backends import available_backends
+from drift_kernels.distill_ops import distill_loss, self_distill_loss, topk_logprobs
 from drift_kernels.ops import (
     LinearLogprob,
     LossOutput,
@@ -11,20 +12,29 @@ from drift_kernels.ops import (
     weighted_cross_entropy,
 )
 from drift_kernels.products import LoRAHead
-from drift_kernels.spec import KernelConfig, PolicySpec
+from drift_kernels.spec import DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
+from drift_kernels.teachers import TeacherHead, TeacherLogprobs, TeacherTopK
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillSpec",
+    "ExplorationSpec",
     "KernelConfig",
     "LinearLogprob",
     "LoRAHead",
     "LossOutput",
     "PolicySpec",
+    "TeacherHead",
+    "TeacherLogprobs",
+    "TeacherTopK",
     "available_backends",
+    "distill_loss",
     "linear_logprob",
     "pointwise_loss",
     "policy_loss",
+    "self_distill_loss",
     "shift_targets",
+    "topk_logprobs",
     "weighted_cross_entropy",
 ]

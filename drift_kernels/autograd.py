@@ -19,19 +19,19 @@ from drift_kernels.formulas import NO_TOKENS, Tokens
 from drift_kernels.products import LoRAHead, gradient_dtype
 from drift_kernels.spec import Call, PolicySpec
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
-_REST = "Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
-_TOKENS = ", ".join(f"Tensor? {field.name}" for field in fields(Tokens))
-_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+REST = "Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
+TOKENS = ", ".join(f"Tensor? {field.name}" for field in fields(Tokens))
+GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 torch.library.define(
-    "drift_kernels::fused", f"({_HEAD}, {_REST}, {_TOKENS}, Tensor normalizer, str call) -> (Tensor, {_GRADS}, Tensor)"
+    "drift_kernels::fused", f"({HEAD}, {REST}, {TOKENS}, Tensor normalizer, str call) -> (Tensor, {GRADS}, Tensor)"
 )
-torch.library.define("drift_kernels::score", f"({_HEAD}, {_REST}, str call) -> Tensor")
+torch.library.define("drift_kernels::score", f"({HEAD}, {REST}, str call) -> Tensor")
 torch.library.define(
     "drift_kernels::logprob_backward",
-    f"({_HEAD}, {_REST}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor? entropy, str call) -> ({_GRADS})",
+    f"({HEAD}, {REST}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor? entropy, str call) -> ({GRADS})",
 )
-_HEAD_SIZE, _REST_SIZE = len(_HEAD.split(",")), len(_REST.split(","))
+HEAD_SIZE, REST_SIZE = len(HEAD.split(",")), len(REST.split(","))
 
 
 @dataclass(frozen=True)
@@ -63,47 +63,47 @@ class Rest:
         return self.targets, self.rows, self.active, self.temperature
 
 
-def _inputs(head_and_rest: tuple, call: Call, tokens: Tokens = NO_TOKENS, weight_grad: Tensor | None = None):
+def inputs(head_and_rest: tuple, call: Call, tokens: Tokens = NO_TOKENS, weight_grad: Tensor | None = None):
     hidden, weight, bias, a, b, targets, rows, active, temperature = head_and_rest
     lora = None if a is None else LoRAHead(a, b, call.lora_scale)
     return driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, tokens, lora, weight_grad)
 
 
-def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
+def given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads.flat())
 
 
 @torch.library.impl("drift_kernels::fused", "CPU")
 def _fused_cpu(*args):
-    head, (*tokens, normalizer, text) = args[: _HEAD_SIZE + _REST_SIZE], args[_HEAD_SIZE + _REST_SIZE :]
+    head, (*tokens, normalizer, text) = args[: HEAD_SIZE + REST_SIZE], args[HEAD_SIZE + REST_SIZE :]
     call = Call.decode(text)
-    loss, grads, outputs = driver.fused(_inputs(head, call, Tokens(*tokens)), call, normalizer)
-    return (loss, *_given(grads, loss), outputs)
+    loss, grads, outputs = driver.fused(inputs(head, call, Tokens(*tokens)), call, normalizer)
+    return (loss, *given(grads, loss), outputs)
 
 
 @torch.library.impl("drift_kernels::score", "CPU")
 def _score_cpu(*args):
     *head, text = args
     call = Call.decode(text)
-    return driver.score(_inputs(tuple(head), call), call)
+    return driver.score(inputs(tuple(head), call), call)
 
 
 @torch.library.impl("drift_kernels::logprob_backward", "CPU")
 def _logprob_backward_cpu(*args):
     *head, grad_logprobs, grad_entropy, lse, entropy, text = args
     call = Call.decode(text)
-    return _given(driver.backward(_inputs(tuple(head), call), call, grad_logprobs, grad_entropy, lse, entropy), lse)
+    return given(driver.backward(inputs(tuple(head), call), call, grad_logprobs, grad_entropy, lse, entropy), lse)
 
 
-def _fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
+def fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
     hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
     dtypes = (dtype, gradient_dtype(head[1].dtype, dtype) if call.need_weight else dtype, dtype, dtype, dtype)
     shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
     return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes))
 
 
-def _fake_outputs(args: tuple, call: Call) -> Tensor:
-    hidden, targets = args[0], args[_HEAD_SIZE]
+def fake_outputs(args: tuple, call: Call) -> Tensor:
+    hidden, targets = args[0], args[HEAD_SIZE]
     return hidden.new_empty((len(call.outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype))
 
 
@@ -111,17 +111,17 @@ def _fake_outputs(args: tuple, call: Call) -> Tensor:
 def _fused_fake(*args):
     call, dtype = Call.decode(args[-1]), driver.compute_dtype(args[0].dtype)
     loss = args[0].new_empty((), dtype=dtype)
-    return (loss, *_fake_grads(args[:_HEAD_SIZE], call), _fake_outputs(args, call))
+    return (loss, *fake_grads(args[:HEAD_SIZE], call), fake_outputs(args, call))
 
 
 @torch.library.register_fake("drift_kernels::score")
 def _score_fake(*args):
-    return _fake_outputs(args, Call.decode(args[-1]))
+    return fake_outputs(args, Call.decode(args[-1]))
 
 
 @torch.library.register_fake("drift_kernels::logprob_backward")
 def _logprob_backward_fake(*args):
-    return _fake_grads(args[:_HEAD_SIZE], Call.decode(args[-1]))
+    return fake_grads(args[:HEAD_SIZE], Call.decode(args[-1]))
 
 
 def _no_double_backward() -> None:
@@ -157,17 +157,17 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, a, b, normalizer, rest: Rest, tokens: Tokens, call: Call):
         head = (hidden, weight, bias, a, b)
         if call.accumulate_scale is not None:  # writes into weight.grad: not an op that a graph may move or repeat
-            x = _inputs((*head, *rest.flat()), call, tokens, weight.grad)
+            x = inputs((*head, *rest.flat()), call, tokens, weight.grad)
             loss, grads, outputs = driver.fused(x, call, normalizer)
-            loss, *made, outputs = loss, *_given(replace(grads, weight=None), loss), outputs
+            loss, *made, outputs = loss, *given(replace(grads, weight=None), loss), outputs
         else:
             out = torch.ops.drift_kernels.fused(*head, *rest.flat(), *tokens.flat(), normalizer, call.encode())
             loss, *made, outputs = out
-        return _finish_forward(ctx, loss, made, outputs, head, call)
+        return finish_forward(ctx, loss, made, outputs, head, call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
-        return (*_finish_backward(ctx, grad_outputs[0]), None, None, None, None)
+        return (*finish_backward(ctx, grad_outputs[0]), None, None, None, None)
 
 
 class PointwiseLoss(torch.autograd.Function):
@@ -177,18 +177,18 @@ class PointwiseLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, a, b, normalizer, rest: Rest, fn: Callable, tensors: tuple, call: Call):
         head = (hidden, weight, bias, a, b)
         grad_into = None if call.accumulate_scale is None else weight.grad
-        x = _inputs((*head, *rest.flat()), call, weight_grad=grad_into)
+        x = inputs((*head, *rest.flat()), call, weight_grad=grad_into)
         loss, grads, outputs = driver.pointwise(x, call, fn, tensors, normalizer)
         if grad_into is not None:
             grads = replace(grads, weight=None)
-        return _finish_forward(ctx, loss, _given(grads, loss), outputs, head, call)
+        return finish_forward(ctx, loss, given(grads, loss), outputs, head, call)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
-        return (*_finish_backward(ctx, grad_outputs[0]), None, None, None, None, None)
+        return (*finish_backward(ctx, grad_outputs[0]), None, None, None, None, None)
 
 
-def _finish_forward(ctx: Any, loss: Tensor, grads: Any, outputs: Tensor, head: tuple, call: Call):
+def finish_forward(ctx: Any, loss: Tensor, grads: Any, outputs: Tensor, head: tuple, call: Call):
     ctx.save_for_backward(*grads)
     ctx.needs, ctx.accumulate_scale = call.needs, call.accumulate_scale
     ctx.dtypes = tuple(None if t is None else t.dtype for t in head)
@@ -197,7 +197,7 @@ def _finish_forward(ctx: Any, loss: Tensor, grads: Any, outputs: Tensor, head: t
     return loss, outputs
 
 
-def _finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+def finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     _no_double_backward()
     if grad_loss is None:
         return (None,) * len(ctx.needs)
@@ -244,7 +244,7 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs):
         grad_logprobs, grad_entropy = grad_outputs
         _no_double_backward()
-        none = (None,) * _HEAD_SIZE
+        none = (None,) * HEAD_SIZE
         if grad_logprobs is None and grad_entropy is None:
             return (*none, None, None)
         if ctx.jacobian:

@@ -91,7 +91,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Sweep:
     """Passes over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias."""
 
-    def __init__(self, x: Inputs, call: Call, plan: rows.Plan) -> None:
+    def __init__(self, x: Inputs, call: Call, plan: rows.Plan, beside: tuple[int, int] = (0, 0)) -> None:
+        """`beside`: bytes of the workspace that the caller takes once and for each row of a chunk."""
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
         self.kernels = backends.load("cpu")
@@ -100,8 +101,8 @@ class Sweep:
         workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
         self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
-        row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes
-        self.limit = max(1, int((workspace - self.products.bytes) // row_bytes))
+        row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes + beside[1]
+        self.limit = max(1, int((workspace - self.products.bytes - beside[0]) // row_bytes))
         largest = min(self.limit, plan.count)
         self.products.reserve(largest)
         self.logits = self.products.empty((largest, V), self.dtype)
@@ -208,7 +209,7 @@ def _collect(collected: dict[str, list[Tensor]], outputs: dict[str, Tensor], chu
         collected.setdefault(name, []).append(values)
 
 
-def _total(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+def total_of(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum of per-chunk losses (0-d), added up in fp64."""
     return sum((part.double().sum() for part in parts), torch.zeros((), dtype=torch.float64)).to(dtype)
 
@@ -227,7 +228,7 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
     if call.spec.scope != "token":
         return scoped(x, call, normalizer)
     sweep, tokens = _start(x, call)
-    weights = _weights(tokens, sweep.plan.pick(x.targets), normalizer)
+    weights = weights_of(tokens, sweep.plan.pick(x.targets), normalizer)
     want = tuple(dict.fromkeys((*call.outputs, "loss")))
     collected: dict[str, list[Tensor]] = {}
     for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
@@ -242,10 +243,10 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
         _collect(collected, outputs, piece.chunk)
         if call.need_grad:
             sweep.add_gradients(piece, live)
-    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
-def _weights(tokens: Tokens, targets: Tensor, normalizer: Tensor) -> Tensor:
+def weights_of(tokens: Tokens, targets: Tensor, normalizer: Tensor) -> Tensor:
     """What each entry's loss is multiplied by [M]."""
     weights = normalizer.new_ones(targets.shape) if tokens.weights is None else tokens.weights
     return weights / normalizer
@@ -258,7 +259,7 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
     from the logits that are there; else those of rows with a gradient are computed again.
     """
     sweep, tokens = _start(x, call)
-    plan, weights = sweep.plan, _weights(tokens, sweep.plan.pick(x.targets), normalizer)
+    plan, weights = sweep.plan, weights_of(tokens, sweep.plan.pick(x.targets), normalizer)
     segments = tokens.segments if call.spec.scope == "sequence" else None
     spec = call.spec
     read = ("logprobs", "lse", "entropy") if spec.entropy_coef else ("logprobs", "lse")
@@ -278,8 +279,8 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
         def weighted(logprobs: Tensor, lse: Tensor, entropy: Tensor | None = None, some=some, w=weights[first:last]):
             return torch.where(w != 0, w * formulas.token_loss(logprobs, some, entropy, lse, spec), 0.0)
 
-        loss, slopes = _differentiate(weighted, leaves)
-        terms = _terms(stats["logprobs"], some, weights[first:last], call)
+        loss, slopes = differentiate(weighted, leaves)
+        terms = terms_of(stats["logprobs"], some, weights[first:last], call)
         for name, values in (stats | terms | {"loss": loss}).items():
             collected.setdefault(name, []).append(values)
         if not (call.need_grad and slopes):
@@ -288,10 +289,10 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
             _add_from_logits(sweep, piece, stats, slopes)
         else:
             _add_again(sweep, slice(first, last), stats, slopes, final=final)
-    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
-def _differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """fn(**leaves) [M] and the derivatives of its sum by those leaves that it depends on.
 
     Autograd is switched on whatever surrounds: a compiled graph calls operators below it.
@@ -306,7 +307,7 @@ def _differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tupl
     return result.detach(), {name: slope for name, slope in zip(inputs, found) if slope is not None}
 
 
-def _terms(logprobs: Tensor, tokens: Tokens, weights: Tensor, call: Call) -> dict[str, Tensor]:
+def terms_of(logprobs: Tensor, tokens: Tokens, weights: Tensor, call: Call) -> dict[str, Tensor]:
     """The policy's own per-token outputs, of those asked for; `clipped` is 0 where the weight is."""
     out = {}
     if "ratio" in call.outputs:
@@ -429,7 +430,7 @@ def pointwise(
     for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         outputs = sweep.kernels.row_stats(piece.logits, piece.chunk, want)
         some = tuple(piece.pick(t) for t in tensors)
-        token, slopes = _differentiate(
+        token, slopes = differentiate(
             lambda logprobs, some=some: fn(logprobs, *some) / normalizer, {"logprobs": outputs["logprobs"]}
         )
         coefs = slopes.get("logprobs", torch.zeros_like(token))
@@ -439,4 +440,4 @@ def pointwise(
                 piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False
             )
             sweep.add_gradients(piece, live)
-    return _total(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)

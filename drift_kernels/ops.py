@@ -106,21 +106,23 @@ def linear_logprob(
     wanted = tuple(dict.fromkeys(("logprobs", *(("entropy",) if return_entropy else ()))))
     if config.accumulate_into_grad is not None and torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError("accumulate_into_grad is for losses made in one pass; linear_logprob does not know its own")
-    call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, wanted), flat)
+    call = with_needs(
+        Call(PolicySpec(), head_options(temperature, softcap, logit_scale, ignore_index), config, wanted), flat
+    )
     if backends.resolve(config.backend, hidden.device) == "reference":
         stats = _reference_stats(flat, call, flat.mask(ignore_index))
         logprobs, entropy = stats["logprobs"], stats["entropy"]
-        extra = _unflatten({name: stats[name].detach() for name in names}, flat)
+        extra = unflatten({name: stats[name].detach() for name in names}, flat)
     else:
         rest = Rest(flat.targets, rows, active, flat.temperature)
-        logprobs, entropy = LinearLogprobs.apply(*_head_of(flat).flat(), rest, call)
+        logprobs, entropy = LinearLogprobs.apply(*head_of(flat).flat(), rest, call)
         further = tuple(name for name in names if name not in wanted)
         found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
         if further:
             scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
-            values = torch.ops.drift_kernels.score(*_head_of(flat).flat(), *rest.flat(), scored.encode())
+            values = torch.ops.drift_kernels.score(*head_of(flat).flat(), *rest.flat(), scored.encode())
             found |= dict(zip(further, values))
-        extra = _unflatten({name: found[name] for name in names}, flat)
+        extra = unflatten({name: found[name] for name in names}, flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
 
 
@@ -151,12 +153,12 @@ def weighted_cross_entropy(
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     weights = flat.per_entry("token_weights", token_weights)
     names = check_outputs(outputs, OUTPUTS)
-    head = _head(temperature, softcap, logit_scale, ignore_index)
+    head = head_options(temperature, softcap, logit_scale, ignore_index)
     call = with_needs(Call(PolicySpec(objective="reinforce"), head, config, names), flat)
     if normalizer is None:
         mask = flat.mask(ignore_index)
         total = mask.sum() if weights is None else torch.where(mask, weights, 0.0).sum()
-        normalizer = _or_one(total, flat)
+        normalizer = or_one(total, flat)
     return _fused(flat, Tokens(weights=weights), call, normalizer)[0]
 
 
@@ -208,22 +210,22 @@ def policy_loss(
     names = check_outputs(outputs, POLICY_OUTPUTS)
     mask = flat.mask(ignore_index)
     check_data("advantages", advantages, flat.targets.device)
-    segments, count = _segments(flat, spec, advantages, cu_seqlens, segment_ids)
-    given = _given(flat, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights)
-    tokens, factor = _tokens(flat, mask, segments, count, given, spec)
+    segments, count = segments_of(flat, spec, advantages, cu_seqlens, segment_ids)
+    given = given_tokens(flat, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights)
+    tokens, factor = folded_tokens(flat, mask, segments, count, given, spec)
     if spec.objective == "clip_cov":
         noise = torch.rand(mask.shape, generator=generator, dtype=flat.dtype, device=mask.device)
         tokens = replace(tokens, noise=noise)
-    head = _head(temperature, softcap, logit_scale, ignore_index)
+    head = head_options(temperature, softcap, logit_scale, ignore_index)
     # metrics take "clipped" from the rows that train; a caller who asks for it reads every row, as for any output
     dense = ("ratio",) if "clipped" in names else ()
     wanted = tuple(dict.fromkeys((*names, "clipped", *dense)))
     call = with_needs(Call(spec, head, config, wanted), flat)
     if normalizer is None:
-        normalizer = _own_normalizer(flat, mask, segments, count, spec)
+        normalizer = own_normalizer(flat, mask, segments, count, spec)
     result, values = _fused(flat, tokens, call, normalizer)
     result.outputs = {name: result.outputs[name] for name in names}
-    result.metrics = _metrics(values, mask, names, factor)
+    result.metrics = policy_metrics(values, mask, names, factor)
     return result
 
 
@@ -263,39 +265,44 @@ def pointwise_loss(
     mask = flat.mask(ignore_index)
     _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
     names = check_outputs(outputs, OUTPUTS)
-    call = with_needs(Call(PolicySpec(), _head(temperature, softcap, logit_scale, ignore_index), config, names), flat)
+    call = with_needs(
+        Call(PolicySpec(), head_options(temperature, softcap, logit_scale, ignore_index), config, names), flat
+    )
     denominator = as_normalizer(
-        _or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype)
+        or_one(mask.sum(), flat) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype)
     )
     if backends.resolve(config.backend, hidden.device) == "reference":
         stats = _reference_stats(flat, call, mask)
         picked = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
-        return LossOutput(picked.sum() / denominator, _unflatten({name: stats[name].detach() for name in names}, flat))
+        return LossOutput(picked.sum() / denominator, unflatten({name: stats[name].detach() for name in names}, flat))
     rest = Rest(flat.targets, rows, active, flat.temperature)
-    loss, values = PointwiseLoss.apply(*_head_of(flat).flat(), denominator, rest, fn, tensors, call)
-    return LossOutput(loss, _unflatten(dict(zip(names, values)), flat))
+    loss, values = PointwiseLoss.apply(*head_of(flat).flat(), denominator, rest, fn, tensors, call)
+    return LossOutput(loss, unflatten(dict(zip(names, values)), flat))
 
 
-def _head(temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int) -> HeadOptions:
+def head_options(
+    temperature: float | Tensor, softcap: float | None, logit_scale: float, ignore_index: int
+) -> HeadOptions:
     return HeadOptions(1.0 if isinstance(temperature, Tensor) else temperature, softcap, logit_scale, ignore_index)
 
 
-def _head_of(flat: Flat) -> Head:
+def head_of(flat: Flat) -> Head:
     a, b = (None, None) if flat.lora is None else (flat.lora.A, flat.lora.B)
     return Head(flat.hidden, flat.weight, flat.bias, a, b)
 
 
-def _unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
+def unflatten(values: dict[str, Tensor], flat: Flat) -> dict[str, Tensor]:
     return {name: value.reshape(flat.shape) for name, value in values.items()}
 
 
-def _or_one(total: Tensor, flat: Flat) -> Tensor:
+def or_one(total: Tensor, flat: Flat) -> Tensor:
     """A denominator that is 1 where nothing counts, so that an empty batch has loss 0 and zero gradients."""
     total = total.to(flat.dtype)
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
+def reference_logits(flat: Flat, call: Call, mask: Tensor) -> Tensor:
+    """Logits [T, V] of the hidden rows that the entries in `mask` [N] read; of zeros elsewhere."""
     check_targets(flat.targets[mask], flat.weight.shape[0], call.head.ignore_index)
     read = (
         mask
@@ -308,8 +315,11 @@ def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
         B, A = flat.lora.B.to(flat.dtype), flat.lora.A.to(flat.dtype)
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(flat.dtype) + flat.lora.scale * (B @ A)
-    z = reference.logits(hidden, weight, flat.bias, flat.temperature, call.head)
-    return reference.statistics(z, flat.targets, flat.rows, mask)
+    return reference.logits(hidden, weight, flat.bias, flat.temperature, call.head)
+
+
+def _reference_stats(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
+    return reference.statistics(reference_logits(flat, call, mask), flat.targets, flat.rows, mask)
 
 
 def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -> tuple[LossOutput, dict[str, Tensor]]:
@@ -325,12 +335,12 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
         values = {name: (stats | terms)[name].detach() for name in call.outputs}
     else:
         rest = Rest(flat.targets, flat.rows, flat.active, flat.temperature)
-        loss, stacked = FusedLoss.apply(*_head_of(flat).flat(), denominator, rest, tokens, call)
+        loss, stacked = FusedLoss.apply(*head_of(flat).flat(), denominator, rest, tokens, call)
         values = dict(zip(call.outputs, stacked))
-    return LossOutput(loss, _unflatten(values, flat)), values
+    return LossOutput(loss, unflatten(values, flat)), values
 
 
-def _segments(
+def segments_of(
     flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None
 ) -> tuple[Tensor | None, int]:
     segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
@@ -348,7 +358,17 @@ def _segments(
     return segments, count
 
 
-def _given(flat: Flat, segments: Tensor | None, count: int, advantages: Tensor, old, ref, rollout, weights) -> Tokens:
+def given_tokens(
+    flat: Flat,
+    segments: Tensor | None,
+    count: int,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    weights: Tensor | None,
+    weights_name: str = "token_weights",
+) -> Tokens:
     """What the caller gave per token, flat, checked, and in the compute dtype."""
     if advantages.shape != flat.shape:
         if advantages.shape != (count,):
@@ -360,13 +380,13 @@ def _given(flat: Flat, segments: Tensor | None, count: int, advantages: Tensor, 
         "advantages": advantages,
         "old_logprobs": old,
         "ref_logprobs": ref,
-        "token_weights": weights,
+        weights_name: weights,
         "rollout_logprobs": rollout,
     }
     return Tokens(*(flat.per_entry(name, value) for name, value in named.items()))
 
 
-def _tokens(
+def folded_tokens(
     flat: Flat, mask: Tensor, segments: Tensor | None, count: int, given: Tokens, spec: PolicySpec
 ) -> tuple[Tokens, Tensor | None]:
     """What the loss reads per token, and the correction's factor [N] for the metrics (None without one).
@@ -399,23 +419,23 @@ def _tokens(
     return tokens, factor
 
 
-def _own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: int, spec: PolicySpec) -> Tensor:
+def own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: int, spec: PolicySpec) -> Tensor:
     match spec.aggregation:
         case "token_mean":
-            return _or_one(mask.sum(), flat)
+            return or_one(mask.sum(), flat)
         case "token_sum":
             return torch.ones((), dtype=flat.dtype, device=mask.device)
         case _:
-            return _or_one((_lengths(mask, segments, count) > 0).sum(), flat)
+            return or_one((_lengths(mask, segments, count) > 0).sum(), flat)
 
 
 def _lengths(mask: Tensor, segments: Tensor | None, count: int) -> Tensor:
     """Unmasked entries of each sequence [count] int64."""
-    assert segments is not None  # `_segments` has seen to it
+    assert segments is not None  # `segments_of` has seen to it
     return torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
 
 
-def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], factor: Tensor | None) -> Metrics:
+def policy_metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], factor: Tensor | None) -> Metrics:
     """(sum, count) over unmasked tokens by the names that TRL's users know; ppo_kl (mean of old − logp) by verl's."""
     count, clipped = mask.sum(), values["clipped"]
     sums = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["spec", "formulas", "rows", "backends", "products", "driver", "inputs", "autograd", "ops", "testing"]
+KERNELS = ["spec", "formulas", "divergences", "exploration", "rows", "backends", "products", "driver", "distill_driver"]
+KERNELS += ["inputs", "teachers", "autograd", "distill_autograd", "ops", "distill_ops", "testing"]
 TRAINER = [  # lowest first; rooms of one level never import each other
     {"types", "config", "mathverify", "intervals"},
     {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"},

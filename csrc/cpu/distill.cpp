@@ -171,13 +171,29 @@ const Sweeps<R>& sweeps() {
 
 int64_t taught_row(const int64_t* taught, int64_t i) { return taught ? taught[i] : i; }
 
-// The further terms of row i; coef is d(loss)/d(log-prob of its target).
+// What other terms of the loss ask of row i: d(loss)/d(log-prob of its target), and all that a sweep needs.
 template <class R>
-struct Further { R coef, dlse, E, H; };
+struct Other {
+  R target;
+  Terms<R> terms;
+};
 template <class R>
-Further<R> further_terms(const Rows& rows, const Distill& d, int64_t i) {
-  const bool target = rows.targets && rows.targets[i] >= 0;
-  return {target ? at<R>(d.dlogprob, i, R(0)) : R(0), at<R>(d.dlse, i, R(0)), at<R>(d.dentropy, i, R(0)), at<R>(d.entropy, i, R(0))};
+Other<R> other_terms(const Rows& rows, const Coefs& c, int64_t i) {
+  const R target = rows.targets && rows.targets[i] >= 0 ? at<R>(c.logprobs, i, R(0)) : R(0);
+  return {target, {static_cast<const R*>(c.lse)[i], target - at<R>(c.row_lse, i, R(0)), at<R>(c.entropy, i, R(0)), at<R>(c.row_entropy, i, R(0))}};
+}
+template <class R>
+bool any(const Other<R>& o, const Coefs& c, int64_t i) { return o.target != 0 || o.terms.E != 0 || at<R>(c.row_lse, i, R(0)) != 0; }
+
+// The gradient of row i over its z, with the target's own term.
+template <class R>
+void differentiate(const Rows& rows, int64_t i, Kind kind, const Other<R>& o) {
+  R* z = row_of<R>(rows, i);
+  const auto transform = transform_of<R>(rows, i);
+  const int64_t y = o.target != 0 ? rows.targets[i] : -1;
+  const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
+  sweeps<R>().grad(kind, z, rows.vocab, o.terms, transform);
+  if (y >= 0) z[y] += slope * o.target;
 }
 
 }  // namespace
@@ -217,84 +233,68 @@ void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, c
 }
 
 template <class R>
-void fused_distill(const Rows& rows, const Distill& distill, const Teacher& teacher, uint8_t* live) {
+void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live) {
   const Kind kind = teacher.alpha == 0 ? Kind::forward : teacher.alpha == 1 ? Kind::reverse : Kind::mixed;
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
-    R* z = row_of<R>(rows, i);
-    const int64_t j = taught_row(distill.taught, i);
-    const auto f = further_terms<R>(rows, distill, i);
-    const R lse = static_cast<const R*>(distill.lse)[i];
-    Terms<R> t{lse, f.coef - f.dlse, f.E, f.H};
+    const int64_t j = taught_row(taught, i);
+    auto o = other_terms<R>(rows, coefs, i);
+    auto& t = o.terms;
     t.alpha = R(teacher.alpha);
     if (j >= 0) {
       t.teacher = static_cast<const R*>(teacher.logits) + j * teacher.stride;
       t.teacher_lse = static_cast<const R*>(teacher.lse)[j];
-      t.weight = at<R>(distill.weights, i, R(0));
-      const auto kl = sweeps<R>().kl(kind, z, t.teacher, rows.vocab, lse, t.teacher_lse, t.alpha);
+      t.weight = at<R>(teacher.weights, i, R(0));
+      const auto kl = sweeps<R>().kl(kind, row_of<R>(rows, i), t.teacher, rows.vocab, t.lse, t.teacher_lse, t.alpha);
       t.student_kl = kl.student;
       const R mixed = (R(1) - t.alpha) * kl.student + t.alpha * kl.teacher;
       put<R>(teacher.divergence, j, kind == Kind::forward ? kl.teacher : kind == Kind::reverse ? kl.student : mixed);
     }
     if (!teacher.gradient) continue;
-    live[i] = t.weight != 0 || f.coef != 0 || f.dlse != 0 || f.E != 0;
-    if (!live[i]) continue;
-    const auto transform = transform_of<R>(rows, i);
-    const Kind with = t.weight != 0 ? kind : Kind::none;
-    const int64_t y = f.coef != 0 ? rows.targets[i] : -1;
-    const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
-    sweeps<R>().grad(with, z, rows.vocab, t, transform);
-    if (y >= 0) z[y] += slope * f.coef;
+    live[i] = t.weight != 0 || any(o, coefs, i);
+    if (live[i]) differentiate(rows, i, t.weight != 0 ? kind : Kind::none, o);
   }
 }
 
 template <class R>
-void grad_buckets(const Rows& rows, const Distill& distill, const Buckets& buckets, uint8_t* live) {
-  const int64_t k = buckets.k;
+void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets, uint8_t* live) {
+  const R HUGE_SHARE = R(std::is_same<R, float>::value ? 1e38 : 1e300);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
     R* z = row_of<R>(rows, i);
-    const int64_t j = k ? taught_row(distill.taught, i) : -1;
-    const auto f = further_terms<R>(rows, distill, i);
-    Terms<R> t{static_cast<const R*>(distill.lse)[i], f.coef - f.dlse, f.E, f.H};
-    const R* dlogprobs = j >= 0 ? static_cast<const R*>(buckets.dlogprobs) + j * k : nullptr;
-    bool any = f.coef != 0 || f.dlse != 0 || f.E != 0;
-    if (j >= 0) {
-      const R drest = at<R>(buckets.drest, j, R(0));
-      any |= drest != 0;
-      t.P += drest;
-      for (int64_t a = 0; a < k; a++) {
-        t.P += dlogprobs[a];
-        any |= dlogprobs[a] != 0;
-      }
+    const int64_t j = taught_row(taught, i), k = j < 0 ? 0 : buckets.k;
+    auto o = other_terms<R>(rows, coefs, i);
+    const R drest = k ? at<R>(buckets.drest, j, R(0)) : R(0);
+    const R* dlogprobs = static_cast<const R*>(buckets.dlogprobs) + j * k;
+    const int64_t* ids = buckets.ids + j * k;
+    live[i] = any(o, coefs, i) || drest != 0;
+    o.terms.P += drest;
+    for (int64_t a = 0; a < k; a++) {
+      live[i] |= dlogprobs[a] != 0;
+      o.terms.P += dlogprobs[a];
     }
-    live[i] = any;
-    if (!any) continue;
+    if (!live[i]) continue;
     const auto transform = transform_of<R>(rows, i);
-    struct Special { R slope, rest; };  // dz/dx, and all of the gradient but the bucket's own term
-    std::vector<Special> special(j >= 0 ? k : 0);
-    for (size_t a = 0; a < special.size(); a++) {
-      const R v = z[buckets.ids[j * k + a]];
-      special[a] = {transform.slope(v), transform.slope(v) * gradient_at<Kind::none>(v, R(0), t)};
+    struct Own { R slope, rest; };  // dz/dx, and all of the gradient but the bucket's own term
+    std::vector<Own> own(k);
+    for (int64_t a = 0; a < k; a++) {
+      const R v = z[ids[a]], slope = transform.slope(v);
+      own[a] = {slope, slope * gradient_at<Kind::none>(v, R(0), o.terms) + (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
     }
-    const int64_t y = f.coef != 0 ? rows.targets[i] : -1;
-    const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
-    if (j >= 0 && buckets.drest) {  // a token of the rest gets drest times its share p / rest of it
-      const R huge = R(std::is_same<R, float>::value ? 1e38 : 1e300), drest = static_cast<const R*>(buckets.drest)[j];
-      const R share = std::min(fast_exp(-static_cast<const R*>(buckets.rest)[j]), huge);
-      t.P = std::min(std::max(t.P - drest * share, -huge), huge);
+    if (drest != 0) {  // a token of the rest gets its share of drest, p / rest
+      const R share = std::min(fast_exp(-static_cast<const R*>(buckets.rest)[j]), HUGE_SHARE);
+      o.terms.P = std::min(std::max(o.terms.P - drest * share, -HUGE_SHARE), HUGE_SHARE);
     }
-    sweeps<R>().grad(Kind::none, z, rows.vocab, t, transform);
-    for (size_t a = 0; a < special.size(); a++) z[buckets.ids[j * k + a]] = special[a].rest + special[a].slope * dlogprobs[a];
-    if (y >= 0) z[y] += slope * f.coef;
+    differentiate(rows, i, Kind::none, o);
+    for (int64_t a = 0; a < k; a++) z[ids[a]] = own[a].rest + own[a].slope * dlogprobs[a];
   }
 }
 
 #define INSTANTIATE(R)                                                                        \
   template void top_k<R>(const Rows&, const int64_t*, const Buckets&);                        \
   template void bucket_logprobs<R>(const Rows&, const int64_t*, const void*, const Buckets&); \
-  template void fused_distill<R>(const Rows&, const Distill&, const Teacher&, uint8_t*);      \
-  template void grad_buckets<R>(const Rows&, const Distill&, const Buckets&, uint8_t*);
+  template void fused_distill<R>(const Rows&, const Coefs&, const int64_t*, const Teacher&, uint8_t*);\
+  template void grad_buckets<R>(const Rows&, const Coefs&, const int64_t*, const Buckets&, uint8_t*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -87,9 +87,7 @@ def grad_logits(
 
     `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse).
     """
-    c = _cpu.Coefs()
-    c.logprobs, c.lse = _address(coefs), _address(lse)
-    c.entropy, c.row_entropy, c.row_lse = _address(entropy_coefs), _address(entropy), _address(lse_coefs)
+    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
     _cpu.grad_logits(_rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
     return live
@@ -134,6 +132,91 @@ def policy_params(spec: PolicySpec):
     p.kl_coef, p.entropy_coef, p.z_loss_coef = spec.kl_coef, spec.entropy_coef, spec.z_loss_coef
     p.kl_unbiased, p.dro_beta = spec.kl_unbiased, spec.dro_beta or 0.0
     return p
+
+
+def _coefs(
+    coefs: Tensor | None, lse: Tensor, entropy_coefs: Tensor | None, entropy: Tensor | None, lse_coefs: Tensor | None
+):
+    c = _cpu.Coefs()
+    c.logprobs, c.lse = _address(coefs), _address(lse)
+    c.entropy, c.row_entropy, c.row_lse = _address(entropy_coefs), _address(entropy), _address(lse_coefs)
+    return c
+
+
+def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
+    """The k largest of logits [C, V], largest first [n, k] int64; row i of `taught` [C] says which of n it is, −1 none."""
+    b = _cpu.Buckets()
+    ids = torch.empty((n, k), dtype=torch.int64)
+    b.ids, b.k = _address(ids), k
+    _cpu.top_k(_rows(logits, chunk), _address(taught), b, logits.dtype == torch.float64)
+    return ids
+
+
+def bucket_logprobs(
+    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by logits [C, V]."""
+    b = _cpu.Buckets()
+    logprobs = logits.new_empty(ids.shape)
+    others = logits.new_empty(ids.shape[0]) if rest else None
+    b.ids, b.k, b.logprobs, b.rest = _address(ids), ids.shape[1], _address(logprobs), _address(others)
+    _cpu.bucket_logprobs(_rows(logits, chunk), _address(taught), _address(lse), b, logits.dtype == torch.float64)
+    return logprobs, others
+
+
+def fused_distill(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    teacher: Tensor,
+    teacher_lse: Tensor,
+    weights: Tensor,
+    alpha: float,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+    *,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Divergences [n] of logits [C, V] from the teacher's [n, V], and with `gradient` d(loss)/d(product) in place.
+
+    `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns live rows [C] too.
+    """
+    t = _cpu.Teacher()
+    t.logits, t.stride, t.lse, t.alpha = teacher.data_ptr(), teacher.stride(0), _address(teacher_lse), alpha
+    divergence, live = logits.new_empty(teacher.shape[0]), torch.empty(logits.shape[0], dtype=torch.uint8)
+    t.weights, t.divergence, t.gradient = _address(weights), _address(divergence), gradient
+    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
+    double = logits.dtype == torch.float64
+    _cpu.fused_distill(_rows(logits, chunk), c, _address(taught), t, live.data_ptr(), double)
+    return divergence, live
+
+
+def grad_buckets(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    ids: Tensor,
+    rest: Tensor | None,
+    dlogprobs: Tensor,
+    drest: Tensor | None,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+) -> Tensor:
+    """Logits [C, V] become d(loss)/d(product), by the derivatives of what `bucket_logprobs` gave; returns live rows [C]."""
+    b = _cpu.Buckets()
+    b.ids, b.k, b.rest = _address(ids), ids.shape[1], _address(rest)
+    b.dlogprobs, b.drest = _address(dlogprobs), _address(drest)
+    live = torch.empty(logits.shape[0], dtype=torch.uint8)
+    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
+    double = logits.dtype == torch.float64
+    _cpu.grad_buckets(_rows(logits, chunk), c, _address(taught), b, live.data_ptr(), double)
+    return live
 
 
 def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:

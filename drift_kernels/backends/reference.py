@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drift_kernels import formulas
+from drift_kernels import divergences, formulas
+from drift_kernels.divergences import Teacher
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.spec import DistillSpec, HeadOptions, PolicySpec
 
 
 def logits(
@@ -62,3 +63,54 @@ def policy(stats: dict[str, Tensor], mask: Tensor, tokens: Tokens, spec: PolicyS
         "kl": torch.zeros_like(logprobs) if some.ref is None else formulas.kl_term(logprobs, some, spec).detach(),
     }
     return {name: torch.zeros_like(stats["lse"]).index_copy(0, where, value) for name, value in terms.items()}
+
+
+def distillation(
+    z: Tensor,
+    stats: dict[str, Tensor],
+    teacher_z: Tensor | None,
+    teacher: Teacher,
+    where: Tensor,
+    spec: DistillSpec,
+) -> Tensor:
+    """The divergence of each row [T], zero but at the rows `where` [n] int64; differentiable through logits `z` [T, V]."""
+    z, V = z[where], z.shape[1]
+    if teacher.sampled is not None:
+        values = divergences.sampled(stats["logprobs"][where], teacher.sampled[where])
+    elif teacher.ids is None and spec.top_k is None:
+        assert teacher_z is not None
+        s, t = (torch.log_softmax(logits, -1) for logits in (z, teacher_z[where]))
+        values = divergences.divergence(s, t, spec.alpha)
+    else:
+        k = spec.top_k or 0
+        ids = z.detach().topk(k).indices if teacher.ids is None else teacher.ids[where]
+        if teacher.logprobs is None:
+            assert teacher_z is not None
+            t = _buckets(teacher_z[where], ids, spec.tail)
+        else:
+            rest = teacher.rest[where] if teacher.rest is not None else None
+            known = teacher.logprobs[where]
+            rest = divergences.stored_rest(known, V) if rest is None else rest
+            t = divergences.buckets(known, rest if spec.tail else None)
+        values = divergences.divergence(_buckets(z, ids, spec.tail), t, spec.alpha)
+    return torch.zeros_like(stats["lse"]).index_copy(0, where, values)
+
+
+def _buckets(z: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """Log-probs of `ids` [n, k] by logits z [n, V], and with `tail` of all other tokens."""
+    log_p = torch.log_softmax(z, -1)
+    if not tail:
+        return divergences.buckets(log_p.gather(1, ids), None)
+    if ids.shape[1] == z.shape[1]:
+        rest = torch.full_like(log_p[:, 0], -torch.inf)
+    else:
+        rest = log_p.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return divergences.buckets(log_p.gather(1, ids), rest)
+
+
+def top_k(z: Tensor, k: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and log-probs [T, k] of the likeliest tokens by logits [T, V], and the log-prob [T] of the rest; 0 outside `mask`."""
+    order = z.sort(-1, descending=True, stable=True).indices[:, :k]
+    ids = torch.where(mask[:, None], order, 0)
+    found = torch.where(mask[:, None], _buckets(z, order, True), 0.0)
+    return ids, found[:, :k], found[:, k]
