@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, distill_driver, divergences, exploration, ops
+from drift_kernels import backends, distill_driver, divergences, ops
+from drift_kernels import exploration as exploring
 from drift_kernels.autograd import Rest
 from drift_kernels.backends import reference
 from drift_kernels.distill_autograd import DistillLoss
@@ -90,7 +91,7 @@ def distill_loss(
     if normalizer is None:
         normalizer = ops.or_one(mask.sum(), flat)
     lessons = Lessons(weights)
-    loss, values = _run(flat, teacher, Tokens(old=old), lessons, DistillCall(call, spec), names, normalizer)
+    loss, values = _run(flat, teacher, Tokens(old=old), lessons, call, spec, None, names, normalizer)
     result = LossOutput(loss, ops.unflatten({name: values[name] for name in names}, flat))
     result.metrics = {"divergence": _divergence(values, mask, lessons)}
     return result
@@ -191,15 +192,13 @@ def self_distill_loss(
     elif rebellious_weights is not None or turn_ids is not None:
         raise ValueError("rebellious_weights and turn_ids go with exploration=ExplorationSpec(…)")
     dense = ("ratio",) if "clipped" in names else ()  # as in `policy_loss`
-    further = () if exploration is None else distill_driver.exploration.NAMES
+    further = () if exploration is None else exploring.NAMES
     wanted = tuple(dict.fromkeys((*names, "clipped", *dense, "divergence", *further)))
     head = ops.head_options(temperature, softcap, logit_scale, ignore_index)
-    call = DistillCall(
-        with_needs(Call(policy, head, config, wanted), flat), distill, exploration=exploration, policy=True
-    )
+    call = with_needs(Call(policy, head, config, wanted), flat)
     if normalizer is None:
         normalizer = ops.own_normalizer(flat, mask, segments, count, policy)
-    loss, values = _run(flat, teacher, tokens, lessons, call, names, normalizer)
+    loss, values = _run(flat, teacher, tokens, lessons, call, distill, exploration, names, normalizer, policy=True)
     result = LossOutput(loss, ops.unflatten({name: values[name] for name in names}, flat))
     result.metrics = ops.policy_metrics(values, mask, names, factor)
     result.metrics["divergence"] = _divergence(values, mask, lessons)
@@ -317,20 +316,23 @@ def _run(
     teacher: AnyTeacher,
     tokens: Tokens,
     lessons: Lessons,
-    call: DistillCall,
+    student: Call,
+    spec: DistillSpec,
+    explore: ExplorationSpec | None,
     names: tuple[str, ...],
     normalizer: float | Tensor,
+    policy: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and per-token outputs flat by name."""
-    known, head, scale = flatten_teacher(teacher, flat, call.distill)
+    known, head, scale = flatten_teacher(teacher, flat, spec)
     teach_all = any(name in TEACHER_OUTPUTS for name in names)
-    call = replace(call, teacher=head, teacher_lora_scale=scale, teach_all=teach_all)
+    call = DistillCall(student, spec, head, scale, explore, policy, teach_all)
     denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
-    if backends.resolve(call.call.config.backend, flat.hidden.device) == "reference":
+    if backends.resolve(student.config.backend, flat.hidden.device) == "reference":
         return _reference(flat, known, tokens, lessons, call, denominator)
     rest = Rest(flat.targets, None, flat.active, flat.temperature)
     loss, stacked = DistillLoss.apply(*ops.head_of(flat).flat(), denominator, rest, tokens, known, lessons, call)
-    return loss, dict(zip(call.call.outputs, stacked))
+    return loss, dict(zip(student.outputs, stacked))
 
 
 def _reference(
@@ -355,8 +357,8 @@ def _reference(
         sides = []
         for side in (seen, teacher_seen):
             before = torch.cat((torch.zeros_like(side["entropy"][:1]), side["entropy"][:-1]))
-            sides.append(exploration.Side(side["logprobs"], side["entropy"], before))
-        factor, bonus, explored = exploration.explore(sides[0], sides[1], taught, lessons, call.exploration)
+            sides.append(exploring.Side(side["logprobs"], side["entropy"], before))
+        factor, bonus, explored = exploring.explore(sides[0], sides[1], taught, lessons, call.exploration)
         weights, values = weights * factor, values | explored
     if call.distill.importance_clip is not None:
         assert tokens.old is not None

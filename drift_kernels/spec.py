@@ -395,9 +395,9 @@ class Call:
 class DistillCall:
     """As `Call`, for ops with a teacher."""
 
-    call: Call = Call()  # of the student; its spec is the policy's
-    distill: DistillSpec = DistillSpec()
-    teacher: HeadOptions = HeadOptions()
+    call: Call  # of the student; its spec is the policy's
+    distill: DistillSpec
+    teacher: HeadOptions
     teacher_lora_scale: float = 1.0
     exploration: ExplorationSpec | None = None
     policy: bool = False  # whether there is a policy term

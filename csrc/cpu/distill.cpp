@@ -222,10 +222,14 @@ void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, c
     const int64_t* ids = buckets.ids + j * k;
     R* logprobs = static_cast<R*>(buckets.logprobs) + j * k;
     for (int64_t a = 0; a < k; a++) logprobs[a] = z[ids[a]];
-    if (buckets.rest) {  // summed without the k rather than as 1 - sum(p), which cancels
+    double kept = 0;
+    for (int64_t a = 0; a < k; a++) kept += std::exp(double(logprobs[a]) - double(all));
+    if (buckets.rest && !(kept > 0.5)) {
+      put<R>(buckets.rest, j, R(std::log1p(-kept)));
+    } else if (buckets.rest) {  // 1 - kept would cancel: sum what is not among the k
       for (int64_t a = 0; a < k; a++) z[ids[a]] = -std::numeric_limits<R>::infinity();
       const R rest = sweeps<R>().lse(z, rows.vocab);
-      for (int64_t a = 0; a < k; a++) z[ids[a]] = logprobs[a];
+      for (int64_t a = k - 1; a >= 0; a--) z[ids[a]] = logprobs[a];
       put<R>(buckets.rest, j, rest > all ? R(0) : rest - all);
     }
     for (int64_t a = 0; a < k; a++) logprobs[a] = logprobs[a] > all ? R(0) : logprobs[a] - all;
@@ -268,12 +272,14 @@ void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, c
     const R* dlogprobs = static_cast<const R*>(buckets.dlogprobs) + j * k;
     const int64_t* ids = buckets.ids + j * k;
     live[i] = any(o, coefs, i) || drest != 0;
-    o.terms.P += drest;
+    R kept = 0;
     for (int64_t a = 0; a < k; a++) {
       live[i] |= dlogprobs[a] != 0;
-      o.terms.P += dlogprobs[a];
+      kept += dlogprobs[a];
     }
     if (!live[i]) continue;
+    const R others = o.terms.P;
+    o.terms.P = others + kept + drest;
     const auto transform = transform_of<R>(rows, i);
     struct Own { R slope, rest; };  // dz/dx, and all of the gradient but the bucket's own term
     std::vector<Own> own(k);
@@ -281,9 +287,9 @@ void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, c
       const R v = z[ids[a]], slope = transform.slope(v);
       own[a] = {slope, slope * gradient_at<Kind::none>(v, R(0), o.terms) + (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
     }
-    if (drest != 0) {  // a token of the rest gets its share of drest, p / rest
-      const R share = std::min(fast_exp(-static_cast<const R*>(buckets.rest)[j]), HUGE_SHARE);
-      o.terms.P = std::min(std::max(o.terms.P - drest * share, -HUGE_SHARE), HUGE_SHARE);
+    if (drest != 0) {  // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
+      const R share = std::min(std::expm1(-static_cast<const R*>(buckets.rest)[j]), HUGE_SHARE);
+      o.terms.P = std::min(std::max(others + kept - drest * share, -HUGE_SHARE), HUGE_SHARE);
     }
     differentiate(rows, i, Kind::none, o);
     for (int64_t a = 0; a < k; a++) z[ids[a]] = own[a].rest + own[a].slope * dlogprobs[a];

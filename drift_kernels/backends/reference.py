@@ -110,7 +110,7 @@ def _buckets(z: Tensor, ids: Tensor, tail: bool) -> Tensor:
 
 def top_k(z: Tensor, k: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probs [T, k] of the likeliest tokens by logits [T, V], and the log-prob [T] of the rest; 0 outside `mask`."""
-    order = z.sort(-1, descending=True, stable=True).indices[:, :k]
+    order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :k]
     ids = torch.where(mask[:, None], order, 0)
     found = torch.where(mask[:, None], _buckets(z, order, True), 0.0)
     return ids, found[:, :k], found[:, k]
