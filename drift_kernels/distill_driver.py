@@ -8,8 +8,7 @@ backend's. One target a hidden row: prefixes shared between trajectories (`rows=
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,19 +48,28 @@ class Taught:
     teacher: Tensor  # [n] int64, rows of the teacher's tensors
     size: int  # C
 
+    @staticmethod
+    def of(flags: Tensor, index: Tensor) -> Taught:
+        """From which rows of a chunk are taught [C] bool, and which rows of all they are [C] int64."""
+        where = flags.nonzero().squeeze(1)
+        if where.numel() == flags.numel():
+            return Taught(where, None, index, flags.numel())
+        inverse = torch.full_like(index, -1).index_copy_(0, where, torch.arange(where.numel()))
+        return Taught(where, inverse, index[where], flags.numel())
+
     def spread(self, values: Tensor) -> Tensor:
         """[n] values at their rows [C], 0 elsewhere."""
         return values if self.rows is None else values.new_zeros(self.size).index_copy_(0, self.where, values)
 
 
-class TeacherHead:
+class TeacherLogits:
     """A teacher's logits, chunk by chunk, in a buffer of their own."""
 
     def __init__(self, teacher: Teacher, call: DistillCall, dtype: torch.dtype, kernels: Any) -> None:
         assert teacher.hidden is not None
         assert teacher.weight is not None
         self.hidden, self.call, self.dtype, self.kernels = teacher.hidden, call, dtype, kernels
-        V, self.stats = teacher.weight.shape[0], {}
+        self.vocabulary = V = teacher.weight.shape[0]
         workspace = call.call.config.workspace_bytes or driver.WORKSPACE_BYTES["cpu"]
         self.products = products.choose(teacher.hidden, teacher.weight, dtype, workspace)
         self.bytes, self.row_bytes = self.products.bytes, V * dtype.itemsize + self.products.row_bytes
@@ -70,15 +78,14 @@ class TeacherHead:
         a, b = teacher.lora_a, teacher.lora_b
         lora = None if a is None or b is None else LoRAHead(a, b, call.teacher_lora_scale)
         self.low_rank = None if lora is None else LowRank(lora, dtype)
-        self.shape = V
 
     def reserve(self, count: int) -> None:
         """Makes room for chunks of at most `count` rows."""
         self.products.reserve(count)
-        self.buffer = self.products.empty((count, self.shape), self.dtype)
+        self.buffer = self.products.empty((count, self.vocabulary), self.dtype)
 
-    def run(self, taught: Taught, targets: Tensor) -> None:
-        """Logits of the chunk's taught rows, and their statistics; `targets` [n]."""
+    def run(self, taught: Taught, targets: Tensor) -> dict[str, Tensor]:
+        """Makes logits [n, V] of a chunk's taught rows, whose `targets` are [n]; returns their log-probs and entropies [C]."""
         hidden = self.hidden[taught.teacher].to(self.products.operand)
         self.logits = self.buffer[: hidden.shape[0]]
         self.products.logits(hidden, self.logits)
@@ -87,6 +94,7 @@ class TeacherHead:
         inverse = None if self.inverse is None else self.inverse[taught.teacher]
         self.chunk = Chunk(targets, None, inverse, self.bias, self.call.teacher)
         self.stats = self.kernels.row_stats(self.logits, self.chunk, STATS)
+        return {name: taught.spread(self.stats[name]) for name in ("logprobs", "entropy")}
 
 
 @dataclass
@@ -97,20 +105,39 @@ class Step:
     taught: Taught
     stats: dict[str, Tensor]  # of the student, [C]
     weights: Tensor  # of the divergence, [C]
-    slopes: dict[str, Tensor]  # derivatives of all other terms by `stats`, [C]
+    slopes: dict[str, Tensor] = field(default_factory=dict)  # derivatives of all other terms by `stats`, [C]
+
+    def differentiate_others(
+        self, tokens: Tokens, weights: Tensor | None, sampled: Tensor | None, call: Call
+    ) -> Tensor:
+        """Weighted policy losses [C] (0 without weights); their derivatives become `slopes`, and those of a divergence that
+        knows the teacher's log-probs of the targets alone, `sampled` [C]."""
+        spec, mine = call.spec, self.weights
+        if weights is None and sampled is None:
+            return torch.zeros_like(mine)
+
+        def weighted(logprobs: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
+            policy, divergence = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+            if weights is not None:
+                policy = formulas.token_loss(logprobs, tokens, entropy, lse, spec)
+                policy = torch.where(weights != 0, weights * policy, 0.0)
+            if sampled is not None:
+                divergence = torch.where(mine != 0, mine * divergences.sampled(logprobs, sampled), 0.0)
+            return torch.stack((policy, divergence))
+
+        losses, self.slopes = driver.differentiate(weighted, {name: self.stats[name] for name in STATS})
+        return losses[0]
 
     def coefs(self) -> tuple[Tensor | None, ...]:
-        """What the backend's gradients take after a log-sum-exp."""
-        entropy = self.stats["entropy"] if "entropy" in self.slopes else None
-        found = (None if name not in self.slopes else self.slopes[name].contiguous() for name in STATS)
-        logprobs, of_entropy, lse = found
-        return logprobs, of_entropy, entropy, lse
+        """As the backend's gradients take them: log-sum-exps, and the derivatives by log-probs, entropies and log-sum-exps."""
+        logprobs, entropy, lse = (None if name not in self.slopes else self.slopes[name].contiguous() for name in STATS)
+        return self.stats["lse"], logprobs, entropy, self.stats["entropy"] if entropy is not None else None, lse
 
 
 class Divergence:
     """Values and gradients of a chunk's divergences, by what there is of a teacher."""
 
-    def __init__(self, sweep: Sweep, teacher: Teacher, head: TeacherHead | None, call: DistillCall) -> None:
+    def __init__(self, sweep: Sweep, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> None:
         self.kernels, self.teacher, self.head, self.call = sweep.kernels, teacher, head, call
         self.vocabulary, self.gradient = sweep.x.weight.shape[0], call.call.need_grad
 
@@ -120,27 +147,20 @@ class Divergence:
             return self._of_buckets(step)
         if self.head is not None:
             return self._of_heads(step, self.head)
-        values = divergences.sampled(step.stats["logprobs"], self._sampled(step))
-        return values[step.taught.where], self._others_alone(step) if self.gradient else None
-
-    def _sampled(self, step: Step) -> Tensor:
-        assert self.teacher.sampled is not None
-        return step.taught.spread(self.teacher.sampled[step.taught.teacher])
-
-    def of_samples(self, step: Step) -> Callable[[Tensor], Tensor] | None:
-        """The divergence of the sampled token as a loss of its log-prob [C], where that is what there is."""
-        if self.teacher.sampled is None:
-            return None
-        teacher, w = self._sampled(step), step.weights
-        return lambda logprobs: torch.where(w != 0, w * divergences.sampled(logprobs, teacher), 0.0)
-
-    def _others_alone(self, step: Step) -> Tensor:
+        teacher = self.sampled(step.taught)
+        assert teacher is not None
+        values = divergences.sampled(step.stats["logprobs"], teacher)[step.taught.where]
+        if not self.gradient:
+            return values, None
+        lse, logprobs, *others = step.coefs()
         piece = step.piece
-        return self.kernels.grad_logits(
-            piece.logits, piece.chunk, step.coefs()[0], step.stats["lse"], *step.coefs()[1:], raw=False
-        )
+        return values, self.kernels.grad_logits(piece.logits, piece.chunk, logprobs, lse, *others, raw=False)
 
-    def _of_heads(self, step: Step, head: TeacherHead) -> tuple[Tensor, Tensor | None]:
+    def sampled(self, taught: Taught) -> Tensor | None:
+        """The teacher's log-probs of the targets [C], where they are what there is."""
+        return None if self.teacher.sampled is None else taught.spread(self.teacher.sampled[taught.teacher])
+
+    def _of_heads(self, step: Step, head: TeacherLogits) -> tuple[Tensor, Tensor | None]:
         divergence, live = self.kernels.fused_distill(
             step.piece.logits,
             step.piece.chunk,
@@ -149,7 +169,6 @@ class Divergence:
             head.stats["lse"],
             step.weights,
             self.call.distill.alpha,
-            step.stats["lse"],
             *step.coefs(),
             gradient=self.gradient,
         )
@@ -186,7 +205,6 @@ class Divergence:
             rest,
             slopes["logprobs"].contiguous(),
             slopes["rest"].contiguous() if "rest" in slopes else None,
-            step.stats["lse"],
             *step.coefs(),
         )
         return values[0], live
@@ -212,23 +230,33 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
         )
 
 
-class Exploration:
-    """Exploration weights chunk by chunk: the entropies of a chunk's last row are carried to the next."""
+def weigh(
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    last: tuple[Tensor, Tensor],
+    tokens: Tokens,
+    lessons: Lessons,
+    call: DistillCall,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Weights of the divergences [n], factors on the policy's weights (None = 1), and what of exploration is an output.
 
-    def __init__(self, call: DistillCall, dtype: torch.dtype) -> None:
-        self.spec, self.last = call.exploration, (torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype))
-
-    def __call__(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor], taught: Tensor, lessons: Lessons
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `exploration.explore`, of statistics [C]."""
-        assert self.spec is not None
-        sides = []
-        for stats, last in zip((student, teacher), self.last):
-            before = torch.cat((last, stats["entropy"][:-1]))
-            sides.append(Side(stats["logprobs"], stats["entropy"], before))
-        self.last = (student["entropy"][-1:].clone(), teacher["entropy"][-1:].clone())
-        return exploration.explore(sides[0], sides[1], taught, lessons, self.spec)
+    `student` and `teacher` are statistics [n], `last` the entropies [1] of the rows before the first. 0 where `lessons.taught`
+    is false.
+    """
+    assert lessons.taught is not None
+    weights = lessons.taught.to(student["entropy"].dtype)
+    if lessons.weights is not None:
+        weights = torch.where(lessons.taught, lessons.weights, 0.0)
+    factor, outputs = None, {}
+    if call.exploration is not None:
+        mine, its = (Side.of(stats, before) for stats, before in zip((student, teacher), last))
+        on_divergence, factor, outputs = exploration.explore(mine, its, lessons, call.exploration)
+        weights = weights * on_divergence
+    if call.distill.importance_clip is not None:
+        assert tokens.old is not None
+        ratio = divergences.importance(student["logprobs"], tokens.old, call.distill.importance_clip)
+        weights = torch.where(weights != 0, weights * ratio, 0.0)
+    return weights, factor, outputs
 
 
 def fused(
@@ -236,61 +264,46 @@ def fused(
 ) -> tuple[Tensor, Grads, Tensor]:
     """(Σ weight·policy loss + Σ weight·divergence) / normalizer (0-d), its gradients, and the call's outputs [K, T]."""
     needs_student, needs_teacher = reads(x, lessons, call)
-    plan = rows.plan(needs_student, None)
-    tokens = x.tokens if plan.entries is None else x.tokens.pick(plan.entries)
-    per_row = [plan.pick(v) for v in (lessons.weights, lessons.continues, lessons.rebellious)]
+    plan, index = rows.plan(needs_student, None), torch.arange(x.targets.numel())
+    tokens, lessons = x.tokens, replace(lessons, taught=needs_teacher)
+    if plan.entries is not None:
+        tokens, lessons, index = tokens.pick(plan.entries), lessons.pick(plan.entries), plan.entries
     if call.call.config.check_finite:
         rows.check_finite(tokens)
-        rows.check_finite(Tokens(weights=per_row[0]))
+        rows.check_finite(Tokens(weights=lessons.weights))
     dtype, kernels = driver.compute_dtype(x.hidden.dtype), backends.load("cpu")
-    head = None if teacher.hidden is None else TeacherHead(teacher, call, dtype, kernels)
-    k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
-    per_token = (k + 1) * (8 + 12 * dtype.itemsize) if k else 0  # ids, log-probs and what autograd makes of them
-    beside = (0, per_token) if head is None else (head.bytes, head.row_bytes + per_token)
-    sweep = Sweep(x, call.call, plan, beside)
+    head = None if teacher.hidden is None else TeacherLogits(teacher, call, dtype, kernels)
+    sweep = Sweep(x, call.call, plan, _beside(teacher, head, call, dtype))
     if head is not None:
         head.reserve(min(sweep.limit, plan.count))
     policy_weights = driver.weights_of(tokens, plan.pick(x.targets), normalizer) if call.policy else None
-    taught_everywhere, absolute = plan.pick(needs_teacher), torch.arange(x.targets.numel())
-    absolute = plan.pick(absolute)
-    explored = Exploration(call, dtype)
     divergence_of = Divergence(sweep, teacher, head, call)
-    collected: dict[str, list[Tensor]] = {}
     known = {**kernels.ROW_OUTPUTS, **kernels.ENTRY_OUTPUTS}
     want = tuple(dict.fromkeys((*STATS, *(name for name in call.call.outputs if name in known))))
+    last = (torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype))
+    collected: dict[str, list[Tensor]] = {}
     for piece in sweep.pieces(plan, sweep.chunks(0, plan.count)):
         here = slice(piece.start, piece.stop)
         stats = kernels.row_stats(piece.logits, piece.chunk, want)
-        taught = _taught(taught_everywhere[here], absolute[here])
-        seen = {}
-        if head is not None:
-            head.run(taught, piece.chunk.targets[taught.where])
-            seen = {name: taught.spread(head.stats[name]) for name in ("logprobs", "entropy")}
-        some, weights = tokens.pick(here), taught_everywhere[here].to(dtype)
-        given, continues, rebellious = (piece.pick(v) for v in per_row)
-        if given is not None:
-            weights = torch.where(taught_everywhere[here], given, 0.0)
-        w_policy, outputs = piece.pick(policy_weights), {}
-        if call.exploration is not None:
-            means = (lessons.mean_difference, lessons.mean_entropy)
-            factor, bonus, outputs = explored(
-                stats, seen, taught_everywhere[here], Lessons(None, None, continues, rebellious, *means)
-            )
-            weights = weights * factor
-            w_policy = None if w_policy is None else w_policy * bonus
-        if call.distill.importance_clip is not None:
-            assert some.old is not None
-            weights = weights * divergences.importance(stats["logprobs"], some.old, call.distill.importance_clip)
-        step = Step(piece, taught, stats, weights / normalizer, {})
-        loss = _other_terms(step, some, w_policy, divergence_of.of_samples(step), call.call)
+        some, lesson = tokens.pick(here), lessons.pick(here)
+        assert lesson.taught is not None
+        taught = Taught.of(lesson.taught, index[here])
+        seen = {} if head is None else head.run(taught, piece.chunk.targets[taught.where])
+        weights, factor, outputs = weigh(stats, seen, last, some, lesson, call)
+        if seen:
+            last = (stats["entropy"][-1:], seen["entropy"][-1:])
+        w_policy = piece.pick(policy_weights)
+        if w_policy is not None and factor is not None:
+            w_policy = w_policy * factor
+        step = Step(piece, taught, stats, weights / normalizer)
+        loss = step.differentiate_others(some, w_policy, divergence_of.sampled(taught), call.call)
         divergence, live = divergence_of(step)
         divergence = taught.spread(divergence)
-        if teacher.sampled is None:
-            loss = loss + torch.where(step.weights != 0, step.weights * divergence, 0.0)
+        loss = loss + torch.where(step.weights != 0, step.weights * divergence, 0.0)
         if w_policy is not None:
-            outputs = outputs | driver.terms_of(stats["logprobs"], some, w_policy, call.call)
-        outputs |= {f"teacher_{name}": values for name, values in seen.items()}
-        for name, values in (stats | outputs | {"divergence": divergence, "loss": loss}).items():
+            outputs |= driver.terms_of(stats["logprobs"], some, w_policy, call.call)
+        outputs |= stats | {f"teacher_{name}": values for name, values in seen.items()}
+        for name, values in (outputs | {"divergence": divergence, "loss": loss}).items():
             collected.setdefault(name, []).append(values)
         if live is not None:
             sweep.add_gradients(piece, live)
@@ -298,31 +311,11 @@ def fused(
     return total, sweep.finish(), sweep.scatter(collected, call.call.outputs)
 
 
-def _taught(flags: Tensor, absolute: Tensor) -> Taught:
-    where = flags.nonzero().squeeze(1)
-    if where.numel() == flags.numel():
-        return Taught(where, None, absolute, flags.numel())
-    inverse = torch.full_like(absolute, -1).index_copy_(0, where, torch.arange(where.numel()))
-    return Taught(where, inverse, absolute[where], flags.numel())
-
-
-def _other_terms(
-    step: Step, tokens: Tokens, weights: Tensor | None, sampled: Callable[[Tensor], Tensor] | None, call: Call
-) -> Tensor:
-    """Weighted losses [C] besides a divergence over the vocabulary; their derivatives become the step's."""
-    spec = call.spec
-    if weights is None and sampled is None:
-        return torch.zeros_like(step.weights)
-
-    def weighted(logprobs: Tensor, entropy: Tensor, lse: Tensor) -> Tensor:
-        loss = torch.zeros_like(logprobs) if sampled is None else sampled(logprobs)
-        if weights is not None:
-            policy = formulas.token_loss(logprobs, tokens, entropy, lse, spec)
-            loss = loss + torch.where(weights != 0, weights * policy, 0.0)
-        return loss
-
-    loss, step.slopes = driver.differentiate(weighted, {name: step.stats[name] for name in STATS})
-    return loss
+def _beside(teacher: Teacher, head: TeacherLogits | None, call: DistillCall, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the workspace besides what the student takes, once and for each row."""
+    k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
+    buckets = (k + 1) * (8 + 12 * dtype.itemsize) if k else 0  # ids, log-probs and what autograd makes of them
+    return (0, buckets) if head is None else (head.bytes, head.row_bytes + buckets)
 
 
 def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -346,32 +346,22 @@ def _reference(
         check_finite(Tokens(weights=None if lessons.weights is None else lessons.weights[student_reads]))
     z = ops.reference_logits(flat, options, student_reads)
     stats = reference.statistics(z, flat.targets, None, student_reads)
-    seen = {name: value.detach() for name, value in stats.items()}
-    teacher_z, teacher_seen = None, {}
+    teacher_z, teacher_stats = None, {}
     if teacher.hidden is not None:
         teacher_z = _teacher_logits(teacher, taught, flat, call)
-        teacher_seen = reference.statistics(teacher_z, flat.targets, None, taught)
-    weights = torch.where(taught, torch.ones_like(seen["lse"]) if lessons.weights is None else lessons.weights, 0.0)
-    bonus, values = None, {f"teacher_{name}": teacher_seen[name] for name in ("logprobs", "entropy") if teacher_seen}
-    if call.exploration is not None:
-        sides = []
-        for side in (seen, teacher_seen):
-            before = torch.cat((torch.zeros_like(side["entropy"][:1]), side["entropy"][:-1]))
-            sides.append(exploring.Side(side["logprobs"], side["entropy"], before))
-        factor, bonus, explored = exploring.explore(sides[0], sides[1], taught, lessons, call.exploration)
-        weights, values = weights * factor, values | explored
-    if call.distill.importance_clip is not None:
-        assert tokens.old is not None
-        factor = divergences.importance(seen["logprobs"], tokens.old, call.distill.importance_clip)
-        weights = torch.where(taught, weights * factor, 0.0)
+        teacher_stats = reference.statistics(teacher_z, flat.targets, None, taught)
+    seen, nothing = {name: value.detach() for name, value in stats.items()}, flat.hidden.new_zeros(1, dtype=flat.dtype)
+    lessons = replace(lessons, taught=taught)
+    weights, factor, values = distill_driver.weigh(seen, teacher_stats, (nothing, nothing), tokens, lessons, call)
     divergence = reference.distillation(z, stats, teacher_z, teacher, taught.nonzero().squeeze(1), call.distill)
     loss = torch.where(weights != 0, weights * divergence, 0.0)
     if call.policy:
-        if bonus is not None:
-            tokens = replace(tokens, weights=bonus if tokens.weights is None else tokens.weights * bonus)
+        if factor is not None:
+            tokens = replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
         terms = reference.policy(stats, student_reads, tokens, options.spec)
         loss, values = loss + terms.pop("loss"), values | terms
-    values = stats | values | {"divergence": divergence}
+    values = stats | values | {f"teacher_{name}": value for name, value in teacher_stats.items()}
+    values["divergence"] = divergence
     return loss.sum() / denominator, {name: values[name].detach() for name in options.outputs}
 
 
@@ -379,9 +369,5 @@ def _teacher_logits(teacher: divergences.Teacher, taught: Tensor, flat: Flat, ca
     assert teacher.hidden is not None
     assert teacher.weight is not None
     hidden = torch.where(taught[:, None], teacher.hidden, 0.0)
-    weight = teacher.weight
-    if teacher.lora_a is not None and teacher.lora_b is not None:
-        weight = weight.to(flat.dtype) + call.teacher_lora_scale * (
-            teacher.lora_b.to(flat.dtype) @ teacher.lora_a.to(flat.dtype)
-        )
+    weight = reference.merged(teacher.weight, teacher.lora_a, teacher.lora_b, call.teacher_lora_scale, flat.dtype)
     return reference.logits(hidden, weight, teacher.bias, teacher.temperature, call.teacher)

@@ -7,7 +7,7 @@ Over a whole vocabulary they are the oracle for `csrc/cpu/distill.cpp`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ class Lessons:
         """In the order of the fields."""
         lists = (self.weights, self.taught, self.continues, self.rebellious)
         return (*lists, self.mean_difference, self.mean_entropy)
+
+    def pick(self, index: Tensor | slice) -> Lessons:
+        """The tokens at `index`; the means stay."""
+        lists = (self.weights, self.taught, self.continues, self.rebellious)
+        picked = Lessons(*(None if v is None else v[index] for v in lists))
+        return replace(picked, mean_difference=self.mean_difference, mean_entropy=self.mean_entropy)
 
 
 def _expected(p: Tensor, log_ratio: Tensor) -> Tensor:

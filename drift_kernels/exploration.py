@@ -23,6 +23,11 @@ class Side:
     entropy: Tensor
     before: Tensor  # entropy of the row before, read where it belongs to the same turn
 
+    @staticmethod
+    def of(stats: dict[str, Tensor], last: Tensor) -> Side:
+        """From statistics by name, and the entropy [1] before the first row."""
+        return Side(stats["logprobs"], stats["entropy"], torch.cat((last, stats["entropy"]))[:-1])
+
 
 def collapse(side: Side, continues: Tensor) -> Tensor:
     """How far the entropy has fallen since the row before, 0 at a turn's first row."""
@@ -30,13 +35,15 @@ def collapse(side: Side, continues: Tensor) -> Tensor:
 
 
 def explore(
-    student: Side, teacher: Side, taught: Tensor, lessons: Lessons, spec: ExplorationSpec
+    student: Side, teacher: Side, lessons: Lessons, spec: ExplorationSpec
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Factors on the divergence and on the policy's token loss, and by `NAMES` what they were made from.
 
-    Where `taught` [N] bool is false, the factors are 1 and the rest 0.
+    Where `lessons.taught` is false, the factors are 1 and the rest 0.
     """
     one = torch.ones_like(student.entropy)
+    taught = lessons.taught
+    assert taught is not None
     assert lessons.continues is not None
     difference = (collapse(student, lessons.continues) - collapse(teacher, lessons.continues)).abs()
     difference = torch.where(taught, difference, 0.0)

@@ -310,11 +310,8 @@ def reference_logits(flat: Flat, call: Call, mask: Tensor) -> Tensor:
         else torch.zeros_like(flat.hidden[:, 0], dtype=torch.bool).index_fill(0, flat.rows[mask], True)
     )
     hidden = torch.where(read[:, None], flat.hidden, 0.0)  # so that a masked NaN reaches nothing
-    weight = flat.weight
-    if flat.lora is not None:
-        B, A = flat.lora.B.to(flat.dtype), flat.lora.A.to(flat.dtype)
-        with torch.autocast(weight.device.type, enabled=False):
-            weight = weight.to(flat.dtype) + flat.lora.scale * (B @ A)
+    *_, a, b = head_of(flat).flat()
+    weight = reference.merged(flat.weight, a, b, call.lora_scale, flat.dtype)
     return reference.logits(hidden, weight, flat.bias, flat.temperature, call.head)
 
 

@@ -288,18 +288,18 @@ def test_padded_rows_are_turns_of_their_own(backend):
 
 def test_rows_are_computed_where_something_reads_them(monkeypatch):
     students, teachers = [], []
-    sweep, head = driver.Sweep.__init__, distill_driver.TeacherHead.run
+    sweep, head = driver.Sweep.__init__, distill_driver.TeacherLogits.run
 
     def spy(self, x, call, plan, *rest):
         sweep(self, x, call, plan, *rest)
         students.append(plan.count)
 
     def spy_teacher(self, taught, targets):
-        head(self, taught, targets)
         teachers[-1] += len(targets)
+        return head(self, taught, targets)
 
     monkeypatch.setattr(driver.Sweep, "__init__", spy)
-    monkeypatch.setattr(distill_driver.TeacherHead, "run", spy_teacher)
+    monkeypatch.setattr(distill_driver.TeacherLogits, "run", spy_teacher)
 
     def rows_of(**options):
         teachers.append(0)

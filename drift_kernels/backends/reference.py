@@ -29,6 +29,14 @@ def logits(
     return z / (head.temperature if temperature is None else temperature.to(dtype)[:, None])
 
 
+def merged(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """The weight W [V, D] of a head, or with LoRA's A [r, D] and B [V, r] W + scale·B·A in `dtype`; differentiable."""
+    if a is None or b is None:
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.to(dtype) + scale * (b.to(dtype) @ a.to(dtype))
+
+
 def statistics(z: Tensor, targets: Tensor, rows: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
     """Per-entry statistics [N] of logits [T, V], zero where `mask` [N] is false; logprobs, entropy and lse differentiable."""
     log_p = torch.log_softmax(z, -1)
