@@ -520,21 +520,33 @@ def test_tokens_without_probability(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rest_too_small_for_a_difference(backend):
-    """Where nearly all mass lies in the top k, 1 − Σp would be rounding noise; the rest is summed itself."""
-    h = torch.randn(6, 4, dtype=torch.float64)
-    w, tw = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
-    b = torch.cat((torch.zeros(3), torch.full((27,), -40.0))).double()
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        args = [t.to(dtype).requires_grad_() for t in (h.float(), w.float())]
-        teacher = dk.topk_logprobs(h.to(dtype), tw.to(dtype), 3, bias=b.to(dtype) - 5)
-        teacher = dk.TeacherTopK(teacher.ids, teacher.logprobs, teacher.rest)
-        out = dk.distill_loss(
-            *args, teacher, bias=b.to(dtype), spec=dk.DistillSpec(1.0), config=dk.KernelConfig(backend=backend)
-        )
-        results.append((out.loss.double(), *(g.double() for g in torch.autograd.grad(out.loss, args))))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("depth", [-1.0, -40.0])
+def test_a_rest_too_small_for_a_difference(depth, backend):
+    """Where nearly all mass lies in the top k, 1 − Σp would be rounding noise; the rest is summed itself, and kept."""
+    h, w, tw = (torch.randn(n, 4, generator=RANDOM).double() for n in (6, 30, 30))
+    b = torch.cat((torch.zeros(3), torch.full((27,), depth))).double()
+    deep = torch.cat((torch.zeros(3), torch.full((27,), -45.0))).double()
+    log_t = logits_of(h, tw, deep).log_softmax(-1)
+    log_rest, config = log_t[:, 3:].logsumexp(-1), dk.KernelConfig(backend=backend)
+
+    def exact(h, w):
+        log_s = logits_of(h, w, b).log_softmax(-1)
+        both = (torch.cat((p[:, :3], p[:, 3:].logsumexp(-1, keepdim=True)), -1) for p in (log_s, log_t))
+        return kl(*both).mean()
+
+    def fused(dtype):
+        def run(h, w):
+            kept = dk.topk_logprobs(h.detach(), tw.to(dtype), 3, bias=deep.to(dtype), config=config)
+            assert torch.equal(kept.ids.sort().values, torch.arange(3).repeat(6, 1))
+            torch.testing.assert_close(kept.rest.double(), log_rest, rtol=1e-5, atol=1e-5)
+            return dk.distill_loss(h, w, kept, bias=b.to(dtype), spec=dk.DistillSpec(1.0), config=config).loss
+
+        return run
+
+    want = gradients(exact, (h.requires_grad_(), w.requires_grad_()))
+    for dtype, close in ((torch.float32, {"rtol": 1e-4, "atol": 1e-5}), (torch.float64, {"rtol": 1e-9, "atol": 1e-12})):
+        got = gradients(fused(dtype), tuple(t.detach().to(dtype).requires_grad_() for t in (h, w)))
+        torch.testing.assert_close([t.double() for t in got], list(want), **close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import drift_kernels as dk
 from drift_kernels import distill_driver, driver
+from drift_kernels.divergences import Lessons
+from drift_kernels.exploration import Side, explore
 from drift_kernels.testing import gradients, make_case, off_the_edges
 
 BACKENDS = ["cpu", "reference"]
@@ -201,6 +203,36 @@ def test_exploration_weights_are_the_methods(name, teacher, backend):
         torch.testing.assert_close(out.metrics[key], (value[taught].sum(), taught.sum()))
     assert (difference[taught] > 0).any()
     assert name in ("first_step", "quiet") or ((rebellious > 1.01) & (POLICY_WEIGHTS != 0)).any()
+
+
+def test_a_mean_of_noise_opens_no_gate():
+    """The mean difference counts as 1e-3 at least."""
+    nothing, one = torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    entropy = torch.tensor([1.0, 0.999, 0.9989])
+    student, teacher = Side.of({"logprobs": nothing, "entropy": entropy}, nothing[:1]), Side(nothing, nothing, nothing)
+    lessons = Lessons(taught=one, continues=torch.tensor([False, True, True]), mean_difference=torch.tensor(1e-9))
+    rhythm, _, seen = explore(student, teacher, lessons, dk.ExplorationSpec())
+    torch.testing.assert_close(seen["difference"], torch.tensor([0.0, 1e-3, 1e-4]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(rhythm, 2 - (-seen["difference"] / 1e-3).exp())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_outside_any_turn_have_nothing_before_them(backend):
+    out = dk.self_distill_loss(
+        CASE.hidden,
+        CASE.weight,
+        CASE.targets,
+        TEACHER,
+        CASE.advantages,
+        distill_weights=None,
+        policy_weights=None,
+        exploration=dk.ExplorationSpec(),
+        turn_ids=TURNS.clamp(max=0),
+        outputs=("difference",),
+        config=dk.KernelConfig(backend=backend),
+    )
+    assert (out.outputs["difference"][TURNS < 0] == 0).all()
+    assert (out.outputs["difference"] > 0).any()
 
 
 @settings(max_examples=30, deadline=None)
