@@ -23,7 +23,7 @@ D, V = 5, 23
 MARGIN = 2e-3
 NAMES = ("loss", "d/d hidden", "d/d weight")
 bounded = settings(
-    derandomize=True, max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    derandomize=True, max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
