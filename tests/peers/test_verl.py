@@ -13,135 +13,38 @@ from peer_cases import (
     batches,
     bounded,
     gradients,
-    importance,
     logprobs,
     make_batch,
     masked_mean,
     ours,
     ratio,
-    sequence_ratio,
     settle,
 )
-from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import ActorConfig, PolicyLossConfig
-from verl_peer import AGGREGATIONS, LOSSES, Options, actor_config, normalizer, rollout_weights, verl
+from verl_peer import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    LOSSES,
+    Options,
+    actor_config,
+    covariances,
+    given_of,
+    kept,
+    normalizer,
+    off_the_edges,
+    rollout_weights,
+    spec_of,
+    verl,
+    widest_gap,
+)
 
 import drift_kernels as dk
 
 RTOL = 1e-7  # verl adds 1e-8 to counts
-ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
-STRAIGHT = {"k1": "k1+", "abs": "abs+", "k2": "k2", "k3": "k3+"}
-ESTIMATORS |= {f"{name}+": STRAIGHT[base] for name, base in ESTIMATORS.items()}
-CORRECTIONS = {float: "truncate", str: "mask"}
 PPO_KL = [n for n in LOSSES if n not in ("gpg", "kl_cov")]
 COUNTS_CLIPPED = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "cispo")
-
-
-def bounds(threshold: float | str) -> tuple[float, float]:
-    low, high = threshold.split("_") if isinstance(threshold, str) else (0, threshold)
-    return float(low), float(high)
-
-
-def spec_of(o: Options, **changes) -> dk.PolicySpec:
-    """Ours for verl's options, in the common range."""
-    cov = o.policy_loss.get("clip_cov_lb", 1.0), o.policy_loss.get("clip_cov_ub", 5.0)
-    own = {
-        "vanilla": {"dual_clip": o.c},
-        "dppo_tv": {"objective": "dppo_tv", "delta": o.c},
-        "dppo_kl": {"objective": "dppo_kl", "delta": o.c},
-        "gspo": {"ratio": "sequence_token"},
-        "sapo": {"objective": "sapo", "sapo_temperatures": o.tau},
-        "gpg": {"objective": "reinforce"},
-        "clip_cov": {
-            "objective": "clip_cov",
-            "cov_bounds": cov,
-            "cov_share": o.policy_loss.get("clip_cov_ratio", 2e-4),
-        },
-        "kl_cov": {
-            "objective": "kl_cov",
-            "cov_share": o.policy_loss.get("kl_cov_ratio", 2e-4),
-            "cov_kl_coef": o.policy_loss.get("ppo_kl_coef", 0.1),
-        },
-        "geo_mean": {"objective": "gmpo", "ratio": "sequence"},
-        "dro": {"objective": "dro", "dro_beta": o.policy_loss.get("dro_beta")},
-        "cispo": {"objective": "cispo"},
-    }[o.loss]
-    aggregation = "seq-mean-token-mean" if o.loss in ("sapo", "geo_mean") else o.mode
-    own |= {"clip_low": o.low, "clip_high": o.high, "aggregation": AGGREGATIONS[aggregation]}
-    own |= {"entropy_coef": o.entropy_coef}
-    if o.kl is not None:
-        own |= {"kl_estimator": ESTIMATORS[o.kl[0]], "kl_coef": o.kl[1]}
-    if o.rollout is not None and o.loss != "geo_mean":
-        level, threshold = o.rollout
-        own |= {"correction": f"{level}_{CORRECTIONS[type(threshold)]}", "correction_bounds": bounds(threshold)}
-    return dk.PolicySpec(**own | changes)
-
-
-def given_of(batch: Batch, o: Options) -> dict:
-    """What else `policy_loss` is to be given."""
-    said = {"old": True, "ref": o.kl is not None, "rollout": o.rollout is not None, "normalizer": normalizer(batch, o)}
-    if o.loss in ("sapo", "geo_mean"):
-        info = {} if o.loss == "geo_mean" else o.info
-        said["normalizer"] = normalizer(batch, dataclasses.replace(o, mode="seq-mean-token-mean", info=info))
-    if o.loss == "geo_mean" and o.rollout is not None:
-        said |= {"rollout": False, "token_weights": geometric_mean(rollout_weights(batch, o)[0], batch)}
-    return said
-
-
-def kept(batch: Batch, o: Options) -> Tensor:
-    """Which tokens a rollout correction does not mask; `rollout_weights` fails where there are none."""
-    low, high = bounds(o.rollout[1])
-    factor = importance(o.rollout[0])(batch)
-    return batch.mask & (factor >= low) & ((factor <= high) | isinstance(o.rollout[1], float))
-
-
-def geometric_mean(weights: Tensor, batch: Batch) -> Tensor:
-    return masked_mean((weights + 1e-10).log(), batch.mask, -1).exp().expand_as(weights)
-
-
-def moved(batch: Batch) -> Tensor:
-    return batch.logp.exp() - batch.old.exp()
-
-
-def binary_kl(batch: Batch) -> Tensor:
-    p, q = batch.logp.exp(), batch.old.exp()
-    return q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-
-
-def covariances(batch: Batch) -> Tensor:
-    """(A − Ā)(logp − mean logp) of the trained tokens [M], in order."""
-    a = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None].expand_as(batch.mask)
-    a, logp = a[batch.mask], batch.logp[batch.mask]
-    return (a - a.mean()) * (logp - logp.mean())
-
-
-def widest_gap(values: Tensor) -> float:
-    """The middle of the widest gap between neighbours of sorted `values`; below them where none is clear."""
-    gaps = values.diff()
-    if not len(gaps) or gaps.max() < 1e-3:
-        return float(values[0]) - 1
-    at = int(gaps.argmax())
-    return float(values[at] + values[at + 1]) / 2
-
-
-def off_the_edges(batch: Batch, o: Options) -> Batch:
-    clip = 1 - o.low, 1 + o.high
-    edges = {
-        "vanilla": [(ratio, (*clip, o.c))],
-        "dppo_tv": [(moved, (-o.low, o.high)), (ratio, (o.c,))],
-        "dppo_kl": [(binary_kl, (o.low, o.high)), (ratio, (o.c, 1.0))],
-        "gspo": [(sequence_ratio, clip)],
-        "clip_cov": [(ratio, clip)],
-        "kl_cov": [(ratio, (1.0,))],
-        "geo_mean": [(lambda b: b.logp - b.old, (-o.low, o.high))],
-        "cispo": [(ratio, clip)],
-    }
-    batch = settle(batch, "old", *edges.get(o.loss, []))
-    if o.kl is not None:
-        batch = settle(batch, "ref", (lambda b: b.logp - b.ref, (0.0,)))
-    return batch if o.rollout is None else settle(batch, "rollout", (importance(o.rollout[0]), bounds(o.rollout[1])))
 
 
 @st.composite
@@ -191,9 +94,7 @@ def test_every_loss(loss):
         names = {"ppo_kl": "actor/ppo_kl"} if loss in PPO_KL else {}
         if loss in COUNTS_CLIPPED and (o.rollout is None or isinstance(o.rollout[1], float)):
             names |= {"clip_ratio/region_mean": "actor/pg_clipfrac"}
-        assert_same(
-            batch, lambda b: verl(b, o), spec_of(o), RTOL, names, outputs=("ratio",), **given_of(batch, o)
-        )
+        assert_same(batch, lambda b: verl(b, o), spec_of(o), RTOL, names, outputs=("ratio",), **given_of(batch, o))
 
     check()
 
@@ -232,7 +133,7 @@ def test_rollout_correction_weights(rollout):
     o = Options("gpg", mode="token-sum", rollout=rollout)
     batch = off_the_edges(make_batch(23, 5, 8, True), o)
     weights, metrics = rollout_weights(batch, o)
-    assert 0 < (weights == rollout[1]).sum() if isinstance(rollout[1], float) else metrics["rollout_is_oob_ratio"] > 0
+    assert (weights == rollout[1]).sum() > 0 if isinstance(rollout[1], float) else metrics["rollout_is_oob_ratio"] > 0
     assert_same(batch, lambda b: verl(b, o), spec_of(o), RTOL, old=True, rollout=True)
     mine = ours(batch, spec_of(o), torch.float64, True, old=True, rollout=True).metrics
     factor = float(masked_mean(weights, batch.mask))

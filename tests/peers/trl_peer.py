@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from peer_cases import Batch, Result, gradients, logprobs
+from peer_cases import Batch, Result, gradients, importance, logprobs, masked_mean, of_level, settle
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
+import drift_kernels as dk
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
+AGGREGATIONS = {
+    "grpo": "sequence_mean_token_mean",
+    "sapo": "sequence_mean_token_mean",
+    "luspo": "sequence_mean_token_sum",
+    "dr_grpo": "token_sum",
+}
 
 
 @dataclass(frozen=True)
@@ -139,3 +148,49 @@ def trl(batch: Batch, o: Options) -> Result:
     return gradients(loss, batch, {name: values[-1] for name, values in metrics["train"].items()})
 
 
+def spec_of(o: Options) -> dk.PolicySpec:
+    """Ours for TRL's options."""
+    objective = o.loss_type if o.loss_type in ("cispo", "sapo", "vespo") else "clip"
+    low, high = (None, o.epsilon_high - 1) if objective == "cispo" else (o.epsilon, o.epsilon_high)
+    return dk.PolicySpec(
+        objective=objective,
+        ratio=o.importance_sampling_level,
+        clip_low=low,
+        clip_high=high,
+        delta=o.delta,
+        sapo_temperatures=o.sapo,
+        vespo_weights=o.vespo,
+        kl_coef=o.beta,
+        kl_estimator="k3",
+        kl_unbiased=o.use_bias_correction_kl,
+        entropy_coef=o.entropy_coef,
+        off_policy_threshold=o.off_policy_mask_threshold,
+        aggregation=AGGREGATIONS.get(o.loss_type, "token_mean"),
+        correction=o.mode,
+        correction_bounds=(o.clip[0] or 0.0, float("inf") if o.clip[1] is None else o.clip[1]),
+    )
+
+
+def given_of(batch: Batch, o: Options) -> dict:
+    """What else `policy_loss` is to be given."""
+    said = {"old": o.old, "ref": o.beta != 0, "rollout": o.mode is not None}
+    if o.loss_type in ("dapo", "cispo", "vespo") and o.items is not None:
+        said["normalizer"] = o.items
+    if o.loss_type == "dr_grpo":
+        B, L = batch.mask.shape
+        said["normalizer"] = float(B * (L if o.horizon is None else o.horizon))
+    return said
+
+
+def off_the_edges(batch: Batch, o: Options) -> Batch:
+    """`batch` with no ratio, factor or distance where the options' bounds would decide by rounding."""
+    sampler = "old" if o.mode is None else "rollout"
+    distance = (lambda b: masked_mean(getattr(b, sampler) - b.logp, b.mask, -1)), (o.off_policy_mask_threshold,)
+    edges = {
+        "cispo": (o.epsilon_high,),
+        **dict.fromkeys(CLIPPED, (1 - o.epsilon, 1 + o.epsilon_high, o.delta)),
+    }.get(o.loss_type, ())
+    batch = settle(
+        batch, "old", (of_level(o.importance_sampling_level), edges), *([distance] if o.mode is None else [])
+    )
+    return batch if o.mode is None else settle(batch, "rollout", (importance(o.mode), o.clip), distance)
