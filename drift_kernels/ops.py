@@ -118,7 +118,8 @@ def linear_logprob(
         found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
         if further:
             scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
-            values = torch.ops.drift_kernels.score(*_head_of(flat).flat(), *rest.flat(), scored.encode())
+            with torch.no_grad():
+                values = torch.ops.drift_kernels.score(*_head_of(flat).flat(), *rest.flat(), scored.encode())
             found |= dict(zip(further, values))
         extra = _unflatten({name: found[name] for name in names}, flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)

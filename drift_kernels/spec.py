@@ -25,7 +25,10 @@ OBJECTIVES = (
 )
 DIVERGENCES = ("dppo_tv", "dppo_kl")
 COVARIANCES = ("clip_cov", "kl_cov")
-NOT_LINEAR = ("dro", *COVARIANCES)  # in the advantage: a penalty stands beside it, or its value decides what is selected
+NOT_LINEAR = (
+    "dro",
+    *COVARIANCES,
+)  # in the advantage: a penalty stands beside it, or its value decides what is selected
 RATIOS = ("token", "sequence", "sequence_token")
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")

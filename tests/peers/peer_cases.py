@@ -68,7 +68,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def make_batch(
-    seed: int, B: int, L: int, per_token: bool, shift: float = 0.1, chunks: int = 1, holes: float = 0.2
+    seed: int, B: int, L: int, per_token: bool, *, chunks: int = 1, holes: float = 0.2, zeros: bool = False
 ) -> Batch:
     """Random lengths and tool-like holes; policies differ by noise a token and a shift a sequence."""
     g = torch.Generator().manual_seed(seed)
@@ -80,17 +80,20 @@ def make_batch(
     mask = inside & (torch.rand(B, L, generator=g) > holes)
     mask[torch.arange(B), lengths - 1] = True
     logp = logprobs(hidden, weight, targets)[0]
-    near = lambda: (logp + 0.25 * rand(B, L) + shift * rand(B, 1)).float().double()  # noqa: E731
+    near = lambda: (logp + 0.25 * rand(B, L) + 0.1 * rand(B, 1)).float().double()  # noqa: E731
     advantages = (rand(B, L) if per_token else rand(B)).float().double()
+    if zeros:
+        advantages[torch.rand(advantages.shape, generator=g) < 0.3] = 0
     workspace = None if chunks == 1 else max(1, B * L // chunks) * (V + D) * 8
     return Batch(hidden, weight, targets, mask, lengths, advantages, near(), near(), near(), workspace)
 
 
 @st.composite
-def batches(draw: st.DrawFn, shift: float = 0.1, per_token: bool | None = None) -> Batch:
+def batches(draw: st.DrawFn, per_token: bool | None = None) -> Batch:
     per_token = draw(st.booleans()) if per_token is None else per_token
     shape = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    return make_batch(draw(st.integers(0, 10**6)), *shape, per_token, shift, chunks=draw(st.sampled_from([1, 3])))
+    chunks, zeros = draw(st.sampled_from([1, 3])), draw(st.sampled_from([False, False, True]))
+    return make_batch(draw(st.integers(0, 10**6)), *shape, per_token, chunks=chunks, zeros=zeros)
 
 
 def settle(batch: Batch, name: str, *edges: tuple[Callable[[Batch], Tensor], tuple[float | None, ...]]) -> Batch:

@@ -69,7 +69,7 @@ def cases(draw: st.DrawFn, loss_type: str, level: str) -> tuple[Batch, Options]:
         items=pick(None, 37.0),
         horizon=pick(None, 64),
     )
-    return off_the_edges(draw(batches(shift=0.1)), o), o
+    return off_the_edges(draw(batches()), o), o
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
