@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"clip_high": 0.28, "aggregation": "token_mean"},
     "dr_grpo": {"aggregation": "token_sum"},  # pass normalizer = sequences x maximum completion length
     "cispo": {"objective": "cispo"},
-    "sapo": {"objective": "sapo"},
+    "sapo": {"objective": "sapo", "aggregation": "sequence_mean_token_mean"},
     "reinforce": {"objective": "reinforce"},
     "gpg": {"objective": "reinforce"},
     "gspo": {**_GSPO, "ratio": "sequence", "aggregation": "sequence_mean_token_mean"},

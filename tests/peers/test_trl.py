@@ -23,7 +23,6 @@ from peer_cases import (
 )
 from trl.trainer.grpo_config import GRPOConfig
 from trl_peer import (
-    AGGREGATIONS,
     CLIPPED,
     LOSSES,
     Options,
@@ -108,8 +107,7 @@ def test_every_loss(loss_type, level):
 )
 def test_presets_are_its_losses(preset, options):
     batch = off_the_edges(make_batch(3, 4, 8, False), options)
-    # TRL's sapo is a mean over sequences of token means; so is the paper's, and the preset's denominator is the caller's
-    spec = dk.PolicySpec.preset(preset, **({"aggregation": AGGREGATIONS["sapo"]} if preset == "sapo" else {}))
+    spec = dk.PolicySpec.preset(preset)
     rtol = 1e-7 if preset == "sapo" else 1e-10  # 1.05 is an fp32 number in TRL
     assert_same(batch, lambda b: trl(b, options), spec, rtol, **given_of(batch, options))
 
@@ -218,6 +216,7 @@ def test_it_counts_clipped_tokens_that_the_rollout_correction_masks_and_ours_doe
 
 def test_its_delta_is_verls_dual_clip():
     """Two names of one bound: delta acts where A < 0 alone, since it exceeds 1 + ε."""
+    assert DEFAULTS["delta"] is None
     o = Options("bnpo", delta=1.5)
     batch = settle(make_batch(11, 4, 9, True), "old", (ratio, (0.8, 1.2, 1.5)))
     assert ((ratio(batch) > 1.5) & (batch.advantages < 0) & batch.mask).any()

@@ -323,7 +323,9 @@ def test_its_geo_mean_ignores_the_aggregation_and_the_global_denominator():
 
 
 def test_its_sapo_ignores_the_aggregation_asked_for():
+    """The one it takes is the paper's, and our preset's."""
     o = Options("sapo", mode="token-sum")
+    assert dk.PolicySpec.preset("sapo").aggregation == "sequence_mean_token_mean"
     batch = make_batch(36, 4, 8, True)
     assert_differs(batch, lambda b: verl(b, o), spec_of(o, aggregation="token_sum"), old=True)
     assert_same(batch, lambda b: verl(b, o), spec_of(o, aggregation="sequence_mean_token_mean"), RTOL, old=True)
