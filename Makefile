@@ -1,19 +1,26 @@
-# make run · make test · make lint · make bench · make study
+# make run · make test · make test-peers · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERL := .venv-verl
 # What the extensions and the metadata are made of: touching one of them installs again.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test lint bench study clean
+.PHONY: run test test-peers lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
+test-peers: $(VENV)/.peers $(VERL)/.installed
+	$(BIN)/python -m pytest tests/peers/test_trl.py
+	$(BIN)/python -m pytest tests/peers/test_fused.py
+	$(VERL)/bin/python -m pytest tests/peers/test_verl.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,12 +36,19 @@ study: $(VENV)/.installed
 	$(BIN)/drift study configs/study.yaml
 
 # torch first: where there is no CUDA, its CPU build (a plain "torch" may be a CUDA build of several GB).
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install torch; else \
-	  $(BIN)/pip install "torch==$(TORCH)+cpu" || \
-	  $(BIN)/pip install "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu; fi
+define with_torch
+	$(PYTHON) -m venv $(1)
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(1)/bin/pip install torch; else \
+	  $(1)/bin/pip install "torch==$(TORCH)+cpu" || \
+	  $(1)/bin/pip install "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu; fi
 	@touch $@
+endef
+
+$(VENV)/.torch:
+	$(call with_torch,$(VENV))
+
+$(VERL)/.torch:
+	$(call with_torch,$(VERL))
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[lora]"
@@ -44,11 +58,23 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install -e ".[lora,dev]"
 	@touch $@
 
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/pip install -e ".[lora,dev,peers]"
+	@touch $@
+
+# An environment of its own, since verl pins much that its losses do not need.
+$(VERL)/.installed: $(VERL)/.torch $(SOURCES)
+	$(VERL)/bin/pip install --no-deps verl==0.9.1
+	$(VERL)/bin/pip install numpy transformers omegaconf ray==2.60.0 tensordict==0.15.3 codetiming orjson \
+	  pytest pytest-timeout hypothesis
+	$(VERL)/bin/pip install --no-deps -e .
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install -e ".[lora,bench]"
 	-$(BIN)/pip install --no-deps verl==0.9.1  # its own requirements are not needed for its loss
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) build dist *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete

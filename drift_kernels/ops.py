@@ -30,7 +30,7 @@ from drift_kernels.inputs import (
 )
 from drift_kernels.products import LoRAHead
 from drift_kernels.rows import check_finite, check_targets, counting
-from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
+from drift_kernels.spec import NOT_LINEAR, Call, HeadOptions, KernelConfig, PolicySpec
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -120,7 +120,8 @@ def linear_logprob(
         found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
         if further:
             scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
-            values = torch.ops.drift_kernels.score(*head_of(flat).flat(), *rest.flat(), scored.encode())
+            with torch.no_grad():
+                values = torch.ops.drift_kernels.score(*head_of(flat).flat(), *rest.flat(), scored.encode())
             found |= dict(zip(further, values))
         extra = unflatten({name: found[name] for name in names}, flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
@@ -388,7 +389,7 @@ def folded_tokens(
 ) -> tuple[Tokens, Tensor | None]:
     """What the loss reads per token, and the correction's factor [N] for the metrics (None without one).
 
-    Aggregation is folded into weights, and corrections into advantages where the loss is linear in them.
+    Aggregation is folded into weights, and corrections into advantages where the loss is linear in them, else into weights.
     """
     if spec.kl_coef and given.ref is None:
         raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
@@ -402,7 +403,10 @@ def folded_tokens(
     if spec.correction:
         known = (None if v is None else torch.where(mask, v, 0.0) for v in (given.old, given.rollout))
         factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), known))), spec)
-        if spec.objective != "vespo":
+        if spec.objective in NOT_LINEAR:
+            given = replace(given, weights=factor if given.weights is None else given.weights * factor)
+            tokens = replace(tokens, weights=given.weights)
+        elif spec.objective != "vespo":
             assert given.advantages is not None
             tokens = replace(tokens, advantages=given.advantages * factor)
     if spec.aggregation == "sequence_mean_token_mean":

@@ -56,7 +56,7 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     """Which entries anything reads [N] bool.
 
     An entry is read unless its target is ignored, it lies outside `active`, or both hold: no requested output reads it,
-    and its loss is zero whatever its log-prob (weight 0; advantage 0 without a KL, entropy or z term). Where a loss reads
+    and its loss is zero whatever its log-prob (weight 0; advantage 0 without another term). Where a loss reads
     other tokens, an entry is read for as long as any of those counts.
     """
     mask = targets != call.head.ignore_index
@@ -69,6 +69,7 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     if tokens.weights is not None:
         counts = counts & (tokens.weights != 0)
     other_terms = (tokens.ref is not None and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
+    other_terms |= spec.objective == "dro"  # whose penalty stands without an advantage
     if tokens.advantages is not None and not other_terms:
         counts = counts & (tokens.advantages != 0)
     if spec.scope == "token":

@@ -25,9 +25,13 @@ OBJECTIVES = (
 )
 DIVERGENCES = ("dppo_tv", "dppo_kl")
 COVARIANCES = ("clip_cov", "kl_cov")
+NOT_LINEAR = (
+    "dro",
+    *COVARIANCES,
+)  # in the advantage: a penalty stands beside it, or its value decides what is selected
 RATIOS = ("token", "sequence", "sequence_token")
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 CORRECTIONS = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -43,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"clip_high": 0.28, "aggregation": "token_mean"},
     "dr_grpo": {"aggregation": "token_sum"},  # pass normalizer = sequences x maximum completion length
     "cispo": {"objective": "cispo"},
-    "sapo": {"objective": "sapo"},
+    "sapo": {"objective": "sapo", "aggregation": "sequence_mean_token_mean"},
     "reinforce": {"objective": "reinforce"},
     "gpg": {"objective": "reinforce"},
     "gspo": {**_GSPO, "ratio": "sequence", "aggregation": "sequence_mean_token_mean"},
@@ -169,8 +173,10 @@ class PolicySpec:
             raise ValueError(f"clip_high={self.clip_high} must be at least 0; it is the distance above 1")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip={self.dual_clip} must exceed 1 (3 is usual), or be None")
-        if self.delta is not None and self.delta <= 1 + self.clip_high:
-            raise ValueError(f"delta={self.delta} must exceed 1 + clip_high = {1 + self.clip_high}, or be None")
+        floor = 0.0 if self.objective in DIVERGENCES else 1 + self.clip_high  # clip_high bounds no ratio there
+        if self.delta is not None and self.delta <= floor:
+            of = "" if self.objective in DIVERGENCES else "1 + clip_high = "
+            raise ValueError(f"delta={self.delta} must exceed {of}{floor}, or be None")
         if min(self.sapo_temperatures) <= 0:
             raise ValueError(f"sapo_temperatures={self.sapo_temperatures} must both be positive")
         low, high = self.correction_bounds
@@ -199,6 +205,11 @@ class PolicySpec:
             raise ValueError(f"objective='gmpo' has one ratio a sequence: pass ratio='sequence', not {self.ratio!r}")
         if objective in ("vespo", "reinforce", "dro", *DIVERGENCES, *COVARIANCES) and self.ratio != "token":
             raise ValueError(f"ratio={self.ratio!r} does not go with objective={objective!r}: pass ratio='token'")
+        if objective in NOT_LINEAR and self.correction and (self.kl_coef or self.entropy_coef or self.z_loss_coef):
+            raise ValueError(
+                f"correction={self.correction!r} weighs the whole loss of objective={objective!r}, and kl_coef, entropy_coef "
+                "and z_loss_coef are not to be weighed: set them to 0 here, and add their terms by a second call"
+            )
         if objective == "gmpo" and self.correction and self.correction.startswith("token"):
             raise ValueError(
                 f"correction={self.correction!r} has no meaning for one ratio a sequence; use a sequence form"

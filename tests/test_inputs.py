@@ -69,6 +69,8 @@ def test_policy_loss_names_what_is_wrong(change, error, words):
         ({"clip_high": -0.1}, "clip_high=-0.1"),
         ({"dual_clip": 0.9}, "dual_clip=0.9 must exceed 1"),
         ({"delta": 1.1}, "delta=1.1 must exceed"),
+        ({"objective": "dppo_tv", "delta": 0.0}, "delta=0.0 must exceed 0"),
+        ({"objective": "kl_cov", "correction": "token_mask", "kl_coef": 0.1}, "second call"),
         ({"objective": "sapo", "dual_clip": 3.0}, "belongs to objective='clip'"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4'"),
         ({"aggregation": "mean"}, "aggregation='mean'"),

@@ -126,6 +126,10 @@ SPECS = {
     "sequence_sapo": dk.PolicySpec(objective="sapo", ratio="sequence_token"),
     "clip_cov": dk.PolicySpec.preset("clip_cov", cov_share=0.2, cov_bounds=(0.2, 5.0)),
     "kl_cov": dk.PolicySpec.preset("kl_cov", cov_share=0.2, kl_coef=0.1),
+    "corrected_dro": dk.PolicySpec.preset("dro", dro_beta=0.3, correction="token_mask"),
+    "corrected_kl_cov": dk.PolicySpec.preset("kl_cov", cov_share=0.2, correction="sequence_truncate"),
+    "abs+": dk.PolicySpec(kl_coef=0.2, kl_estimator="abs+"),
+    "far_dppo": dk.PolicySpec.preset("dppo_kl", clip_low=0.02, clip_high=0.05, delta=0.9),
 }
 
 
@@ -192,6 +196,42 @@ def test_on_policy_is_ratio_one(name):
 
     without, given = (gradients(lambda *x, o=o: run(*x, o), case.leaves(torch.float64)) for o in (None, own))
     torch.testing.assert_close(without, given, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_correction_weighs_the_penalty_of_dro_too(backend):
+    """Its objective is not linear in the advantage: (−A·logp + β/2·d²) as a whole is multiplied."""
+    case, spec = make_case(20, 9, 61, seed=6, masked=0.0), dk.PolicySpec.preset("dro", dro_beta=0.7)
+    with torch.no_grad():
+        logp = dk.linear_logprob(case.hidden, case.weight, case.targets).logprobs
+    old, rollout = logp + case.noise, logp + case.noise + case.noise.roll(1)
+    out = dk.policy_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        case.advantages,
+        old_logprobs=old,
+        rollout_logprobs=rollout,
+        spec=replace(spec, correction="token_truncate", correction_bounds=(0.0, 1.1)),
+        config=dk.KernelConfig(backend=backend),
+    )
+    factor = (old - rollout).exp().clamp(max=1.1)
+    expected = (factor * (-case.advantages * logp + 0.7 / 2 * (logp - old) ** 2)).mean()
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_further_outputs_beside_gradients():
+    """Statistics without a gradient, asked for in a call that has one."""
+    case = make_case(20, 9, 61, seed=7)
+    names = ("lse", "is_top1", "mean_logits", "log_sum_sq_probs")
+    found = []
+    for backend in ("cpu", "reference"):
+        h, w, b = case.leaves(torch.float64)
+        config = dk.KernelConfig(backend=backend)
+        out = dk.linear_logprob(h, w, case.targets, bias=b, outputs=names, config=config)
+        assert not any(value.requires_grad for value in out.outputs.values())
+        found.append((out.logprobs, out.outputs, *torch.autograd.grad(out.logprobs.sum(), (h, w, b))))
+    torch.testing.assert_close(*found)
 
 
 def test_advantages_per_segment_and_padded_inputs():
