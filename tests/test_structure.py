@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ["spec", "formulas", "rows", "backends", "products", "driver", "inputs", "autograd", "ops", "testing"]
 TRAINER = [  # lowest first; rooms of one level never import each other
-    {"types", "config", "mathverify", "intervals"},
-    {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"},
+    {"types", "config", "mathverify", "intervals", "tools", "algorithms"},
+    {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
+    | {"routing", "rhythm", "buffer", "curriculum", "teacher"},
     {"policy", "checkpoint", "meter", "records"},
     {"engines", "chat", "trainer", "report"},
-    {"rollout"},
+    {"rollout", "reprompt"},
     {"evaluate", "warm_start"},
     {"run", "doctor", "stages"},
     {"study"},
