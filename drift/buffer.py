@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from drift.config import BufferConfig
+from drift.online_config import BufferConfig
 
 __all__ = ["BufferConfig", "Entry", "SuccessBuffer", "strip_thinking"]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from drift.config import CurriculumConfig
+from drift.online_config import CurriculumConfig
 
 __all__ = ["Curriculum", "CurriculumConfig", "Phase"]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from drift import chat
 from drift.buffer import SuccessBuffer, strip_thinking
-from drift.config import TeacherConfig
+from drift.online_config import TeacherConfig
 from drift.types import Trajectory, Turn
 
 __all__ = ["Attempt", "Lesson", "TeacherConfig", "informative", "lessons", "rewrite", "teacher_trajectory"]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drift.config import TeacherConfig
+from drift.online_config import TeacherConfig
 
 __all__ = ["Teacher", "TeacherConfig"]
 

@@ -6,7 +6,7 @@ import typing
 import drift_kernels
 from drift import algorithms
 from drift.algorithms import ALGORITHMS
-from drift.config import RouterConfig, TeacherConfig
+from drift.online_config import RouterConfig, TeacherConfig
 from drift.routing import DifficultyRouter
 
 

@@ -23,6 +23,8 @@ def packs(draw):
         gap, length = draw(st.integers(0, 2)), draw(st.integers(1, 5))
         mask += [False] * gap + [True] * length
         turns += [-1] * gap + [number] * length
+    knocked = draw(st.integers(0, 2 ** len(mask) - 1)) if draw(st.booleans()) else 0  # not taught, inside their turns
+    mask = [inside and not knocked >> t & 1 for t, inside in enumerate(mask)]
     mask, turns = [*mask, False], [*turns, -1]
     lists = st.lists(entropies, min_size=len(mask), max_size=len(mask))
     return draw(lists), draw(lists), mask, turns

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from drift import routing
-from drift.config import ROUTES
+from drift.online_config import ROUTES
 from drift.routing import DifficultyRouter, RouterConfig
 
 

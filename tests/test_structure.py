@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ["spec", "formulas", "rows", "backends", "products", "driver", "inputs", "autograd", "ops", "testing"]
 TRAINER = [  # lowest first; rooms of one level never import each other
-    {"types", "config", "mathverify", "intervals", "tools", "algorithms"},
+    {"algorithms", "section"},
+    {"types", "online_config", "mathverify", "intervals", "tools"},
+    {"config"},
     {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
     | {"routing", "rhythm", "buffer", "curriculum", "teacher"},
     {"policy", "checkpoint", "meter", "records"},
     {"engines", "chat", "trainer", "report"},
     {"rollout", "reprompt"},
-    {"evaluate", "warm_start"},
+    {"evaluate", "warm_start", "online"},
     {"run", "doctor", "stages"},
     {"study"},
     {"cli"},
