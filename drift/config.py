@@ -193,6 +193,12 @@ class Config(Section):
         return [self.online.algorithm] if self.online else list(self.arms)
 
     @model_validator(mode="after")
+    def _online_keeps_history(self) -> Config:
+        if self.online and self.rollout.history != "keep":
+            raise ValueError(f"rollout.history {self.rollout.history!r}: the online method needs 'keep', one sample a trajectory")
+        return self
+
+    @model_validator(mode="after")
     def _no_repeats(self) -> Config:
         for key, values in (("seeds", self.seeds), ("arms", self.arms)):
             if len(set(values)) < len(values):

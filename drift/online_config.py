@@ -74,6 +74,7 @@ class RhythmConfig(Section):
     """The gate on exploration, and the bonus for what student and teacher see differently (B2, B3)."""
 
     gate: bool = True  # false is the ablation: the bonus wherever it applies
+    weigh_divergence: bool = True  # the rhythm weight multiplies the distillation of a token (ours)
     maximum: Annotated[float, Field(gt=1)] = 2.0  # of the rhythm weight
     floor: Share = 0.0
     power: Rate = 1.0
@@ -142,7 +143,8 @@ class OnlineConfig(Section):
         algorithm = ALGORITHMS.get(data.get("algorithm", "drift")) if isinstance(data, dict) else None
         if algorithm is None:
             return data
-        name, sets = f"algorithm {data.get('algorithm', 'drift')}", {"router": {"mode": algorithm.routing}}
+        name = f"algorithm {data.get('algorithm', 'drift')}"
+        sets: dict[str, dict[str, Any]] = {"router": {"mode": algorithm.routing}}
         if not algorithm.curriculum:
             sets["curriculum"] = {"warmup_steps": 0, "transition_steps": 0}
         given = {key: data.get(key, {}) for key in sets}

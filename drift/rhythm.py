@@ -141,8 +141,12 @@ class StepMean:
     @torch.no_grad()
     def add(self, values: Tensor, mask: Tensor) -> None:
         """Counts `values` where the bool `mask`, of the same shape, is set."""
-        kept = torch.where(mask, values, 0.0).sum(dtype=torch.float64)
-        sums = torch.stack([kept, mask.sum(dtype=torch.float64)])
+        self.add_sum(torch.where(mask, values, 0.0).sum(dtype=torch.float64), mask.sum())
+
+    @torch.no_grad()
+    def add_sum(self, total: Tensor, count: Tensor) -> None:
+        """Counts a sum (0-d) of `count` (0-d) values, as `drift_kernels` gives its metrics."""
+        sums = torch.stack([total.double(), count.double()])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def advance(self, reduce: Callable[..., list[float]] | None = None) -> None:
