@@ -152,7 +152,11 @@ class Branches:
             scored = drift_kernels.linear_logprob(hidden, weight, batch.targets, return_entropy=True, **common)
         assert scored.entropy is not None
         policy = _spread(batch, [sample.policy * phase.policy for sample in side])
-        common |= {"old_logprobs": scored.logprobs, "rollout_logprobs": batch.rollout_logprobs, "normalizer": normalizer}
+        common |= {
+            "old_logprobs": scored.logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "normalizer": normalizer,
+        }
         if teacher is None:
             out = drift_kernels.policy_loss(
                 hidden,
@@ -228,8 +232,8 @@ class Branches:
             if name in out.metrics:
                 mean.add_sum(*out.metrics[name])
         count = taught.sum()
-        gap = (scored.logprobs - out.teacher_logprobs)[taught].sum()
-        measured.add(teacher_kl=(gap, count), teacher_entropy=(out.teacher_entropy[taught].sum(), count))
+        gap = (scored.logprobs - out.outputs["teacher_logprobs"])[taught].sum()
+        measured.add(teacher_kl=(gap, count), teacher_entropy=(out.outputs["teacher_entropy"][taught].sum(), count))
 
 
 def _spread(batch: PackedBatch, values: Sequence[float | bool]) -> Tensor:

@@ -195,7 +195,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _online_keeps_history(self) -> Config:
         if self.online and self.rollout.history != "keep":
-            raise ValueError(f"rollout.history {self.rollout.history!r}: the online method needs 'keep', one sample a trajectory")
+            raise ValueError(
+                f"rollout.history {self.rollout.history!r}: the online method needs 'keep', one sample a trajectory"
+            )
         return self
 
     @model_validator(mode="after")

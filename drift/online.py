@@ -215,7 +215,7 @@ class _Loop:
                 prompts=[sample.messages[0]["content"] for sample in samples],
                 strip=self.online.buffer.strip_thinking,
                 step=number,
-                epoch=number * self.online.prompts // len(self.problems),
+                epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
             )
             for sample, lesson in zip(samples, found):
                 if lesson is not None:
@@ -238,12 +238,14 @@ class _Loop:
 
 
 def _batch(count: int, size: int, seed: int, step: int) -> list[int]:
-    """Which problems the step asks: a new permutation each time all have been asked, whatever the batch's size."""
-    first, chosen = step * size, []
-    for place in range(first, first + min(size, count)):
-        epoch, offset = divmod(place, count)
-        chosen.append(int(np.random.default_rng([seed, epoch]).permutation(count)[offset]))
-    return list(dict.fromkeys(chosen))  # where an epoch ends inside a batch, a problem may come twice: asked once
+    """Which of `count` problems the step asks: permutation after permutation of all, cut into parts of `size`.
+
+    A problem that comes twice, where one permutation ends and the next begins, is asked once.
+    """
+    size = min(size, count)
+    places = range(step * size, (step + 1) * size)
+    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {place // count for place in places}}
+    return list(dict.fromkeys(int(orders[place // count][place % count]) for place in places))
 
 
 def _set_advantages(group: Sequence[Sample], scale: bool) -> None:
