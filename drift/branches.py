@@ -151,6 +151,7 @@ class Branches:
         with torch.no_grad():
             scored = drift_kernels.linear_logprob(hidden, weight, batch.targets, return_entropy=True, **common)
         assert scored.entropy is not None
+        assert batch.advantages is not None
         policy = _spread(batch, [sample.policy * phase.policy for sample in side])
         common |= {
             "old_logprobs": scored.logprobs,

@@ -17,7 +17,6 @@ from drift.optimizer import MasterAdamW
 from drift.policy import load_policy
 from drift.reprompt import Lesson, teacher_trajectory
 from drift.rhythm import StepMean
-from drift.tasks import load_task
 from drift.teacher import Teacher
 from drift.track import Track
 
