@@ -87,6 +87,7 @@ class WarmStartConfig(Section):
     batch_size: Positive = 64
     lr: Rate = 2e-3
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
+    taught_share: BelowOne = 0.0  # share of dialogues that begin with a correct solution, so that reading one is learnt
 
     @model_validator(mode="after")
     def _low_below_high(self) -> WarmStartConfig:
