@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from scripted import ScriptedEngine, WordTask, quarters, say
 
-from drift import chat, checkpoint, online, rhythm, run
+from drift import chat, checkpoint, distributed, online, rhythm, rollout, run
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Sample
 from drift.config import ConfigError, dump, load, parse
@@ -20,6 +25,7 @@ from drift.rhythm import StepMean
 from drift.teacher import Teacher
 from drift.track import Track
 
+ROOT = Path(__file__).parent.parent
 SHORT = {"steps": 4, "prompts": 4, "curriculum": {"warmup_steps": 1, "transition_steps": 2}}
 
 
@@ -163,7 +169,6 @@ def play_through(made, folder, track=None):
     policy, task = load_policy(made.model, seed=0), WordTask(4)
     engine = HFEngine(policy)
     task.verify = lambda problem, answer: len(answer) % 2 == 0  # what an untrained model says is right now and then
-    task.answer_tag = "answer"
     stats = online.train_online(
         policy, engine, task, task.problems("train"), made, seed=3, track=track, checkpoint_dir=folder
     )
@@ -173,8 +178,6 @@ def play_through(made, folder, track=None):
 @pytest.fixture
 def talkative(monkeypatch):
     """An untrained model never writes an answer's tags: half of what it says counts as one."""
-    from drift import rollout
-
     monkeypatch.setattr(rollout, "parse_answer", lambda said, tag: said.strip() or None)
 
 
@@ -217,6 +220,47 @@ def test_every_algorithm_takes_a_step(tmp_path, algorithm, talkative):
         assert ("buffer/fill" in row) == ("gate" in row) == (algorithm == "drift")
         assert ("teacher_kl" in row) == (algorithm in ("sdpo", "srpo", "drift"))
         assert (row["router/policy_weight"] == 0) == (algorithm == "sdpo")
+
+
+def main(folder):
+    """One of two ranks: a share of one batch gives the gradient of all of it, and a whole training stays together."""
+    torch.set_num_threads(1)
+    rollout.parse_answer = lambda said, tag: said.strip() or None
+    with distributed.launched() as rank:
+        inside = folder / str(rank)
+        made = config(inside, online={"distill": {"top_k": None}})
+        gradients = []
+        for share in (distributed.share, list):
+            policy, other = load_policy(made.model, seed=0), load_policy(made.model, seed=1)
+            optimizer = MasterAdamW(policy.model, made.train)
+            teacher = Teacher(policy.model.named_parameters(), made.online.teacher)
+            teacher.load_state_dict({"shadow": other.state(), "updates": 0, "skipped": 0})
+            branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], StepMean(), StepMean())
+            samples = conversations(policy)
+            tokens = sum(t.stop - t.start for s in samples for t in s.trajectory.turns)
+            branches.accumulate(share(samples), Phase("both", 1.0, 1.0, False), teacher, tokens, len(samples))
+            if share is not list:
+                distributed.sum_gradients(optimizer.parameters)
+                branches.difference.advance(distributed.sum_values)
+            else:
+                branches.difference.advance()
+            gradients.append(([p.grad for p in optimizer.parameters], branches.difference.value))
+        for ours, theirs in zip(*(found for found, _ in gradients)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        assert gradients[0][1] == pytest.approx(gradients[1][1], rel=1e-5)
+        assert distributed.gather([rank] * (rank + 1)) == [0, 1, 1]
+        policy, stats = play_through(made, folder / "checkpoints")
+        print("RANK", json.dumps([policy.hash(), stats.rewards]), flush=True)
+
+
+def test_two_ranks(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = re.findall(r"RANK (\[.*?\]\])", done.stdout)
+    assert len(said) == 2
+    assert said[0] == said[1]
 
 
 def test_lessons_and_routes_of_a_scripted_batch(tmp_path):
@@ -304,3 +348,7 @@ def test_settings():
     ):
         with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
             parse({"name": "q", **settings})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
