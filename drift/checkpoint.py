@@ -47,14 +47,26 @@ def latest(folder: str | Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def save(folder: str | Path, step: int, optimizer: MasterAdamW, stats: dict[str, Any], job: dict[str, Any]) -> Path:
-    """Writes `folder/checkpoint-STEP` and removes the one before. stats: the counts so far; job: what is trained."""
+def save(
+    folder: str | Path,
+    step: int,
+    optimizer: MasterAdamW,
+    stats: dict[str, Any],
+    job: dict[str, Any],
+    tensors: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> Path:
+    """Writes `folder/checkpoint-STEP` and removes the one before. stats: the counts so far; job: what is trained.
+
+    tensors: name → what goes into NAME.safetensors; `load_tensors` gives it back.
+    """
     path = Path(folder) / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({name: m.detach().contiguous() for name, m in optimizer.masters.items()}, partial / "model.safetensors")
     save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, partial / "optimizer.safetensors")
+    for name, content in (tensors or {}).items():
+        save_file({k: v.contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
     state = {"step": step, "stats": stats, "job": job}
     (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     older = [other for other in Path(folder).glob("checkpoint-*") if other != partial]
@@ -90,3 +102,8 @@ def load(path: Path, optimizer: MasterAdamW, job: dict[str, Any]) -> tuple[int, 
     optimizer.write_back()
     optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
     return state["step"], state["stats"]
+
+
+def load_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors that were saved under `name`."""
+    return load_file(path / f"{name}.safetensors")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from drift.config import Config, ConfigError, load
 from drift.intervals import Difference, mean_stderr, paired_difference
-from drift.records import ARMS, Records, read
+from drift.records import Records, read
 
 EPILOG = """\
 examples:
@@ -231,7 +231,7 @@ def results_table(records: Records) -> Table:
     for arm, result in records.results.items():
         ahead = _points(paired_difference(ours.multi, result.multi)) if ours and arm != "drift" else ""
         means = (f"{100 * mean_stderr(values).mean:.1f}" for values in (result.multi, result.single))
-        table.add_row(arm, ARMS.get(arm, ""), *means, ahead, style="bold" if arm == "drift" else None)
+        table.add_row(arm, records.about(arm), *means, ahead, style="bold" if arm == "drift" else None)
     return table
 
 

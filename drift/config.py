@@ -15,23 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
+from drift.online_config import OnlineConfig
+from drift.section import BelowOne, Count, Positive, Rate, Section, Share, Weight, preset
 
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or out of range; one line a complaint."""
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, strict, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LoRAConfig(Section):
@@ -96,6 +87,7 @@ class WarmStartConfig(Section):
     batch_size: Positive = 64
     lr: Rate = 2e-3
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
+    taught_share: BelowOne = 0.0  # share of dialogues that begin with a correct solution, so that reading one is learnt
 
     @model_validator(mode="after")
     def _low_below_high(self) -> WarmStartConfig:
@@ -123,9 +115,9 @@ class WeightsConfig(Section):
 
     beta: Rate = 0.1
     gamma: Share = 0.9
-    repetition: Annotated[float, Field(ge=0)] = 0.5
+    repetition: Weight = 0.5
     skip_unsolved_groups: bool = False
-    min_weight: Annotated[float, Field(ge=0)] = 0.0
+    min_weight: Weight = 0.0
 
 
 EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
@@ -137,7 +129,7 @@ class TrainConfig(Section):
     lr: Rate = 5e-6
     warmup_ratio: Share = 0.1
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Weight = 0.1
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     grad_clip: Rate = 1.0
     epochs: Rate = 1.0
@@ -156,12 +148,8 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve_preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("preset") != "exact":
-            return data
-        for key, value in EXACT.items():
-            if data.get(key, value) != value:
-                raise ValueError(f"{key} {data[key]!r} contradicts preset exact, which sets it to {value!r}; drop one")
-        return {**data, **EXACT}
+        named = isinstance(data, dict) and data.get("preset") == "exact"
+        return preset(data, "preset exact", EXACT) if named else data
 
 
 class EvalConfig(Section):
@@ -189,15 +177,29 @@ class Config(Section):
         "uniform",
         "success_only",
         "drift",
-    ]
+    ]  # of the offline method
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     weights: WeightsConfig = WeightsConfig()
     train: TrainConfig = TrainConfig()
+    online: OnlineConfig | None = None  # where it is there, the online method runs in place of the offline one
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+
+    @property
+    def trained(self) -> list[str]:
+        """What is trained from the base, by name: the arms, or the online algorithm."""
+        return [self.online.algorithm] if self.online else list(self.arms)
+
+    @model_validator(mode="after")
+    def _online_keeps_history(self) -> Config:
+        if self.online and self.rollout.history != "keep":
+            raise ValueError(
+                f"rollout.history {self.rollout.history!r}: the online method needs 'keep', one sample a trajectory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Config:

@@ -71,6 +71,15 @@ def sum_values(*values: float) -> list[float]:
     return total.tolist()
 
 
+def gather(items: Sequence) -> list:
+    """Every rank's items, rank 0's first. Every rank calls this; items are pickled."""
+    if world_size() == 1:
+        return list(items)
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Leaves in each `.grad` the sum over the ranks; no gradient counts as zeros. All ranks, the same parameters."""
     for parameter in parameters:

@@ -66,6 +66,12 @@ class Records:
     sampled: list[Sampled] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
+    def about(self, arm: str) -> str:
+        """What an arm is, in a few words."""
+        if self.config and self.config.online and arm != "base":
+            return "trained online"
+        return ARMS.get(arm, "")
+
     @property
     def weights_config(self) -> WeightsConfig:
         """The settings that returns and weights are computed with."""
@@ -145,7 +151,7 @@ def _read_results(records: Records) -> None:
 
 def _read_evaluations(records: Records) -> dict[int, dict[str, list[int]]]:
     """seed -> arm -> solved_at, of the config's seeds and arms; every seed starts from the base, evaluated once."""
-    seeds, arms = (records.config.seeds, records.config.arms) if records.config else (None, None)
+    seeds, arms = (records.config.seeds, records.config.trained) if records.config else (None, None)
     found: dict[int, dict[str, list[int]]] = {}
     for file in sorted(records.path.glob("seed-*/eval-*.json")):
         name, arm = re.fullmatch(r"seed-(\d+)", file.parent.name), file.stem.removeprefix("eval-")
@@ -211,7 +217,7 @@ def _read_rollouts(records: Records) -> None:
             records.missing.append(f"{source}: {len(rejected)} rows are left out, the first at line {line}: {reason}")
         if rows:
             records.sampled.append(weighed(source, rows, records.weights_config))
-    if not records.sampled:
+    if not records.sampled and not (records.config and records.config.online):
         records.missing.append("rollouts.jsonl: no trajectory has been sampled")
 
 

@@ -1,4 +1,5 @@
 """The whole job: base, and for each seed rollouts, weights, three trainings from the same base, and evaluations.
+With `online:` in the config one training takes their place, which samples as it goes (`drift.online`).
 
 Everything lies in one folder, and each stage leaves a file there, so that a run that was stopped goes on:
 
@@ -29,6 +30,7 @@ from drift.config import Config, ConfigError, dump, load
 from drift.engines.hf import HFEngine
 from drift.evaluate import evaluate
 from drift.intervals import paired_difference
+from drift.online import train_online
 from drift.policy import Policy, load_policy
 from drift.returns import weigh
 from drift.rollout import collect
@@ -109,16 +111,31 @@ class _Job:
     def seed(self, seed: int) -> None:
         """Rollouts and all arms of one seed."""
         folder = self.folder / f"seed-{seed}"
-        if all((folder / f"eval-{arm}.json").exists() for arm in ("base", *self.config.arms)):
+        if all((folder / f"eval-{arm}.json").exists() for arm in ("base", *self.config.trained)):
             return
         folder.mkdir(exist_ok=True)
         self.policy.restore(self.start)
+        if self.config.online:
+            self._online(seed, folder / self.config.online.algorithm)
+        else:
+            self._offline(seed, folder)
+        if distributed.rank() == 0:
+            shutil.copyfile(self.folder / "base" / "eval.json", folder / "eval-base.json")
+
+    def _online(self, seed: int, folder: Path) -> None:
+        name, inside = f"seed-{seed}/{folder.name}", folder / "checkpoints"
+        engine = HFEngine(self.policy, self.config.rollout.batch_size)
+        problems = self._asked(self.task.problems("train"))
+        options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
+        with self.clock("train"):
+            train_online(self.policy, engine, self.task, problems, self.config, **options)
+        self._finish(name, folder, [inside])
+
+    def _offline(self, seed: int, folder: Path) -> None:
         rows = self._sample(rollout_path(self.folder, self.config, seed), [seed], f"seed-{seed}/rollout")
         for arm in self.config.arms:
             if not (folder / f"eval-{arm}.json").exists():
                 self._arm(seed, arm, rows, folder / arm)
-        if distributed.rank() == 0:
-            shutil.copyfile(self.folder / "base" / "eval.json", folder / "eval-base.json")
 
     def _arm(self, seed: int, arm: str, rows: list[dict[str, Any]], folder: Path) -> None:
         """Trains from the base for as many steps as an epoch of all trajectories has, `train.rounds` times."""
@@ -149,11 +166,15 @@ class _Job:
                     steps=steps_of(len(rows), config.train.epochs, config.train.batch_size),
                     min_weight=config.weights.min_weight if arm == "drift" else 0.0,
                 )
+        self._finish(name, folder, list(folder.glob("round-*")))
+
+    def _finish(self, name: str, folder: Path, checkpoints: Sequence[Path]) -> None:
+        """Saves and evaluates what was trained; the checkpoints go last."""
         if distributed.rank() == 0:
             self.policy.save(folder)
-        self._evaluate(name, folder.parent / f"eval-{arm}.json")
+        self._evaluate(name, folder.parent / f"eval-{folder.name}.json")
         if distributed.rank() == 0:
-            for inside in folder.glob("round-*"):
+            for inside in checkpoints:
                 shutil.rmtree(inside)
 
     def _weights(self, arm: str, rows: list[dict[str, Any]], name: str, number: int) -> Sequence[float | None]:
@@ -217,10 +238,11 @@ class _Job:
         config = self.config
         multi = f"multi_at_{config.eval.turns}"
         results: dict[str, dict[str, list[Any]]] = {}
-        for arm in ("base", *config.arms):
+        for arm in ("base", *config.trained):
             read = [_read_json(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
             results[arm] = {key: [content[key] for content in read] for key in (multi, "single", "by_turn")}
-        sampled = [store.read(rollout_path(self.folder, config, seed)) for seed in config.seeds]
+        files = [] if config.online else [rollout_path(self.folder, config, seed) for seed in config.seeds]
+        sampled = [store.read(file) for file in files]
         stats = [weigh(rows, config.weights)[1] for rows in sampled]
         summary = {
             "name": config.name,
@@ -228,6 +250,7 @@ class _Job:
             "results": results,
             "paired": _paired(results, multi),
             "settings": {**config.weights.model_dump(), **_picked(config)},
+            **({"online": config.online.model_dump(mode="json")} if config.online else {}),
             "ess": [s["ess_overall"] for s in stats],
             "ess_in_group": [s["ess_mean"] for s in stats],
             "unsolved_groups": [s["unsolved_share"] for s in stats],

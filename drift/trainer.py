@@ -52,7 +52,7 @@ def accumulate(
     """
     device = next(iter(optimizer.trained.values())).device
     kernel = drift_kernels.KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
-    softcap, logit_scale = _logit_transform(policy.model.config)
+    softcap, logit_scale = logit_transform(policy.model.config)
     loss = torch.zeros((), device=device)
     for batch in packs:
         batch = batch.to(device)
@@ -90,12 +90,17 @@ def train_step(
     normalizer: see `accumulate`. lr: default config.lr. A step whose loss or gradient is not finite changes nothing.
     """
     loss = accumulate(policy, packs, optimizer, normalizer, config)
+    return update(optimizer, float(loss), config, config.lr if lr is None else lr)
+
+
+def update(optimizer: MasterAdamW, loss: float, config: TrainConfig, lr: float) -> StepResult:
+    """Sums gradients and this rank's part of the loss over ranks, clips, and steps where both are finite; every rank calls it."""
     distributed.sum_gradients(optimizer.parameters)
     norm = optimizer.clip(config.grad_clip)
-    [total] = distributed.sum_values(float(loss))
+    [total] = distributed.sum_values(loss)
     result = StepResult(total, float(norm), skipped=not (math.isfinite(total) and math.isfinite(norm)))
     if not result.skipped:
-        optimizer.step(config.lr if lr is None else lr)
+        optimizer.step(lr)
     optimizer.zero()
     return result
 
@@ -140,7 +145,7 @@ def train(
         if (path := checkpoint.latest(checkpoint_dir)) is not None:
             _, counts = checkpoint.load(path, optimizer, job)
             stats = TrainStats(**counts)
-    with _training(policy.model), track.progress(prefix, total) as bar:
+    with training(policy.model), track.progress(prefix, total) as bar:
         bar.advance(stats.steps)
         for step in range(stats.steps, total):
             start = time.perf_counter()
@@ -150,7 +155,7 @@ def train(
             totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
             normalizer = totals.samples if config.normalize == "samples" else totals.weight
             lr = learning_rate(step, total, config)
-            with _seeded(seed, step, policy.model):
+            with seeded(seed, step, policy.model):
                 result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
             seconds = time.perf_counter() - start
             stats.count(totals, result, seconds)
@@ -205,7 +210,7 @@ def _check(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: 
         )
 
 
-def _logit_transform(config: Any) -> tuple[float | None, float]:
+def logit_transform(config: Any) -> tuple[float | None, float]:
     """How this model's logits differ from h·Wᵀ + b: softcap and scale, by their names in transformers."""
     text = config.get_text_config()
     divisor = getattr(text, "logits_scaling", None)
@@ -214,7 +219,8 @@ def _logit_transform(config: Any) -> tuple[float | None, float]:
 
 
 @contextmanager
-def _training(model: torch.nn.Module) -> Iterator[None]:
+def training(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in training mode."""
     was_training = model.training
     model.train()
     try:
@@ -224,7 +230,7 @@ def _training(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, step: int, model: torch.nn.Module) -> Iterator[None]:
+def seeded(seed: int, step: int, model: torch.nn.Module) -> Iterator[None]:
     """Dropout's generator follows from (seed, step, rank), and the caller's is left as it was."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -2,7 +2,9 @@
 
 A demonstration is a dialogue that ends in the right answer. Before it come wrong ones, `wrong_share` of all that are
 given, each followed by the feedback that a rollout gives and none given twice. Every assistant turn is trained, the
-wrong ones too: so the base errs now and then, and tries something else when told so.
+wrong ones too: so the base errs now and then, and tries something else when told so. `taught_share` of them show the
+right answer in the first message, as a teacher's prompt does (`drift.reprompt`): a model that cannot read one has
+nothing to distil.
 
 The target is checked by playing problems that no demonstration is made of, and that are in neither of the other splits.
 Which demonstrations a step sees follows from the seed and the step's number; every check leaves a checkpoint.
@@ -26,6 +28,7 @@ from drift.engines import Engine
 from drift.optimizer import MasterAdamW
 from drift.packing import pack
 from drift.policy import Policy
+from drift.reprompt import Lesson, rewrite
 from drift.rollout import feedback, play
 from drift.tasks import Task, TaskError
 from drift.track import Track
@@ -135,6 +138,9 @@ def demonstrations(
     rows = []
     for number in draw.integers(len(problems), size=config.warm_start.batch_size).tolist():
         messages = _dialogue(problems[number], task, problems, config, draw)
+        if taught := config.warm_start.taught_share:  # nothing is drawn where it is off
+            told = Lesson(f"<{task.answer_tag}>{problems[number].answer}</{task.answer_tag}>")
+            messages = rewrite([messages[0], messages[-1]], told) if draw.random() < taught else messages
         rows.append({"prompt_id": problems[number].id, "messages": messages})
     return [
         trajectory

@@ -11,12 +11,15 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ["spec", "formulas", "divergences", "exploration", "rows", "backends", "products", "driver", "distill_driver"]
 KERNELS += ["inputs", "teachers", "autograd", "distill_autograd", "ops", "distill_ops", "testing"]
 TRAINER = [  # lowest first; rooms of one level never import each other
-    {"types", "config", "mathverify", "intervals"},
-    {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"},
+    {"algorithms", "section"},
+    {"types", "online_config", "mathverify", "intervals", "tools"},
+    {"config"},
+    {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
+    | {"routing", "rhythm", "buffer", "curriculum", "teacher"},
     {"policy", "checkpoint", "meter", "records"},
     {"engines", "chat", "trainer", "report"},
-    {"rollout"},
-    {"evaluate", "warm_start"},
+    {"rollout", "reprompt", "branches"},
+    {"evaluate", "warm_start", "online"},
     {"run", "doctor", "stages"},
     {"study"},
     {"cli"},

@@ -431,7 +431,7 @@ def test_dropout_draws_from_its_own_generator():
 
 def test_each_step_draws_its_own_dropout():
     def draw(seed, step):
-        with trainer._seeded(seed, step, policy.model):
+        with trainer.seeded(seed, step, policy.model):
             return torch.rand(3).tolist()
 
     policy = Policy()

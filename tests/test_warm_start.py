@@ -63,6 +63,22 @@ def test_wrong_answers_of_another_kind_come_from_other_problems(parts):
     assert said == {f"word {n}" for n in range(4)}
 
 
+def test_some_dialogues_begin_with_the_solution(parts):
+    """As a teacher's prompt shows it, and then the right answer at once; the others stay as they are."""
+    config, task, policy = parts
+    problems = {problem.id: problem for problem in task.problems("warm")}
+    taught = config.model_copy(update={"warm_start": config.warm_start.model_copy(update={"taught_share": 0.4})})
+    made = [t for step in range(6) for t in demonstrations(policy, task, list(problems.values()), taught, [0, step])]
+    shown = [(problems[t.problem_id], policy.tokenizer.decode(t.token_ids), t) for t in made]
+    told = [(problem, text, t) for problem, text, t in shown if "Correct solution:" in text]
+    for problem, text, trajectory in told:
+        solution = f"<answer>{problem.answer}</answer>"
+        assert text.count(solution) == 2
+        assert f"{problem.prompt}\n\nCorrect solution:\n\n{solution}\n\nCorrectly solve" in text
+        assert len(trajectory.turns) == 1
+    assert len(told) / len(made) == pytest.approx(0.4, abs=4 * np.sqrt(0.24 / len(made)))
+
+
 def test_it_ends_at_the_target_and_is_not_run_again(parts, tmp_path):
     config, task, policy = parts
     done = warm_start(policy, HFEngine(policy), task, config, tmp_path / "base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from drift.intervals import Difference, mean_stderr, paired_difference
-from drift.records import ARMS, Records, Results
+from drift.records import Records, Results
 from drift.report import plots
 from drift.report.text import count_of, esc, figures, percent, points
 
@@ -49,7 +49,7 @@ def _result_row(arm: str, result: Results, records: Records, reference: str) -> 
     if len(records.results) > 1:
         cells.append(f"<td>{_verdict(paired_difference(ours.multi, result.multi)) if arm != reference else '—'}</td>")
     dot = f'<span class="dot" style="background:var(--{_CSS_COLOURS.get(arm, "other")})"></span>'
-    label = f'<span class="arm">{dot}{esc(arm)}</span><small>{esc(ARMS.get(arm, ""))}</small>'
+    label = f'<span class="arm">{dot}{esc(arm)}</span><small>{esc(records.about(arm))}</small>'
     key = ' class="key"' if arm == reference else ""
     return f"<tr{key}><td>{label}</td>{''.join(cells)}</tr>"
 

@@ -1,0 +1,191 @@
+"""The calculator, and what a model might try to break it with; environments; and that a tool's words are not trained."""
+
+import doctest
+import math
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drift import chat, tools
+from drift.config import ModelConfig
+from drift.engines import Sample
+from drift.packing import pack
+from drift.policy import load_policy
+from drift.rollout import Episode
+from drift.tools import CalculatorEnvironment, Step, ToolError, calculate
+from drift.types import Problem
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("(12 + 3) * 4 ** 2", "240"),
+        (" 7//2 + 7 % 4\n", "6"),
+        ("-2 ** 2", "-4"),
+        ("1 / 8", "0.125"),
+        ("1_000 + 0x10", "1016"),
+        ("sqrt(2) ** 2 == 2", "False"),
+        ("1 < 2 < 3 != 4", "True"),
+        ("max(3, min(9, 7.5)) - abs(-2)", "5.5"),
+        ("round(2.675, 2)", repr(round(2.675, 2))),
+        ("round(1234, -2)", "1200"),
+        ("factorial(100) // factorial(98)", "9900"),
+        ("comb(1000, 500)", str(math.comb(1000, 500))),
+        ("gcd(84, 36) + lcm(4, 6)", "24"),
+        ("2 ** 1023", str(2**1023)),
+        ("floor(pi) + ceil(e)", "6"),
+        ("2 ** -1", "0.5"),
+        ("0 ** 0", "1"),
+    ],
+)
+def test_value(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [
+        ("9**9**9", "more than 1024 bits"),
+        ("(9**9)**(9**9)", "more than 1024 bits"),
+        ("2 ** 1024", "more than 1024 bits"),
+        ("(-3) ** (10**300)", "more than 1024 bits"),
+        ("2**1000 * 2**1000", "more than 1024 bits"),
+        ("9" * 400, "more than 1024 bits"),
+        ("9.0**9**9", "too large"),
+        ("factorial(10**9)", "more than 1024 bits"),
+        ("factorial(10**307)", "too large"),
+        ("factorial(1e9)", "float"),
+        ("comb(10**300, 10**299)", "more than 1024 bits"),
+        ("comb(10**9, 10**9 - 9)", "more than 1024 bits"),
+        ("lcm(10**300, 10**300 - 1, 7**300)", "more than 1024 bits"),
+        ("round(5, -10**9)", "the most is 100"),
+        ("1 << 10**9", "operator LShift"),
+        ("1e400", "not a finite real"),
+        ("1e308 * 10", "not a finite real"),
+        ("(-8) ** 0.5", "not a finite real"),
+        ("1 / 0", "division by zero"),
+        ("0 ** -1", "division by zero"),
+        ("log(-1)", "domain|positive"),
+        ("sqrt()", "argument"),
+        ("min()", "empty"),
+        ("().__class__.__bases__[0].__subclasses__()", "Call is not allowed"),
+        ("(1).real", "Attribute is not allowed"),
+        ("__import__('os').system('true')", "Call is not allowed"),
+        ("open('/etc/passwd')", "name 'open'"),
+        ("eval('1')", "name 'eval'"),
+        ("sqrt", "name 'sqrt'"),
+        ("sqrt(x=4)", "name 'sqrt'"),
+        ("sqrt(*[4])", "Starred"),
+        ("sqrt(**{})", "name 'sqrt'"),
+        ("'a' * 10**9", "value 'a'"),
+        ("[1] * 10**9", "List"),
+        ("[x for x in (1, 2)]", "ListComp"),
+        ("(lambda: 1)()", "Call is not allowed"),
+        ("f'{9**9}'", "JoinedStr"),
+        ("(x := 3)", "NamedExpr"),
+        ("1 if 1 else 2", "IfExp"),
+        ("1 and 2", "operator And"),
+        ("~1", "operator Invert"),
+        ("True", "value True"),
+        ("2j", "value 2j"),
+        ("...", "value Ellipsis"),
+        ("1 is 1", "Compare"),
+        ("x = 3", "not one expression"),
+        ("1; 2", "not one expression"),
+        ("1\n2", "not one expression"),
+        ("", "not one expression"),
+        ("1\x002", "not one expression"),
+        ("import os", "not one expression"),
+        ("(" * 249 + "1" + ")" * 249, "not one expression"),
+        ("-" * 400 + "1", "nested more than 40"),
+        ("1" + "+1" * 60, "nested more than 40"),
+        ("1" * 501, "501 characters"),
+    ],
+)
+def test_refused(expression, why):
+    before = time.process_time()
+    with pytest.raises(ToolError, match=why):
+        calculate(expression)
+    assert time.process_time() - before < 5  # minutes or for ever, where a bound is missing
+
+
+def test_a_slow_expression_is_given_up(monkeypatch):
+    monkeypatch.setattr(tools, "SECONDS", -1.0)
+    with pytest.raises(ToolError, match="takes longer"):
+        calculate("1 + 1")
+
+
+def test_as_python_says_on_random_arithmetic():
+    draw = random.Random(0)
+
+    def some(depth):
+        if depth == 0 or draw.random() < 0.2:
+            return str(draw.choice([draw.randrange(20), round(draw.random() * 9, 2)]))
+        return f"({some(depth - 1)} {draw.choice(['+', '-', '*', '/', '//', '%', '<', '=='])} {some(depth - 1)})"
+
+    for _ in range(300):
+        text = some(4)
+        try:
+            expected = repr(eval(text))
+        except ZeroDivisionError:
+            with pytest.raises(ToolError, match="zero"):
+                calculate(text)
+        else:
+            assert calculate(text) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=60), st.text("0123456789.e+-*/%()<>=, abslqrtm_'[]{}:\n", max_size=60)))
+def test_any_text_gives_a_value_or_a_tool_error(text):
+    try:
+        value = calculate(text)
+    except ToolError:
+        return
+    assert value in ("True", "False") or math.isfinite(float(value))
+
+
+def test_environment():
+    environment = CalculatorEnvironment("240", calls=3)
+    assert environment.reset("q") == [{"role": "user", "content": "q"}]
+    said = environment.step("<think><answer>1</answer></think><tool_call>15 * 16</tool_call>")
+    assert said == Step([{"role": "tool", "content": "240"}])
+    assert environment.step("Hm.").messages == [{"role": "user", "content": environment.nudge}]
+    assert environment.step("<tool_call>9**9**9</tool_call>").messages[0]["content"].startswith("Error: the result")
+    assert environment.step("<answer>\n240 </answer>") == Step(reward=1.0, done=True)
+    assert environment.step("<answer>241</answer>") == Step(done=True)
+    two = environment.step("<tool_call>1</tool_call><tool_call>2</tool_call>")
+    assert two == Step(done=True)  # the fourth call of three
+    environment.reset("q")
+    assert len(environment.step("<tool_call>1</tool_call><tool_call>2</tool_call>").messages) == 2
+    lenient = CalculatorEnvironment("240", check=lambda given: float(given) == 240)
+    lenient.reset("q")
+    assert lenient.step("<answer>240.0</answer>").reward == 1.0
+
+
+def test_a_tools_words_are_never_trained():
+    """An episode with two tool calls, as rollouts keep it, packed: targets are exactly what the model said."""
+    policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
+    environment = CalculatorEnvironment("240")
+    episode = Episode(Problem("p", "15 * 16 = ?", "240"), 0, environment.reset("15 * 16 = ?"))
+    lines = ["<tool_call>15 * 16</tool_call>", "<tool_call>1/0</tool_call>", "<answer>240</answer>"]
+    for line in lines:
+        prompt = episode.prompt(policy, "keep")
+        ids = chat.encode(policy.tokenizer, line + "<|im_end|>")
+        episode.take(prompt, Sample(ids, [-1.0] * len(ids), True), line, "keep")
+        step = environment.step(line)
+        episode.messages.extend(step.messages)
+    assert (step.done, step.reward) == (True, 1.0)
+    [trajectory] = chat.to_trajectories(policy, episode.row(0.0), index=0, turns="assistant")
+    [batch] = pack([trajectory], 4096, turns="assistant")
+    shown = policy.tokenizer.decode(batch.input_ids)
+    assert "tool\n240" in shown
+    assert "tool\nError: division by zero" in shown
+    trained = batch.targets[batch.targets != -100]
+    assert policy.tokenizer.decode(trained) == "".join(line + "<|im_end|>" for line in lines)
+
+
+def test_the_example_runs():
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=5)
