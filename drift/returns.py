@@ -136,3 +136,22 @@ def weigh(
         "dropped_weight_share": math.fsum(dropped) / (math.fsum(kept) or 1.0),
     }
     return weights, stats
+
+
+def weigh_for_training(
+    rows: Sequence[dict[str, Any]], config: WeightsConfig
+) -> tuple[list[float | None], dict[str, float]]:
+    """`weigh`, with None in place of the rows of skipped groups: those are left out of steps and denominators too.
+
+    Raises ValueError for no rows, and where every group is skipped.
+    """
+    weights, stats = weigh(rows, config)
+    if not config.skip_unsolved_groups:
+        return list(weights), stats
+    solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}
+    if not solved:
+        raise ValueError(
+            f"skip_unsolved_groups leaves none of {len(rows)} rows to train on, since no group has a right answer; set "
+            "weights.skip_unsolved_groups=false, or take easier problems, a stronger model or a larger rollout.n"
+        )
+    return [weight if row["prompt_id"] in solved else None for row, weight in zip(rows, weights)], stats

@@ -30,7 +30,7 @@ from drift.engines.hf import HFEngine
 from drift.evaluate import evaluate
 from drift.intervals import paired_difference
 from drift.policy import Policy, load_policy
-from drift.returns import weigh
+from drift.returns import weigh, weigh_for_training
 from drift.rollout import collect
 from drift.tasks import Task, load_task, with_rules
 from drift.track import Track, plain
@@ -168,11 +168,9 @@ class _Job:
                     "arms, or take easier problems, a stronger base or a larger rollout.n"
                 )
             return chosen
-        weights, stats = weigh(rows, self.config.weights)
+        weights, stats = weigh_for_training(rows, self.config.weights)
         self.track.log(number, **{f"{name}/{key}": value for key, value in stats.items()})
-        solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}
-        skip = self.config.weights.skip_unsolved_groups
-        return [None if skip and row["prompt_id"] not in solved else w for row, w in zip(rows, weights)]
+        return weights
 
     def _sample(self, path: Path, seed: Sequence[int], prefix: str) -> list[dict[str, Any]]:
         config = self.config

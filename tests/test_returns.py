@@ -7,7 +7,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from drift.config import WeightsConfig
-from drift.returns import effective_sample_size, importance_weights, offpolicy_correction, trajectory_return, weigh
+from drift.returns import (
+    effective_sample_size,
+    importance_weights,
+    offpolicy_correction,
+    trajectory_return,
+    weigh,
+    weigh_for_training,
+)
 
 
 def row(rewards, answers=(), penalty=0.0, prompt="p", t_star=None):
@@ -150,6 +157,17 @@ def test_weigh_skips_unsolved_groups_on_request():
     assert stats["ess_overall"] == pytest.approx(effective_sample_size([plain[0], plain[2], plain[4]]) / 3)
     weights, stats = weigh([ROWS[1]], WeightsConfig(skip_unsolved_groups=True))
     assert (weights, stats["ess_mean"], stats["unsolved_share"]) == ([0.0], 0.0, 1.0)
+
+
+def test_a_training_leaves_out_the_rows_of_skipped_groups():
+    plain, stats = weigh(ROWS, WeightsConfig())
+    assert weigh_for_training(ROWS, WeightsConfig()) == (plain, stats)
+    skipping = WeightsConfig(skip_unsolved_groups=True)
+    weights, stats = weigh_for_training(ROWS, skipping)
+    assert weights == [plain[0], None, plain[2], None, plain[4]]
+    assert stats == weigh(ROWS, skipping)[1]
+    with pytest.raises(ValueError, match=r"none of 2 rows to train on.*skip_unsolved_groups=false"):
+        weigh_for_training([ROWS[1], ROWS[3]], skipping)
 
 
 def test_min_weight_is_counted_and_leaves_weights_as_they_are():
