@@ -5,7 +5,7 @@ Everything lies in one folder, and each stage leaves a file there, so that a run
     config.yaml  metrics.jsonl  seconds.json  summary.json  report.html
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
-    seed-K/ARM/               the trained model (while it is trained: checkpoints)
+    seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl
     seed-K/eval-ARM.json      what it solved
 
 Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are
@@ -127,7 +127,7 @@ class _Job:
         for number in range(config.train.rounds):
             inside = folder / f"round-{number}"
             if number > 0:
-                rows = self._sample(inside / "rollouts.jsonl", [seed, number], f"{name}/rollout-{number}")
+                rows = self._sample(folder / f"rollouts-{number}.jsonl", [seed, number], f"{name}/rollout-{number}")
             weights = self._weights(arm, rows, f"{name}/weights", number)
             chosen = [
                 trajectory

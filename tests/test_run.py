@@ -169,7 +169,7 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
     sampled, started, collect, train = [], [], module.collect, module.train
 
     def spy_collect(policy, engine, task, problems, settings, path, *rest):
-        sampled.append((policy.hash(), path.parent.name))
+        sampled.append((policy.hash(), path.relative_to(tmp_path / "runs" / "digits").as_posix()))
         return collect(policy, engine, task, problems, settings, path, *rest)
 
     def spy_train(policy, *args, **kwargs):
@@ -180,7 +180,13 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
     monkeypatch.setattr(module, "train", spy_train)
     run(config)
     base = load_policy(config.model.model_copy(update={"path": str(tmp_path / "runs" / "digits" / "base")})).hash()
-    assert [place for _, place in sampled] == ["digits", "round-1", "round-1"]
+    later = [f"seed-0/{arm}/rollouts-1.jsonl" for arm in config.arms]
+    assert [place for _, place in sampled] == ["rollouts.jsonl", *later]
+    for (who, place), arm in zip(sampled[1:], config.arms):  # kept, though the arm's checkpoints go
+        rows = store.read(tmp_path / "runs" / "digits" / place)
+        assert len(rows) == config.task.train_problems * config.rollout.n
+        assert store.check_policy(rows, who) == 0
+        assert not list((tmp_path / "runs" / "digits" / "seed-0" / arm).glob("round-*"))
     assert [who == base for who in started] == [True, False, True, False]
     assert [who for who, _ in sampled] == [base, started[1], started[3]]
 
