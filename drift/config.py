@@ -87,7 +87,7 @@ class TaskConfig(Section):
 class WarmStartConfig(Section):
     """Supervised training of the tiny model up to a target, not for a number of steps."""
 
-    enabled: bool = True
+    enabled: bool = True  # false where model.path names a model, which is taken as it is
     target_low: Share = 0.30  # share of problems solved within rollout.turns sampled turns
     target_high: Share = 0.50
     max_steps: Positive = 2000
@@ -198,6 +198,19 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:
+        model, warm_start = (data.get(key, {}) for key in ("model", "warm_start")) if isinstance(data, dict) else ((), ())
+        if not isinstance(model, dict) or not isinstance(warm_start, dict) or model.get("path") is None:
+            return data
+        if warm_start.get("enabled") is True:
+            raise ValueError(
+                f"warm_start.enabled is true and model.path {model['path']!r}, but only the embedded tiny model is warm-"
+                "started; leave one of them out"
+            )
+        return {**data, "warm_start": {"enabled": False, **warm_start}}
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Config:

@@ -133,6 +133,17 @@ def test_bad_value_says_what_would_do(tmp_path, override, said):
     assert complaint(tmp_path, override) == said
 
 
+def test_only_the_embedded_model_is_warm_started(tmp_path):
+    assert config(tmp_path).warm_start.enabled
+    assert config(tmp_path, "name: q\n", "model.path=null").warm_start.enabled
+    given = config(tmp_path, "name: q\nwarm_start: {target_low: 0.2}\n", "model.path=m")
+    assert (given.warm_start.enabled, given.warm_start.target_low) == (False, 0.2)
+    assert parse(yaml.safe_load(dump(given))) == given
+    said = complaint(tmp_path, "model.path=m", "warm_start.enabled=true")
+    assert said.startswith("warm_start.enabled is true and model.path 'm'")
+    assert "leave one of them out" in said
+
+
 def test_path_is_refused_where_nothing_reads_it(tmp_path):
     assert "only kind jsonl reads" in complaint(tmp_path, "task.path=a.jsonl")
     assert config(tmp_path, "name: q\n", "task.path=a.jsonl", "task.kind=jsonl").task.path == "a.jsonl"

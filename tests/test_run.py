@@ -193,9 +193,8 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
 
 def test_a_given_model_is_not_warm_started_and_is_told_the_format(whole, tmp_path):
     config, folder, _ = whole
-    given = changed(config, name="given", seeds=[0], output_dir=str(tmp_path), model={"path": str(folder / "base")})
-    asked = {}
-    given = changed(given, arms=["uniform"])
+    given = changed(config, name="given", seeds=[0], arms=["uniform"], output_dir=str(tmp_path))
+    given = changed(given, model={"path": str(folder / "base")}, warm_start={"enabled": False})
     summary = run(given)
     rows = store.read(tmp_path / "given" / "rollouts.jsonl")
     asked = {row["messages"][0]["content"] for row in rows}
