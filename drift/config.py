@@ -202,7 +202,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:
-        model, warm_start = (data.get(key, {}) for key in ("model", "warm_start")) if isinstance(data, dict) else ((), ())
+        model, warm_start = (
+            (data.get(key, {}) for key in ("model", "warm_start")) if isinstance(data, dict) else ((), ())
+        )
         if not isinstance(model, dict) or not isinstance(warm_start, dict) or model.get("path") is None:
             return data
         if warm_start.get("enabled") is True:
