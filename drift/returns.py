@@ -12,6 +12,7 @@ from typing import Any
 
 from drift.config import WeightsConfig
 
+SMALLEST = -87.0  # exp of it is the least that float32 holds in full precision
 _TURN = re.compile(r"t([1-9][0-9]*)")
 
 
@@ -44,7 +45,7 @@ def trajectory_return(row: dict[str, Any], gamma: float = 0.9, repetition: float
 def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[float]:
     """w_i = exp((R_i - max R)/β) / mean_j exp((R_j - max R)/β) over one prompt's group (A3); their mean is 1.
 
-    Finite for any β > 0, however small. Raises ValueError for β <= 0 and for returns that are not finite.
+    Finite for any β > 0, however small; what float32 would not hold is 0. Raises ValueError for β <= 0 and for returns that are not finite.
     """
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it should be greater than 0 (0.1 is the published setting)")
@@ -53,7 +54,7 @@ def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[floa
     if not returns:
         return []
     best = max(returns)
-    scores = [math.exp((value - best) / beta) for value in returns]
+    scores = [math.exp(power) if (power := (value - best) / beta) > SMALLEST else 0.0 for value in returns]
     mean = math.fsum(scores) / len(scores) + 1e-12
     return [score / mean for score in scores]
 

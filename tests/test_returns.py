@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -93,6 +94,10 @@ def test_weights_stay_finite(returns, beta):
 
 def test_small_beta_takes_the_best_alone():
     assert importance_weights([0.0, 1.0, 0.5, 1.0], 1e-3) == pytest.approx([0.0, 2.0, 0.0, 2.0])
+    for beta in (1e-300, 1e-3, 0.0125, 0.01149, 0.011):  # a weight is 0, or one that float32 holds
+        weights = importance_weights([1.0, *(n / 50 for n in range(50))], beta)
+        assert all(weight == 0 or weight >= float(np.finfo(np.float32).tiny) for weight in weights)
+        assert weights[0] > 0
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
