@@ -18,7 +18,7 @@ from drift import _packing
 from drift.types import PackedBatch, Trajectory
 
 IGNORE = -100
-FLOAT32 = np.finfo(np.float32)
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # weights that float32 holds
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def pack(
         _check(trajectory)
     kept = [t for t in trajectories if t.weight != 0 and t.weight >= min_weight]
     for trajectory in kept:
-        if not FLOAT32.tiny <= trajectory.weight <= FLOAT32.max:
+        if not LEAST <= trajectory.weight <= MOST:
             held = "0" if trajectory.weight < 1 else "infinity"
             raise ValueError(
                 f"{_name(trajectory)}: weight is {trajectory.weight}, which is {held} in float32; weights should lie "

@@ -143,12 +143,6 @@ def test_weight_zero_never_enters():
     assert pack([], 8) == []
 
 
-def test_weight_too_small_for_float32_is_not_active():
-    (batch,) = pack([trajectory(1, 1, weight=1e-60, index=1), trajectory(1, 1, index=2)], 8)
-    assert batch.active.tolist() == [2]
-    assert (batch.targets != -100).sum() == 2
-
-
 def test_oldest_prompt_tokens_are_cut_and_counted():
     long = trajectory(10, 3, 2, 4, index=1, logprobs=[-float(i) for i in range(19)])  # 19 tokens, last turn [15, 19)
     (batch,) = pack([long, trajectory(1, 2, index=2, logprobs=[0.0, -1.0, -2.0])], 16, max_length=8)
