@@ -45,7 +45,8 @@ def trajectory_return(row: dict[str, Any], gamma: float = 0.9, repetition: float
 def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[float]:
     """w_i = exp((R_i - max R)/β) / mean_j exp((R_j - max R)/β) over one prompt's group (A3); their mean is 1.
 
-    Finite for any β > 0, however small; what float32 would not hold is 0. Raises ValueError for β <= 0 and for returns that are not finite.
+    Finite for any β > 0, however small; what float32 would not hold is 0. Raises ValueError for β <= 0 and for returns
+    that are not finite.
     """
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it should be greater than 0 (0.1 is the published setting)")

@@ -208,14 +208,41 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
 
 
 def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
-    """The denominator as a 0-d tensor of like's dtype and device, without gradient."""
+    """The denominator as a 0-d tensor of like's dtype and device, without gradient.
+
+    A tensor's value is looked at on a CPU alone: elsewhere looking costs a wait. NaN comes from NaN data, and may pass.
+    """
+    wrong = "normalizer={} must be positive; it is the global denominator of the loss"
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and float(value) <= 0:
+            raise ValueError(wrong.format(float(value)))
         return value.detach().reshape(()).to(like)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"normalizer={value!r} must be a number or a 0-d tensor")
     if not value > 0:
-        raise ValueError(f"normalizer={value} must be positive; it is the global denominator of the loss")
+        raise ValueError(wrong.format(value))
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
+def check_closure(output: object, logprobs: Tensor) -> None:
+    """Raises unless `output`, fn(logprobs, …), is a tensor and a function of no leaf that requires grad but `logprobs`."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"fn returned a {type(output).__name__}; it must return a tensor, one loss a token")
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else logprobs
+        if leaf is not logprobs:
+            raise ValueError(
+                f"fn reads a {tuple(leaf.shape)} tensor that requires grad, and no gradient would reach it; detach it, or "
+                "write the loss on linear_logprob's logprobs"
+            )
+        todo += [function for function, _ in node.next_functions]
 
 
 OUTPUTS = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs")

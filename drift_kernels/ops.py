@@ -21,6 +21,7 @@ from drift_kernels.inputs import (
     POLICY_OUTPUTS,
     Flat,
     as_normalizer,
+    check_closure,
     check_cu_seqlens,
     check_data,
     check_outputs,
@@ -249,7 +250,8 @@ def pointwise_loss(
 
     `fn` gets log-probs [n] and the tensors' slices [n] of whichever positions are at hand, and returns losses [n]; token i's
     loss may read token i alone. That is checked on each call by comparing fn of the whole with fn of its halves; a function
-    that mixes tokens, and tensors that require grad, raise ValueError. Default normalizer: the number of unmasked positions.
+    that mixes tokens, and tensors that require grad (passed or read by `fn`), raise ValueError. Default normalizer: the
+    number of unmasked positions.
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     for i, tensor in enumerate(per_token_tensors):
@@ -435,9 +437,10 @@ def _metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], fa
 def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> None:
     """Raises ValueError unless fn of the whole is fn of its halves, and has a loss a token."""
     device = tensors[0].device if tensors else None
+    logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
+    whole = fn(logprobs.requires_grad_(torch.is_grad_enabled()), *tensors)
+    check_closure(whole, logprobs)
     with torch.no_grad():
-        logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
-        whole = fn(logprobs, *tensors)
         if whole.shape != logprobs.shape:
             raise ValueError(
                 f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce"

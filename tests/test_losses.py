@@ -246,6 +246,24 @@ def test_pointwise_loss_refuses_what_it_would_get_wrong():
         dk.pointwise_loss(*args, focal, case.advantages.clone().requires_grad_())
     with pytest.raises(ValueError, match="has shape"):
         dk.pointwise_loss(*args, focal, case.advantages[:3])
+    with pytest.raises(TypeError, match="fn returned a float"):
+        dk.pointwise_loss(*args, lambda logp: 1.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pointwise_loss_refuses_a_closure_that_would_get_no_gradient(backend):
+    case, config = make_case(10, 9, 61), dk.KernelConfig(backend=backend)
+    args, power = (case.hidden, case.weight, case.targets), torch.tensor(2.0, requires_grad=True)
+
+    def fn(logp):
+        return -logp * (1 - logp.exp()) ** power.exp()
+
+    with pytest.raises(ValueError, match=r"fn reads a \(\) tensor that requires grad.*detach it, or.*linear_logprob"):
+        dk.pointwise_loss(*args, fn, config=config)
+    with torch.no_grad():  # nobody waits for a gradient
+        expected = dk.pointwise_loss(*args, fn, config=config).loss
+    power.requires_grad_(False)
+    assert dk.pointwise_loss(*args, fn, config=config).loss == expected
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
