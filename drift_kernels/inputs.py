@@ -52,10 +52,15 @@ class Flat:
         return mask
 
 
-def check_data(name: str, value: object, device: torch.device) -> None:
-    """Raises unless `value` is a real tensor on `device` that no gradient is expected for."""
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+
+
+def check_data(name: str, value: Tensor, device: torch.device) -> None:
+    """Raises unless `value` is a real tensor on `device` that no gradient is expected for."""
+    check_tensor(name, value)
     if value.device != device:
         raise ValueError(f"{name} lies on {value.device}, hidden on {device}; move it")
     if value.is_complex():
@@ -83,9 +88,10 @@ def flatten(
     if lora is not None and not isinstance(lora, LoRAHead):
         raise TypeError(f"lora is a {type(lora).__name__}; it must be LoRAHead(A, B, scale)")
     low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
-    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias), ("targets", targets), *low_rank):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    needed = (("weight", weight), ("hidden", hidden), ("targets", targets), *low_rank)
+    optional = (("bias", bias), ("rows", rows), ("active", active))
+    for name, value in (*needed, *(pair for pair in optional if pair[1] is not None)):
+        check_tensor(name, value)
         if isinstance(value, DTensor):
             raise NotImplementedError(
                 f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
@@ -177,6 +183,7 @@ def segment_ids(
     if given is not None and cu_seqlens is not None:
         raise ValueError("cu_seqlens and segment_ids both say where sequences end; pass one of them")
     if given is not None:
+        check_tensor("segment_ids", given)
         if given.shape != shape or given.dtype != torch.int64:
             raise ValueError(
                 f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
@@ -185,6 +192,7 @@ def segment_ids(
             raise ValueError(f"segment_ids holds {int(given.min())}; sequences are numbered from 0")
         return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
     if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"

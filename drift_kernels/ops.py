@@ -25,6 +25,7 @@ from drift_kernels.inputs import (
     check_cu_seqlens,
     check_data,
     check_outputs,
+    check_tensor,
     flatten,
     segment_ids,
     with_needs,
@@ -66,11 +67,13 @@ class LossOutput:
 
 def shift_targets(input_ids: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Targets for `input_ids` [T] or [B, L] int64: the next token, `ignore_index` at the end of every segment."""
+    check_tensor("input_ids", input_ids)
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {input_ids.dtype}; it must be int64 (or int32)")
     targets = torch.full_like(input_ids, ignore_index)
     targets[..., :-1] = input_ids[..., 1:]
     if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         if input_ids.dim() != 1:
             raise ValueError(f"cu_seqlens goes with packed [T] input_ids; got {tuple(input_ids.shape)}")
         check_cu_seqlens(cu_seqlens, input_ids.numel())
@@ -335,6 +338,8 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
 def _segments(
     flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None
 ) -> tuple[Tensor | None, int]:
+    if not isinstance(spec, PolicySpec):
+        raise TypeError(f"spec={spec!r} must be a PolicySpec, such as PolicySpec.preset('dapo')")
     segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
     if segments is None:
         wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
