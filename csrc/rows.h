@@ -4,6 +4,8 @@
 // is null. z = softcap(logit_scale * (x + bias)) / temperature is written over the product x.
 #pragma once
 #include <cstdint>
+#include <string>
+#include <vector>
 #include "policy.h"
 
 namespace drift {
@@ -50,5 +52,10 @@ template <class R> void grad_logits(const Rows& rows, const Coefs& coefs, bool r
 template <class R> void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, uint8_t* live);
 // Moves live rows to the front (in any order); order[k] is where row k came from. Returns how many.
 int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, const uint8_t* live, int64_t* order);
+
+// The instruction sets that the sweeps over a row are compiled for and this CPU has, best last; and, for tests, which of
+// them every later call takes. Any thread may set it at any time: a row is swept by one or the other.
+std::vector<std::string> row_isas();
+void limit_row_isa(const std::string& name);
 
 }  // namespace drift

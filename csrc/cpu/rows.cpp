@@ -6,8 +6,10 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -194,21 +196,34 @@ SWEEPS(Avx2, __attribute__((target("avx2,fma"))))
 SWEEPS(Avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))))
 #endif
 
-template <class R>
-Sweeps<R> choose() {
+enum Isa { BASELINE, AVX2, AVX512 };
+constexpr const char* ISA_NAMES[] = {"baseline", "avx2", "avx512"};
+
+Isa best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    return {Avx512<R>::stats, Avx512<R>::grad};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {Avx2<R>::stats, Avx2<R>::grad};
+    return AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
-  return {Baseline<R>::stats, Baseline<R>::grad};
+  return BASELINE;
+}
+
+std::atomic<Isa>& chosen_isa() {
+  static std::atomic<Isa> chosen{best_isa()};
+  return chosen;
 }
 
 template <class R>
-const Sweeps<R>& sweeps() {
-  static const Sweeps<R> chosen = choose<R>();
-  return chosen;
+Sweeps<R> sweeps() {
+#if defined(__x86_64__)
+  switch (chosen_isa().load(std::memory_order_relaxed)) {
+    case AVX512: return {Avx512<R>::stats, Avx512<R>::grad};
+    case AVX2: return {Avx2<R>::stats, Avx2<R>::grad};
+    case BASELINE: break;
+  }
+#endif
+  return {Baseline<R>::stats, Baseline<R>::grad};
 }
 
 template <class R>
@@ -282,6 +297,16 @@ bool differentiate(const Rows& rows, int64_t i, bool raw, R lse, R extra, R E, R
 }
 
 }  // namespace
+
+std::vector<std::string> row_isas() {
+  return {ISA_NAMES, ISA_NAMES + best_isa() + 1};
+}
+
+void limit_row_isa(const std::string& name) {
+  for (int isa = BASELINE; isa <= best_isa(); isa++)
+    if (name == ISA_NAMES[isa]) return chosen_isa().store(static_cast<Isa>(isa));
+  throw std::invalid_argument("limit_isa: this CPU has no '" + name + "'; see isas()");
+}
 
 template <class R>
 void row_stats(const Rows& rows, const Stats& stats) {
