@@ -2,7 +2,8 @@
 
 Every section is a frozen pydantic model that refuses unknown keys, and types are strict: a number in quotes is not a
 number. `load` turns every complaint into one `ConfigError` whose lines name the dotted path, the value, and what would
-do. YAML is read as YAML, save that 1e-4 is a number (version 1.1 takes it for text) and a key given twice is an error.
+do. YAML is read as YAML, save that 1e-4 is a number (version 1.1 takes it for text), that 1:30 and 010 are not (it takes
+them for 90 and 8), and that a key given twice is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -94,7 +96,7 @@ class WarmStartConfig(Section):
     check_every: Positive = 25
     check_problems: Positive = 200
     batch_size: Positive = 64
-    lr: Rate = 2e-3
+    lr: LearningRate = 2e-3
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
 
     @model_validator(mode="after")
@@ -109,7 +111,7 @@ class RolloutConfig(Section):
 
     n: Positive = 16  # trajectories a prompt
     turns: Positive = 5
-    temperature: Rate = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 512
     feedback: Literal["simple", "full"] = "simple"
@@ -134,13 +136,13 @@ EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
 class TrainConfig(Section):
     """Weighted supervised training (A4, A5)."""
 
-    lr: Rate = 5e-6
+    lr: LearningRate = 5e-6
     warmup_ratio: Share = 0.1
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     grad_clip: Rate = 1.0
-    epochs: Rate = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_size: Positive = 128  # trajectories an optimizer step, over all ranks
     max_tokens: Annotated[int, Field(ge=2)] = 8192  # a pack, which is a micro-batch
     max_length: Annotated[int, Field(ge=2)] = 8704  # a trajectory: its oldest prompt turns are cut to fit
@@ -267,6 +269,21 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def _plain_number(self, node: yaml.ScalarNode) -> float:
+        """Not what only YAML 1.1 takes for a number: 1:30 for 90, to the base of 60, and 010 for 8."""
+        digits = node.value.lstrip("+-").replace("_", "")
+        if ":" in digits or re.fullmatch(r"0[0-9]+", digits):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value} is no decimal number; write it as one, or in quotes where it is text",
+                problem_mark=node.start_mark,
+            )
+        integer = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader._plain_number)
 
 
 class _Dumper(yaml.SafeDumper):
