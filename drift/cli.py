@@ -189,6 +189,13 @@ def _eval(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if not Path(options.run_dir).is_dir():
         raise ConfigError(f"RUN_DIR {options.run_dir!r} is not a folder; a run writes to output_dir/name")
+    if not any(
+        (Path(options.run_dir) / name).exists()
+        for name in ("config.yaml", "summary.json", "metrics.jsonl", "rollouts.jsonl")
+    ):
+        inside = sorted(str(path.parent) for path in Path(options.run_dir).glob("*/config.yaml"))
+        hint = f"; did you mean {' or '.join(inside[:5])}?" if inside else "; a run writes one to output_dir/name"
+        raise ConfigError(f"RUN_DIR {options.run_dir!r} holds no run: there is no config.yaml{hint}")
     from drift import report
 
     print(report.write(options.run_dir))

@@ -167,6 +167,12 @@ def test_report_writes_the_page(tmp_path, capsys):
     assert (folder / "report.html").exists()
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"holds no run: there is no config.yaml; did you mean {folder}?" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    (folder / "summary.json").write_text('{"results": 3}')
+    assert cli.main(["report", str(folder)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_doctor_reports_backends_packages_and_machine(capsys):
