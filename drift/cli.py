@@ -20,6 +20,7 @@ from drift.config import Config, ConfigError, load
 from drift.intervals import Difference, mean_stderr, paired_difference
 from drift.records import ARMS, Records, read
 
+FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 EPILOG = """\
 examples:
   drift run configs/quickstart.yaml                        the whole job: sample, weigh, train, evaluate, report
@@ -135,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
     console.print(results_table(records))
     if before is not None and before == _written(folder / "summary.json"):
         console.print(_how_to_start_afresh(folder), markup=False, highlight=False, soft_wrap=True)
-    for name in ("summary.json", "report.html", "metrics.jsonl", "rollouts.jsonl"):
+    for name in (FILES[0], "report.html", *FILES[1:]):
         if (folder / name).exists():
             console.print(f"  {folder / name}", markup=False, highlight=False, soft_wrap=True)
     return 0

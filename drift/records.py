@@ -141,11 +141,11 @@ def _read_results(records: Records) -> None:
         records.turns = next(iter(read.values()))[0]
         records.results = {arm: result for arm, (_, result) in read.items()}
         number = len(next(iter(records.results.values())).multi)
-        records.seeds = records.summary.get("seeds", list(range(number)))
-        _expect(file, isinstance(records.seeds, list) and len(records.seeds) == number, f"seeds should list {number}")
         for arm, (turns, result) in read.items():
             alike = (turns, len(result.multi)) == (records.turns, number)
             _expect(file, alike, f"results.{arm} should have as many seeds and turns as the other arms")
+        records.seeds = records.summary.get("seeds", list(range(number)))
+        _expect(file, isinstance(records.seeds, list) and len(records.seeds) == number, f"seeds should list {number}")
         return
     records.seeds = complete
     for arm, tables in records.solved_at.items():
