@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from drift import chat, distributed, store
 from drift.config import Config, ConfigError
 from drift.engines.hf import HFEngine
@@ -87,6 +89,7 @@ def _policy(config: Config, model: str | None) -> Policy:
                 "by --model or model.path=…; or take random weights by warm_start.enabled=false"
             )
         path = str(base)
+    transformers_logging.disable_progress_bar()
     settings = config.model.model_copy(update={"path": path})
     return load_policy(settings, device=distributed.device(), seed=config.task.seed)
 
