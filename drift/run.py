@@ -54,12 +54,14 @@ def run(config: Config) -> dict[str, Any]:
     """
     folder = Path(config.output_dir) / config.name
     if (summary := _finished(folder, config)) is not None:
-        Track(None).say(f"{folder} is done: {len(config.seeds)} seeds, arms {', '.join(config.arms)}")
+        Track(None).say(f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.arms)}")
         return summary
     _claim(folder, config)
     transformers_logging.disable_progress_bar()
     task = load_task(config.task)
     try:
+        for split in ("train", "eval"):
+            task.problems(split)  # too few are said now, not after the warm start
         with (
             distributed.launched(timeout=LONGEST_WAIT) as rank,
             Track(
@@ -300,9 +302,9 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _claim(folder: Path, config: Config) -> None:
-    """Writes config.yaml; in a folder that has one, only what may differ between two runs may differ."""
+    """Writes config.yaml; in a folder where a run has got anywhere, only what may differ between two runs may differ."""
     file = folder / "config.yaml"
-    if file.exists():
+    if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
         before, now = load(file, []).model_dump(), config.model_dump()
         differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
         if before["seeds"][0] != config.seeds[0]:

@@ -15,10 +15,11 @@ from scripted import quarters
 
 from drift import run as module
 from drift import store
-from drift.config import ConfigError, dump
+from drift.config import ConfigError, dump, load
 from drift.policy import load_policy
 from drift.returns import weigh
 from drift.run import RunError, run, steps_of
+from drift.tasks import TaskError
 
 ARMS = ("base", "uniform", "success_only", "drift")
 
@@ -93,7 +94,7 @@ def test_a_second_run_is_done_and_says_so(whole, capfd, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     assert run(config) == summary
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert "is done: 2 seeds" in capfd.readouterr().err
+    assert "is done: seeds 0, 1, arms" in capfd.readouterr().err
 
 
 def test_other_settings_are_refused_by_name(whole):
@@ -102,6 +103,15 @@ def test_other_settings_are_refused_by_name(whole):
         run(changed(config, train={"lr": 2e-3}))
     with pytest.raises(ConfigError, match=r"seeds began with 0 and now with 1"):
         run(changed(config, seeds=[1, 0]))
+
+
+def test_a_run_that_never_began_may_be_mended(tmp_path):
+    config = quarters(tmp_path)
+    with pytest.raises(TaskError, match=r"task\.eval_problems=9999: .*ask for fewer"):
+        run(changed(config, task={"eval_problems": 9999}))
+    assert [path.name for path in (tmp_path / "runs" / "digits").iterdir()] == ["config.yaml"]
+    module._claim(tmp_path / "runs" / "digits", config)
+    assert load(tmp_path / "runs" / "digits" / "config.yaml") == config
 
 
 def test_more_seeds_and_fewer_arms_go_on_from_what_is_there(tmp_path):
