@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,7 @@ FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 EPILOG = """\
 examples:
   drift run configs/quickstart.yaml                        the whole job: sample, weigh, train, evaluate, report
-  drift run configs/quickstart.yaml seeds=[0] train.lr=1e-4    the same with two settings changed
+  drift run configs/quickstart.yaml 'seeds=[0]' train.lr=1e-4  the same with two settings changed
   drift report runs/quickstart                             the page again, also of a run that is not finished
 """
 
@@ -68,9 +69,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings are given as key=value, such as train.lr=1e-4" if hasattr(options, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"drift {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, call: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     def with_config(command: argparse.ArgumentParser) -> None:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
         command.add_argument(
-            "overrides", metavar="key=value", nargs="*", help="settings to change, such as train.lr=1e-4"
+            "overrides", metavar="key=value", nargs="*", default=[], help="settings to change, such as train.lr=1e-4"
         )
 
     def with_model(command: argparse.ArgumentParser) -> None:
@@ -120,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, such as runs/quickstart")
     add("doctor", _doctor, "what is installed, which backends can run, and why not")
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("drift-rl")
+    except metadata.PackageNotFoundError:
+        return "(from a folder, not installed)"
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -349,12 +349,18 @@ def _known_paths(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _unknown(path: tuple[str, ...]) -> str:
-    """Names the path at the same depth that is spelt much alike, else the same key elsewhere, else the most alike."""
+    """Names what is spelt much alike at the same depth, else the same key elsewhere, else all that the section knows."""
     dotted, known = ".".join(path), list(_known_paths(Config))
     near = difflib.get_close_matches(dotted, [other for other in known if other.count(".") == len(path) - 1], 1, 0.8)
     near = near or [other for other in known if other.split(".")[-1] == path[-1]]
-    near = near or difflib.get_close_matches(dotted, known, 1, 0.0)
-    return f"{dotted}: no such setting; did you mean {' or '.join(near)}?"
+    if near:
+        return f"{dotted}: no such setting; did you mean {' or '.join(near)}?"
+    prefix = dotted.removesuffix(path[-1])
+    keys = [other for other in known if other.startswith(prefix) and "." not in other.removeprefix(prefix)]
+    if not keys:  # an unknown section
+        return f"{dotted}: no such setting; did you mean {difflib.get_close_matches(dotted, known, 1, 0.0)[0]}?"
+    there = ", ".join(key.removeprefix(prefix) for key in keys)
+    return f"{dotted}: no such setting; {prefix.removesuffix('.') or 'the file'} knows {there}"
 
 
 def _ill_typed(error: Any) -> str:

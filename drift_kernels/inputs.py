@@ -244,7 +244,7 @@ def check_closure(output: object, logprobs: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = node.variable if type(node).__name__ == "AccumulateGrad" else logprobs
+        leaf = getattr(node, "variable", logprobs) if type(node).__name__ == "AccumulateGrad" else logprobs
         if leaf is not logprobs:
             raise ValueError(
                 f"fn reads a {tuple(leaf.shape)} tensor that requires grad, and no gradient would reach it; detach it, or "

@@ -87,6 +87,12 @@ def test_unknown_key_always_names_something(tmp_path):
     assert "did you mean" in complaint(tmp_path, "zzzzzz.qqqqq=1")
 
 
+def test_unknown_key_like_no_other_gets_the_section_s(tmp_path):
+    said = complaint(tmp_path, "train.learning_rate=1e-4")
+    assert said == f"train.learning_rate: no such setting; train knows {', '.join(TrainConfig.model_fields)}"
+    assert complaint(tmp_path, "xyzzy=1").startswith("xyzzy: no such setting; the file knows name, output_dir, seeds")
+
+
 def test_every_unknown_key_is_named(tmp_path):
     assert complaint(tmp_path, text="name: q\ntrain: {lrr: 1, epoch: 2}\nevil: {turn: 3}\n").splitlines() == [
         "train.lrr: no such setting; did you mean train.lr?",
