@@ -28,8 +28,8 @@ setup(
     ext_modules=[
         extension(
             "drift_kernels._cpu",
-            ["csrc/bindings.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/distill.cpp", "csrc/cpu/gemm.cpp"],
-            ["csrc/policy.h", "csrc/rows.h", "csrc/cpu/sweeps.h", "csrc/cpu/gemm.h"],
+            ["csrc/bindings.cpp", "csrc/cpu/rows.cpp", "csrc/cpu/distill.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/gemm.cpp"],
+            ["csrc/policy.h", "csrc/rows.h", "csrc/cpu/sweeps.h", "csrc/cpu/isa.h", "csrc/cpu/gemm.h"],
         ),
         extension("drift._packing", ["csrc/packing.cpp"], []),
     ]

@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -147,6 +149,9 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     return compact(reinterpret_cast<void*>(logits), rows, row_bytes, stride_bytes, bytes(live), reinterpret_cast<int64_t*>(order));
   });
+
+  m.def("isas", &row_isas);
+  m.def("limit_isa", [](const std::optional<std::string>& name) { limit_row_isa(name ? *name : row_isas().back()); });
 
   py::class_<Gemm> gemm(m, "Gemm");
   gemm.def(py::init<>());

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -20,10 +21,11 @@ from drift.config import Config, ConfigError, load
 from drift.intervals import Difference, mean_stderr, paired_difference
 from drift.records import Records, read
 
+FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 EPILOG = """\
 examples:
   drift run configs/quickstart.yaml                        the whole job: sample, weigh, train, evaluate, report
-  drift run configs/quickstart.yaml seeds=[0] train.lr=1e-4    the same with two settings changed
+  drift run configs/quickstart.yaml 'seeds=[0]' train.lr=1e-4  the same with two settings changed
   drift report runs/quickstart                             the page again, also of a run that is not finished
 """
 
@@ -67,9 +69,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; settings are given as key=value, such as train.lr=1e-4" if hasattr(options, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"drift {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, call: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     def with_config(command: argparse.ArgumentParser) -> None:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
         command.add_argument(
-            "overrides", metavar="key=value", nargs="*", help="settings to change, such as train.lr=1e-4"
+            "overrides", metavar="key=value", nargs="*", default=[], help="settings to change, such as train.lr=1e-4"
         )
 
     def with_model(command: argparse.ArgumentParser) -> None:
@@ -121,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    try:
+        return metadata.version("drift-rl")
+    except metadata.PackageNotFoundError:
+        return "(from a folder, not installed)"
+
+
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     folder = run_dir(config)
@@ -135,7 +146,7 @@ def _run(options: argparse.Namespace) -> int:
     console.print(results_table(records))
     if before is not None and before == _written(folder / "summary.json"):
         console.print(_how_to_start_afresh(folder), markup=False, highlight=False, soft_wrap=True)
-    for name in ("summary.json", "report.html", "metrics.jsonl", "rollouts.jsonl"):
+    for name in (FILES[0], "report.html", *FILES[1:]):
         if (folder / name).exists():
             console.print(f"  {folder / name}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -189,6 +200,13 @@ def _eval(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if not Path(options.run_dir).is_dir():
         raise ConfigError(f"RUN_DIR {options.run_dir!r} is not a folder; a run writes to output_dir/name")
+    if not any(
+        (Path(options.run_dir) / name).exists()
+        for name in ("config.yaml", "summary.json", "metrics.jsonl", "rollouts.jsonl")
+    ):
+        inside = sorted(str(path.parent) for path in Path(options.run_dir).glob("*/config.yaml"))
+        hint = f"; did you mean {' or '.join(inside[:5])}?" if inside else "; a run writes one to output_dir/name"
+        raise ConfigError(f"RUN_DIR {options.run_dir!r} holds no run: there is no config.yaml{hint}")
     from drift import report
 
     print(report.write(options.run_dir))

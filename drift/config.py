@@ -2,7 +2,8 @@
 
 Every section is a frozen pydantic model that refuses unknown keys, and types are strict: a number in quotes is not a
 number. `load` turns every complaint into one `ConfigError` whose lines name the dotted path, the value, and what would
-do. YAML is read as YAML, save that 1e-4 is a number (version 1.1 takes it for text) and a key given twice is an error.
+do. YAML is read as YAML, save that 1e-4 is a number (version 1.1 takes it for text), that 1:30 and 010 are not (it takes
+them for 90 and 8), and that a key given twice is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from drift.online_config import OnlineConfig
-from drift.section import BelowOne, Count, Positive, Rate, Section, Share, Weight, preset
+from drift.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
 
 
 class ConfigError(ValueError):
@@ -78,14 +79,14 @@ class TaskConfig(Section):
 class WarmStartConfig(Section):
     """Supervised training of the tiny model up to a target, not for a number of steps."""
 
-    enabled: bool = True
+    enabled: bool = True  # false where model.path names a model, which is taken as it is
     target_low: Share = 0.30  # share of problems solved within rollout.turns sampled turns
     target_high: Share = 0.50
     max_steps: Positive = 2000
     check_every: Positive = 25
     check_problems: Positive = 200
     batch_size: Positive = 64
-    lr: Rate = 2e-3
+    lr: LearningRate = 2e-3
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
     taught_share: BelowOne = 0.0  # share of dialogues that begin with a correct solution, so that reading one is learnt
 
@@ -101,7 +102,7 @@ class RolloutConfig(Section):
 
     n: Positive = 16  # trajectories a prompt
     turns: Positive = 5
-    temperature: Rate = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 512
     feedback: Literal["simple", "full"] = "simple"
@@ -126,13 +127,13 @@ EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
 class TrainConfig(Section):
     """Weighted supervised training (A4, A5)."""
 
-    lr: Rate = 5e-6
+    lr: LearningRate = 5e-6
     warmup_ratio: Share = 0.1
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: Weight = 0.1
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     grad_clip: Rate = 1.0
-    epochs: Rate = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_size: Positive = 128  # trajectories an optimizer step, over all ranks
     max_tokens: Annotated[int, Field(ge=2)] = 8192  # a pack, which is a micro-batch
     max_length: Annotated[int, Field(ge=2)] = 8704  # a trajectory: its oldest prompt turns are cut to fit
@@ -201,6 +202,21 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:
+        model, warm_start = (
+            (data.get(key, {}) for key in ("model", "warm_start")) if isinstance(data, dict) else ((), ())
+        )
+        if not isinstance(model, dict) or not isinstance(warm_start, dict) or model.get("path") is None:
+            return data
+        if warm_start.get("enabled") is True:
+            raise ValueError(
+                f"warm_start.enabled is true and model.path {model['path']!r}, but only the embedded tiny model is warm-"
+                "started; leave one of them out"
+            )
+        return {**data, "warm_start": {"enabled": False, **warm_start}}
+
     @model_validator(mode="after")
     def _no_repeats(self) -> Config:
         for key, values in (("seeds", self.seeds), ("arms", self.arms)):
@@ -254,6 +270,21 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def _plain_number(self, node: yaml.ScalarNode) -> float:
+        """Not what only YAML 1.1 takes for a number: 1:30 for 90, to the base of 60, and 010 for 8."""
+        digits = node.value.lstrip("+-").replace("_", "")
+        if ":" in digits or re.fullmatch(r"0[0-9]+", digits):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value} is no decimal number; write it as one, or in quotes where it is text",
+                problem_mark=node.start_mark,
+            )
+        integer = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader._plain_number)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -319,12 +350,18 @@ def _known_paths(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _unknown(path: tuple[str, ...]) -> str:
-    """Names the path at the same depth that is spelt much alike, else the same key elsewhere, else the most alike."""
+    """Names what is spelt much alike at the same depth, else the same key elsewhere, else all that the section knows."""
     dotted, known = ".".join(path), list(_known_paths(Config))
     near = difflib.get_close_matches(dotted, [other for other in known if other.count(".") == len(path) - 1], 1, 0.8)
     near = near or [other for other in known if other.split(".")[-1] == path[-1]]
-    near = near or difflib.get_close_matches(dotted, known, 1, 0.0)
-    return f"{dotted}: no such setting; did you mean {' or '.join(near)}?"
+    if near:
+        return f"{dotted}: no such setting; did you mean {' or '.join(near)}?"
+    prefix = dotted.removesuffix(path[-1])
+    keys = [other for other in known if other.startswith(prefix) and "." not in other.removeprefix(prefix)]
+    if not keys:  # an unknown section
+        return f"{dotted}: no such setting; did you mean {difflib.get_close_matches(dotted, known, 1, 0.0)[0]}?"
+    there = ", ".join(key.removeprefix(prefix) for key in keys)
+    return f"{dotted}: no such setting; {prefix.removesuffix('.') or 'the file'} knows {there}"
 
 
 def _ill_typed(error: Any) -> str:

@@ -18,6 +18,7 @@ from drift import _packing
 from drift.types import PackedBatch, Trajectory
 
 IGNORE = -100
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # weights that float32 holds
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -49,7 +50,8 @@ def pack(
     them that predicts their first one, always stay. `turn_ids` count from the trajectory's first turn, cut or not.
 
     Raises ValueError, naming the row and what would do, where trained turns alone exceed max_length, where what is left
-    exceeds max_tokens, where nothing can be trained, and where turns, weight or log-probs make no sense.
+    exceeds max_tokens, where nothing can be trained, and where turns, weight (what float32 cannot hold included) or
+    log-probs make no sense.
     """
     if turns not in ("last", "assistant"):
         raise ValueError(f"turns is {turns!r}; it should be 'last' or 'assistant'")
@@ -58,6 +60,13 @@ def pack(
     for trajectory in trajectories:
         _check(trajectory)
     kept = [t for t in trajectories if t.weight != 0 and t.weight >= min_weight]
+    for trajectory in kept:
+        if not LEAST <= trajectory.weight <= MOST:
+            held = "0" if trajectory.weight < 1 else "infinity"
+            raise ValueError(
+                f"{_name(trajectory)}: weight is {trajectory.weight}, which is {held} in float32; weights should lie "
+                "around 1: rescale them, or leave tiny ones out by min_weight"
+            )
     for name in ("advantage", "logprobs"):
         missing = [t for t in kept if getattr(t, name) is None]
         if missing and len(missing) < len(kept):

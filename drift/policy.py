@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from drift.attention import register, segments
 from drift.config import LoRAConfig, ModelConfig
 from drift.types import PackedBatch
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -125,6 +127,10 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         model.to(dtype)
     else:
         path, adapters = _adapters(config.path)
+        if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+            raise ValueError(
+                f"model.path={path!r} is neither a folder that is there nor a hub name, NAME or OWNER/NAME"
+            )
         tokenizer = AutoTokenizer.from_pretrained(config.path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         if adapters:

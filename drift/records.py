@@ -7,6 +7,7 @@ unreadable is listed in `Records.missing` in words instead of being an error: ha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,6 +24,10 @@ ARMS = {
     "success_only": "successes alone",
     "drift": "importance-weighted",
 }  # in the order they are shown
+
+
+class RecordsError(ValueError):
+    """A file of a run that holds something else than what a run writes there."""
 
 
 @dataclass(slots=True)
@@ -81,7 +86,8 @@ class Records:
 def read(run_dir: str | Path, *, rollouts: bool = True) -> Records:
     """Everything in the folder; `rollouts` False leaves the trajectories unread (they are most of its size).
 
-    Raises NotADirectoryError where there is no such folder.
+    What is missing or cannot be read is noted in `missing`. Raises NotADirectoryError where there is no such folder, and
+    RecordsError where a file holds what no run writes.
     """
     path = Path(run_dir)
     if not path.is_dir():
@@ -133,13 +139,19 @@ def _read_results(records: Records) -> None:
     else:
         records.missing.append("summary.json: the run is not finished")
     records.seconds = records.summary.get("seconds") or (_json(records, seconds) if seconds.exists() else None) or {}
+    numbers = isinstance(records.seconds, dict) and all(_is_duration(value) for value in records.seconds.values())
+    _expect(file, numbers, "seconds should be an object of numbers by stage")
     if results := records.summary.get("results"):
-        records.seeds = list(records.summary.get("seeds", range(len(next(iter(results.values()))["single"]))))
-        for arm in ordered(results):
-            multi = next(key for key in results[arm] if key.startswith("multi_at_"))
-            records.turns = int(multi.removeprefix("multi_at_"))
-            values = results[arm]
-            records.results[arm] = Results(values[multi], values["single"], values.get("by_turn", []))
+        _expect(file, isinstance(results, dict), "results should be an object with a member for each arm")
+        read = {arm: _results_of(file, f"results.{arm}", results[arm]) for arm in ordered(results)}
+        records.turns = next(iter(read.values()))[0]
+        records.results = {arm: result for arm, (_, result) in read.items()}
+        number = len(next(iter(records.results.values())).multi)
+        for arm, (turns, result) in read.items():
+            alike = (turns, len(result.multi)) == (records.turns, number)
+            _expect(file, alike, f"results.{arm} should have as many seeds and turns as the other arms")
+        records.seeds = records.summary.get("seeds", list(range(number)))
+        _expect(file, isinstance(records.seeds, list) and len(records.seeds) == number, f"seeds should list {number}")
         return
     records.seeds = complete
     for arm, tables in records.solved_at.items():
@@ -147,6 +159,42 @@ def _read_results(records: Records) -> None:
         records.results[arm] = Results([b[-1] for b in by_turn], [b[0] for b in by_turn], by_turn)
     if not records.results:
         records.missing.append("evaluations: no seed has been evaluated in all its arms yet")
+
+
+def _results_of(file: Path, place: str, values: Any) -> tuple[int, Results]:
+    """(k, accuracies) from one arm's part of summary.json."""
+    turns = (
+        [key.removeprefix("multi_at_") for key in values if key.startswith("multi_at_")]
+        if isinstance(values, dict)
+        else []
+    )
+    _expect(file, len(turns) == 1 and turns[0].isdecimal(), f"{place} should be an object with one list multi_at_K")
+    for key in (f"multi_at_{turns[0]}", "single"):
+        _expect(file, _are_shares(values.get(key)), f"{place}.{key} should be a list of shares from 0 to 1, one a seed")
+    result = Results(values[f"multi_at_{turns[0]}"], values["single"], values.get("by_turn", []))
+    number, by_turn = len(result.multi), result.by_turn
+    _expect(
+        file, len(result.single) == number, f"{place}.single should have {number} entries, as its multi_at_{turns[0]}"
+    )
+    fits = isinstance(by_turn, list) and all(_are_shares(row) and len(row) == len(by_turn[0]) for row in by_turn)
+    _expect(
+        file, fits and len(by_turn) in (0, number), f"{place}.by_turn should be {number} lists of shares, one a seed"
+    )
+    return int(turns[0]), result
+
+
+def _are_shares(values: Any) -> bool:
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return numbers and len(values) > 0 and all(0 <= value <= 1 for value in values)
+
+
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _expect(file: Path, holds: bool, complaint: str) -> None:
+    if not holds:
+        raise RecordsError(f"{file}: {complaint}; mend the file, or remove it and let `drift run` write it again")
 
 
 def _read_evaluations(records: Records) -> dict[int, dict[str, list[int]]]:
@@ -157,13 +205,20 @@ def _read_evaluations(records: Records) -> dict[int, dict[str, list[int]]]:
         name, arm = re.fullmatch(r"seed-(\d+)", file.parent.name), file.stem.removeprefix("eval-")
         if name is None or (seeds and int(name[1]) not in seeds) or (arms and arm not in ("base", *arms)):
             continue
-        if solved := (_json(records, file) or {}).get("solved_at"):
+        if solved := _solved_at(records, file):
             found.setdefault(int(name[1]), {})[arm] = solved
     base = records.path / "base" / "eval.json"
-    if base.exists() and (solved := (_json(records, base) or {}).get("solved_at")):
+    if base.exists() and (solved := _solved_at(records, base)):
         for arms_found in found.values() if found else [found.setdefault((seeds or [0])[0], {})]:
             arms_found.setdefault("base", solved)
     return dict(sorted(found.items(), key=lambda item: seeds.index(item[0]) if seeds else item[0]))
+
+
+def _solved_at(records: Records, file: Path) -> list[int]:
+    solved = (_json(records, file) or {}).get("solved_at") or []
+    turns = isinstance(solved, list) and all(type(turn) is int and turn >= 0 for turn in solved)
+    _expect(file, turns, "solved_at should be a list of turns, 0 where a problem was not solved")
+    return solved
 
 
 def ordered(arms: Iterable[str]) -> list[str]:
@@ -192,13 +247,13 @@ def _read_curves(records: Records) -> None:
             try:
                 row = json.loads(line)
                 step = int(row.pop("step"))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                numbers = {k: float(v) for k, v in row.items() if k != "time" and type(v) in (int, float)}
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 unreadable += 1
                 continue
-            for name, value in row.items():
-                if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                    series, _, metric = (inside + name).rpartition("/")
-                    found[metric][series][step] = float(value)
+            for name, value in numbers.items():
+                series, _, metric = (inside + name).rpartition("/")
+                found[metric][series][step] = value
         if unreadable:
             records.missing.append(f"{file.relative_to(records.path)}: {unreadable} lines cannot be read")
     records.curves = {

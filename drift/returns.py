@@ -12,6 +12,7 @@ from typing import Any
 
 from drift.config import WeightsConfig
 
+SMALLEST = -87.0  # exp of it is the least that float32 holds in full precision
 _TURN = re.compile(r"t([1-9][0-9]*)")
 
 
@@ -44,7 +45,8 @@ def trajectory_return(row: dict[str, Any], gamma: float = 0.9, repetition: float
 def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[float]:
     """w_i = exp((R_i - max R)/β) / mean_j exp((R_j - max R)/β) over one prompt's group (A3); their mean is 1.
 
-    Finite for any β > 0, however small. Raises ValueError for β <= 0 and for returns that are not finite.
+    Finite for any β > 0, however small; what float32 would not hold is 0. Raises ValueError for β <= 0 and for returns
+    that are not finite.
     """
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it should be greater than 0 (0.1 is the published setting)")
@@ -53,7 +55,7 @@ def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[floa
     if not returns:
         return []
     best = max(returns)
-    scores = [math.exp((value - best) / beta) for value in returns]
+    scores = [math.exp(power) if (power := (value - best) / beta) > SMALLEST else 0.0 for value in returns]
     mean = math.fsum(scores) / len(scores) + 1e-12
     return [score / mean for score in scores]
 
@@ -136,3 +138,22 @@ def weigh(
         "dropped_weight_share": math.fsum(dropped) / (math.fsum(kept) or 1.0),
     }
     return weights, stats
+
+
+def weigh_for_training(
+    rows: Sequence[dict[str, Any]], config: WeightsConfig
+) -> tuple[list[float | None], dict[str, float]]:
+    """`weigh`, with None in place of the rows of skipped groups: those are left out of steps and denominators too.
+
+    Raises ValueError for no rows, and where every group is skipped.
+    """
+    weights, stats = weigh(rows, config)
+    if not config.skip_unsolved_groups:
+        return list(weights), stats
+    solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}
+    if not solved:
+        raise ValueError(
+            f"skip_unsolved_groups leaves none of {len(rows)} rows to train on, since no group has a right answer; set "
+            "weights.skip_unsolved_groups=false, or take easier problems, a stronger model or a larger rollout.n"
+        )
+    return [weight if row["prompt_id"] in solved else None for row, weight in zip(rows, weights)], stats

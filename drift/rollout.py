@@ -85,7 +85,7 @@ class Episode:
             "verifier": dict(zip(keys, right)),
             "turn_rewards": dict(zip(keys, map(float, right))),
             "answer_norms": [normalise(answer) for answer in self.answers if answer is not None],
-            "format_penalty": format_penalty * self.answers.count(None),
+            "format_penalty": format_penalty * self.answers.count(None) or 0.0,  # not -0.0
             "t_star": self.solved_at or None,
             **self.samples[-1],
         }

@@ -6,7 +6,7 @@ Everything lies in one folder, and each stage leaves a file there, so that a run
     config.yaml  metrics.jsonl  seconds.json  summary.json  report.html
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
-    seed-K/ARM/               the trained model (while it is trained: checkpoints)
+    seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl
     seed-K/eval-ARM.json      what it solved
 
 Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are
@@ -32,7 +32,7 @@ from drift.evaluate import evaluate
 from drift.intervals import paired_difference
 from drift.online import train_online
 from drift.policy import Policy, load_policy
-from drift.returns import weigh
+from drift.returns import weigh, weigh_for_training
 from drift.rollout import collect
 from drift.tasks import Task, load_task, with_rules
 from drift.track import Track, plain
@@ -56,12 +56,14 @@ def run(config: Config) -> dict[str, Any]:
     """
     folder = Path(config.output_dir) / config.name
     if (summary := _finished(folder, config)) is not None:
-        Track(None).say(f"{folder} is done: {len(config.seeds)} seeds, arms {', '.join(config.arms)}")
+        Track(None).say(f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.arms)}")
         return summary
     _claim(folder, config)
     transformers_logging.disable_progress_bar()
     task = load_task(config.task)
     try:
+        for split in ("train", "eval"):
+            task.problems(split)  # too few are said now, not after the warm start
         with (
             distributed.launched(timeout=LONGEST_WAIT) as rank,
             Track(
@@ -144,7 +146,7 @@ class _Job:
         for number in range(config.train.rounds):
             inside = folder / f"round-{number}"
             if number > 0:
-                rows = self._sample(inside / "rollouts.jsonl", [seed, number], f"{name}/rollout-{number}")
+                rows = self._sample(folder / f"rollouts-{number}.jsonl", [seed, number], f"{name}/rollout-{number}")
             weights = self._weights(arm, rows, f"{name}/weights", number)
             chosen = [
                 trajectory
@@ -189,11 +191,9 @@ class _Job:
                     "arms, or take easier problems, a stronger base or a larger rollout.n"
                 )
             return chosen
-        weights, stats = weigh(rows, self.config.weights)
+        weights, stats = weigh_for_training(rows, self.config.weights)
         self.track.log(number, **{f"{name}/{key}": value for key, value in stats.items()})
-        solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}
-        skip = self.config.weights.skip_unsolved_groups
-        return [None if skip and row["prompt_id"] not in solved else w for row, w in zip(rows, weights)]
+        return weights
 
     def _sample(self, path: Path, seed: Sequence[int], prefix: str) -> list[dict[str, Any]]:
         config = self.config
@@ -325,9 +325,9 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _claim(folder: Path, config: Config) -> None:
-    """Writes config.yaml; in a folder that has one, only what may differ between two runs may differ."""
+    """Writes config.yaml; in a folder where a run has got anywhere, only what may differ between two runs may differ."""
     file = folder / "config.yaml"
-    if file.exists():
+    if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
         before, now = load(file, []).model_dump(), config.model_dump()
         differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
         if before["seeds"][0] != config.seeds[0]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from drift import chat, distributed, store
 from drift.config import Config, ConfigError
 from drift.engines.hf import HFEngine
 from drift.evaluate import Evaluation, evaluate
 from drift.policy import Policy, load_policy
-from drift.returns import weigh
+from drift.returns import weigh_for_training
 from drift.rollout import collect
 from drift.tasks import Split, Task, load_task, with_rules
 from drift.track import Track
@@ -43,11 +45,12 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         rows = store.read(rollouts)
         if unknown := store.check_policy(rows, policy.hash()):
             track.say(f"{unknown} of {len(rows)} rows do not say which policy sampled them; taken to be this one")
-        weights, stats = weigh(rows, config.weights)
+        weights, stats = weigh_for_training(rows, config.weights)
         track.log(0, **{f"weights/{key}": value for key, value in stats.items()})
         trajectories = [
             trajectory
             for index, (row, weight) in enumerate(zip(rows, weights))
+            if weight is not None
             for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
         ]
         done = train(
@@ -86,6 +89,7 @@ def _policy(config: Config, model: str | None) -> Policy:
                 "by --model or model.path=…; or take random weights by warm_start.enabled=false"
             )
         path = str(base)
+    transformers_logging.disable_progress_bar()
     settings = config.model.model_copy(update={"path": path})
     return load_policy(settings, device=distributed.device(), seed=config.task.seed)
 

@@ -228,7 +228,8 @@ class JsonlTask:
         where = f"{self.config.path}:{line}"
         for name in ("prompt", "answer"):
             if not isinstance(row.get(name), str | int | float) or isinstance(row[name], bool):
-                raise TaskError(f"{where}: {name!r} is {row.get(name)!r}; it has to be text or a number")
+                found = repr(row[name]) if name in row else f"missing beside {', '.join(map(repr, row)) or 'nothing'}"
+                raise TaskError(f"{where}: {name!r} is {found}; it has to be text or a number")
         key = canonical(str(row["prompt"]))
         split = row.get("split", split_of(key))
         if split not in SPLITS:

@@ -52,10 +52,15 @@ class Flat:
         return mask
 
 
-def check_data(name: str, value: object, device: torch.device) -> None:
-    """Raises unless `value` is a real tensor on `device` that no gradient is expected for."""
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+
+
+def check_data(name: str, value: Tensor, device: torch.device) -> None:
+    """Raises unless `value` is a real tensor on `device` that no gradient is expected for."""
+    check_tensor(name, value)
     if value.device != device:
         raise ValueError(f"{name} lies on {value.device}, hidden on {device}; move it")
     if value.is_complex():
@@ -83,9 +88,10 @@ def flatten(
     if lora is not None and not isinstance(lora, LoRAHead):
         raise TypeError(f"lora is a {type(lora).__name__}; it must be LoRAHead(A, B, scale)")
     low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
-    for name, value in (("weight", weight), ("hidden", hidden), ("bias", bias), ("targets", targets), *low_rank):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    needed = (("weight", weight), ("hidden", hidden), ("targets", targets), *low_rank)
+    optional = (("bias", bias), ("rows", rows), ("active", active))
+    for name, value in (*needed, *(pair for pair in optional if pair[1] is not None)):
+        check_tensor(name, value)
         if isinstance(value, DTensor):
             raise NotImplementedError(
                 f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
@@ -177,6 +183,7 @@ def segment_ids(
     if given is not None and cu_seqlens is not None:
         raise ValueError("cu_seqlens and segment_ids both say where sequences end; pass one of them")
     if given is not None:
+        check_tensor("segment_ids", given)
         if given.shape != shape or given.dtype != torch.int64:
             raise ValueError(
                 f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
@@ -185,6 +192,7 @@ def segment_ids(
             raise ValueError(f"segment_ids holds {int(given.min())}; sequences are numbered from 0")
         return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
     if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens must be a 1-d integer tensor [S + 1]; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
@@ -208,14 +216,41 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
 
 
 def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
-    """The denominator as a 0-d tensor of like's dtype and device, without gradient."""
+    """The denominator as a 0-d tensor of like's dtype and device, without gradient.
+
+    A tensor's value is looked at on a CPU alone: elsewhere looking costs a wait. NaN comes from NaN data, and may pass.
+    """
+    wrong = "normalizer={} must be positive; it is the global denominator of the loss"
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"normalizer has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and float(value) <= 0:
+            raise ValueError(wrong.format(float(value)))
         return value.detach().reshape(()).to(like)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"normalizer={value!r} must be a number or a 0-d tensor")
     if not value > 0:
-        raise ValueError(f"normalizer={value} must be positive; it is the global denominator of the loss")
+        raise ValueError(wrong.format(value))
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
+def check_closure(output: object, logprobs: Tensor) -> None:
+    """Raises unless `output`, fn(logprobs, …), is a tensor and a function of no leaf that requires grad but `logprobs`."""
+    if not isinstance(output, Tensor):
+        raise TypeError(f"fn returned a {type(output).__name__}; it must return a tensor, one loss a token")
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", logprobs) if type(node).__name__ == "AccumulateGrad" else logprobs
+        if leaf is not logprobs:
+            raise ValueError(
+                f"fn reads a {tuple(leaf.shape)} tensor that requires grad, and no gradient would reach it; detach it, or "
+                "write the loss on linear_logprob's logprobs"
+            )
+        todo += [function for function, _ in node.next_functions]
 
 
 OUTPUTS = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs")

@@ -21,9 +21,11 @@ from drift_kernels.inputs import (
     POLICY_OUTPUTS,
     Flat,
     as_normalizer,
+    check_closure,
     check_cu_seqlens,
     check_data,
     check_outputs,
+    check_tensor,
     flatten,
     segment_ids,
     with_needs,
@@ -65,11 +67,13 @@ class LossOutput:
 
 def shift_targets(input_ids: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Targets for `input_ids` [T] or [B, L] int64: the next token, `ignore_index` at the end of every segment."""
+    check_tensor("input_ids", input_ids)
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids has dtype {input_ids.dtype}; it must be int64 (or int32)")
     targets = torch.full_like(input_ids, ignore_index)
     targets[..., :-1] = input_ids[..., 1:]
     if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         if input_ids.dim() != 1:
             raise ValueError(f"cu_seqlens goes with packed [T] input_ids; got {tuple(input_ids.shape)}")
         check_cu_seqlens(cu_seqlens, input_ids.numel())
@@ -252,7 +256,8 @@ def pointwise_loss(
 
     `fn` gets log-probs [n] and the tensors' slices [n] of whichever positions are at hand, and returns losses [n]; token i's
     loss may read token i alone. That is checked on each call by comparing fn of the whole with fn of its halves; a function
-    that mixes tokens, and tensors that require grad, raise ValueError. Default normalizer: the number of unmasked positions.
+    that mixes tokens, and tensors that require grad (passed or read by `fn`), raise ValueError. Default normalizer: the
+    number of unmasked positions.
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)
     for i, tensor in enumerate(per_token_tensors):
@@ -341,6 +346,8 @@ def _fused(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -
 def segments_of(
     flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, given: Tensor | None
 ) -> tuple[Tensor | None, int]:
+    if not isinstance(spec, PolicySpec):
+        raise TypeError(f"spec={spec!r} must be a PolicySpec, such as PolicySpec.preset('dapo')")
     segments, count = segment_ids(flat.shape, cu_seqlens, given, flat.targets.device)
     if segments is None:
         wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
@@ -456,9 +463,10 @@ def policy_metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ..
 def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> None:
     """Raises ValueError unless fn of the whole is fn of its halves, and has a loss a token."""
     device = tensors[0].device if tensors else None
+    logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
+    whole = fn(logprobs.requires_grad_(torch.is_grad_enabled()), *tensors)
+    check_closure(whole, logprobs)
     with torch.no_grad():
-        logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
-        whole = fn(logprobs, *tensors)
         if whole.shape != logprobs.shape:
             raise ValueError(
                 f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce"

@@ -323,6 +323,8 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
+        if not isinstance(self.check_finite, bool):
+            raise TypeError(f"check_finite={self.check_finite!r} must be True or False")
         if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
             raise TypeError(f"workspace_bytes={self.workspace_bytes!r} must be a whole number of bytes, or None")
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
@@ -377,6 +379,10 @@ class Call:
     def needs(self) -> tuple[bool, bool, bool, bool, bool]:
         """Which gradients are wanted: of hidden, weight, bias, LoRA's A and B."""
         return self.need_hidden, self.need_weight, self.need_bias, self.need_lora_a, self.need_lora_b
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, KernelConfig):
+            raise TypeError(f"config={self.config!r} must be a KernelConfig, such as KernelConfig(backend='cpu')")
 
     @property
     def need_grad(self) -> bool:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from small import SHAPE, VOCAB, causal_lm
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gemma2 import Gemma2Config
@@ -18,26 +19,14 @@ from transformers.models.qwen3 import Qwen3Config
 from drift import attention
 
 LENGTHS = [7, 1, 12, 7, 3]
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
 CONFIGS = {
-    "qwen2": lambda: Qwen2Config(**SMALL),
-    "qwen2-window": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1),
-    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=8),
-    "llama": lambda: LlamaConfig(**SMALL),
-    "gemma": lambda: GemmaConfig(**SMALL, head_dim=8),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2-window": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "gemma": lambda: GemmaConfig(**SHAPE, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(
-        **SMALL,
+        **SHAPE,
         head_dim=8,
         query_pre_attn_scalar=20,
         sliding_window=5,
@@ -48,13 +37,11 @@ EACH = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def load(kind, implementation=None, dtype=torch.float64):
-    torch.manual_seed(0)
-    name = implementation or attention.register("sdpa")
-    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=name, dtype=dtype)
+    return causal_lm(CONFIGS[kind](), implementation, dtype)
 
 
 def pack(seed=0, lengths=LENGTHS):
-    ids = torch.randint(3, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(3, VOCAB, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     return ids, torch.cat([torch.arange(n) for n in lengths])[None], cu_seqlens
 
@@ -90,7 +77,7 @@ def test_a_segment_leaves_the_others_bitwise_alone(kind):
     model = load(kind, dtype=torch.float32)
     ids, positions, cu_seqlens = pack()
     changed, (start, stop) = ids.clone(), (cu_seqlens[2], cu_seqlens[3])
-    changed[0, start:stop] = (changed[0, start:stop] + 5) % 47 + 3
+    changed[0, start:stop] = (changed[0, start:stop] + 5) % (VOCAB - 3) + 3
 
     leaves = []
     for x in (ids, changed):
@@ -138,7 +125,7 @@ def test_a_backward_pass_inside_another_context_still_uses_its_own_segments():
 @EACH
 def test_generate_with_left_padding_equals_plain_sdpa(kind):
     model, plain = load(kind, dtype=torch.float32).eval(), load(kind, "sdpa", dtype=torch.float32).eval()
-    ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, :1] = 0
     ids[mask == 0] = 0
@@ -182,8 +169,8 @@ def test_calls_that_are_not_packed_are_refused():
 def test_models_that_ask_for_more_are_refused_in_words():
     name = attention.register("sdpa")
     with pytest.raises(ValueError, match="Gemma2"):
-        AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8), attn_implementation=name)
-    both_ways = Gemma3TextConfig(**SMALL, head_dim=8, use_bidirectional_attention=True)
+        AutoModelForCausalLM.from_config(Gemma2Config(**SHAPE, head_dim=8), attn_implementation=name)
+    both_ways = Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)
     model, (ids, positions, cu_seqlens) = AutoModelForCausalLM.from_config(both_ways, attn_implementation=name), pack()
     with attention.segments(cu_seqlens), pytest.raises(ValueError, match="not causal"):
         model.model(input_ids=ids, position_ids=positions, use_cache=False)

@@ -43,6 +43,24 @@ def test_a_wrong_command_line_exits_2(arguments, capsys):
     assert "usage: drift" in capsys.readouterr().err
 
 
+def test_flags_in_place_of_settings_and_missing_files_get_a_hint(config_file, capsys):
+    for arguments, said in (
+        (["run", str(config_file), "--lr", "1"], "unrecognized arguments: --lr 1; settings are given as key=value"),
+        (["run"], "the following arguments are required: CONFIG\n"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("drift ")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -167,6 +185,12 @@ def test_report_writes_the_page(tmp_path, capsys):
     assert (folder / "report.html").exists()
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"holds no run: there is no config.yaml; did you mean {folder}?" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    (folder / "summary.json").write_text('{"results": 3}')
+    assert cli.main(["report", str(folder)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_doctor_reports_backends_packages_and_machine(capsys):

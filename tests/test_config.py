@@ -34,7 +34,7 @@ def test_defaults_are_the_published_ones(tmp_path):
     ("override", "read"),
     [
         ("train.lr=1e-4", lambda c: c.train.lr == 1e-4),
-        ("train.lr=1E+2", lambda c: c.train.lr == 100.0),
+        ("train.lr=1E+1", lambda c: c.train.lr == 10.0),
         ("train.lr=.5e-3", lambda c: c.train.lr == 5e-4),
         ("train.lr=1", lambda c: c.train.lr == 1.0 and isinstance(c.train.lr, float)),
         ("seeds=[3, 1]", lambda c: c.seeds == [3, 1]),
@@ -87,6 +87,12 @@ def test_unknown_key_always_names_something(tmp_path):
     assert "did you mean" in complaint(tmp_path, "zzzzzz.qqqqq=1")
 
 
+def test_unknown_key_like_no_other_gets_the_section_s(tmp_path):
+    said = complaint(tmp_path, "train.learning_rate=1e-4")
+    assert said == f"train.learning_rate: no such setting; train knows {', '.join(TrainConfig.model_fields)}"
+    assert complaint(tmp_path, "xyzzy=1").startswith("xyzzy: no such setting; the file knows name, output_dir, seeds")
+
+
 def test_every_unknown_key_is_named(tmp_path):
     assert complaint(tmp_path, text="name: q\ntrain: {lrr: 1, epoch: 2}\nevil: {turn: 3}\n").splitlines() == [
         "train.lrr: no such setting; did you mean train.lr?",
@@ -115,7 +121,10 @@ def test_every_unknown_key_is_named(tmp_path):
         ("weights.gamma=1.5", "weights.gamma: 1.5 should be less than or equal to 1"),
         ("weights.min_weight=-1", "weights.min_weight: -1 should be greater than or equal to 0"),
         ("rollout.turns=0", "rollout.turns: 0 should be greater than or equal to 1"),
-        ("rollout.temperature=0", "rollout.temperature: 0 should be greater than 0"),
+        ("rollout.temperature=0", "rollout.temperature: 0 should be greater than or equal to 0.001"),
+        ("rollout.temperature=1e-300", "rollout.temperature: 1e-300 should be greater than or equal to 0.001"),
+        ("train.epochs=1e300", "train.epochs: 1e+300 should be less than or equal to 1000000"),
+        ("train.lr=90", "train.lr: 90 should be less than or equal to 10"),
         ("rollout.top_p=1.1", "rollout.top_p: 1.1 should be less than or equal to 1"),
         ("rollout.format_penalty=0.1", "rollout.format_penalty: 0.1 should be less than or equal to 0"),
         ("warm_start.target_low=0.6", "warm_start: target_low 0.6 should be below target_high 0.5"),
@@ -131,6 +140,29 @@ def test_every_unknown_key_is_named(tmp_path):
 )
 def test_bad_value_says_what_would_do(tmp_path, override, said):
     assert complaint(tmp_path, override) == said
+
+
+@pytest.mark.parametrize("text", ["1:30", "-1:30", "1:30.5", "010", "0_10", "190:20:30"])
+def test_numbers_of_yaml_1_1_alone_are_refused(tmp_path, text):
+    for said in (complaint(tmp_path, f"train.lr={text}"), complaint(tmp_path, text=f"name: q\nseeds: [{text}]\n")):
+        assert f"{text} is no decimal number; write it as one" in said
+    assert config(tmp_path, f"name: q\noutput_dir: '{text}'\n").output_dir == text
+
+
+def test_other_numbers_are_read_as_they_look(tmp_path):
+    read = config(tmp_path, "name: q\n", "seeds=[0, 1_000, 0x10]", "train.lr=0.01", "train.epochs=1e6")
+    assert (read.seeds, read.train.lr, read.train.epochs) == ([0, 1000, 16], 0.01, 1e6)
+
+
+def test_only_the_embedded_model_is_warm_started(tmp_path):
+    assert config(tmp_path).warm_start.enabled
+    assert config(tmp_path, "name: q\n", "model.path=null").warm_start.enabled
+    given = config(tmp_path, "name: q\nwarm_start: {target_low: 0.2}\n", "model.path=m")
+    assert (given.warm_start.enabled, given.warm_start.target_low) == (False, 0.2)
+    assert parse(yaml.safe_load(dump(given))) == given
+    said = complaint(tmp_path, "model.path=m", "warm_start.enabled=true")
+    assert said.startswith("warm_start.enabled is true and model.path 'm'")
+    assert "leave one of them out" in said
 
 
 def test_path_is_refused_where_nothing_reads_it(tmp_path):

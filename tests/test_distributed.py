@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_trainer import LORA, Policy, config, some
+from small import LORA, Policy, config, some
 
 from drift import checkpoint, distributed, trainer
 from drift.track import Track

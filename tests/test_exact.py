@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_trainer import Policy
+from small import SHAPE, Policy
 from transformers.models.qwen2 import Qwen2Config
 
 from drift import trainer
@@ -25,18 +25,7 @@ ANSWERS = ("a", "b", "aa", "ab", "ba", "bb")
 GAMES = [("ab",), *((first, second) for first in ANSWERS if first != "ab" for second in ANSWERS)]
 BETA = 0.4
 SAMPLES = 40_000
-TINY = {
-    "vocab_size": 6,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
+TINY = SHAPE | {"vocab_size": 6, "hidden_size": 48, "intermediate_size": 96, "num_key_value_heads": 4}
 
 
 def game_return(game):

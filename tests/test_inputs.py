@@ -28,6 +28,10 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"softcap": -1.0}, ValueError, "softcap=-1.0"),
         ({"normalizer": 0.0}, ValueError, "normalizer=0.0"),
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer has shape"),
+        ({"normalizer": torch.tensor(0)}, ValueError, r"normalizer=0\.0 must be positive"),
+        ({"normalizer": torch.tensor([-2.5])}, ValueError, r"normalizer=-2\.5 must be positive"),
+        ({"normalizer": "3"}, TypeError, "normalizer='3' must be a number"),
+        ({"normalizer": True}, TypeError, "normalizer=True must be a number"),
         ({"outputs": ("logits",)}, ValueError, "'logits'.*logprobs, entropy"),
         ({"old_logprobs": torch.ones(3)}, ValueError, r"old_logprobs has shape \(3,\)"),
         ({"advantages": torch.ones(3)}, ValueError, "pass cu_seqlens"),
@@ -48,6 +52,13 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"segment_ids": torch.tensor([-1, 0, 0, 1, 1, 1])}, ValueError, "segment_ids holds -1"),
         ({"segment_ids": torch.arange(6), "cu_seqlens": torch.tensor([0, 6])}, ValueError, "pass one of them"),
         ({"old_logprobs": torch.zeros(6, device="meta")}, ValueError, "old_logprobs lies on meta"),
+        ({"spec": "dapo"}, TypeError, r"spec='dapo' must be a PolicySpec, such as PolicySpec\.preset"),
+        ({"config": "cpu"}, TypeError, r"config='cpu' must be a KernelConfig"),
+        ({"rows": [0, 1]}, TypeError, "rows is a list; it must be a tensor"),
+        ({"active": [0, 1]}, TypeError, "active is a list"),
+        ({"bias": 0.5}, TypeError, "bias is a float"),
+        ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens is a list"),
+        ({"segment_ids": [0] * 6}, TypeError, "segment_ids is a list"),
         ({"advantages": 1.0}, TypeError, "advantages is a float"),
         ({"advantages": torch.ones(6, requires_grad=True)}, ValueError, "advantages requires grad"),
         ({"outputs": "entropy"}, TypeError, "pass a tuple of names"),
@@ -106,6 +117,8 @@ def test_backends_say_why_they_cannot_run():
         dk.KernelConfig(backend="metal")
     with pytest.raises(ValueError, match="workspace_bytes=0"):
         dk.KernelConfig(workspace_bytes=0)
+    with pytest.raises(TypeError, match="check_finite='yes' must be True or False"):
+        dk.KernelConfig(check_finite="yes")
 
 
 def test_numbers_of_other_libraries_and_infinite_bounds_travel():
@@ -126,6 +139,10 @@ def test_shift_targets():
     assert dk.shift_targets(ids).tolist() == [6, 7, 8, 9, -100]
     assert dk.shift_targets(ids, torch.tensor([0, 2, 2, 5])).tolist() == [6, -100, 8, 9, -100]
     assert dk.shift_targets(ids[None]).tolist() == [[6, 7, 8, 9, -100]]
+    with pytest.raises(TypeError, match="input_ids is a list"):
+        dk.shift_targets([1, 2])
+    with pytest.raises(TypeError, match="cu_seqlens is a list"):
+        dk.shift_targets(ids, [0, 5])
     with pytest.raises(ValueError, match="packed"):
         dk.shift_targets(ids[None], torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="must rise from 0"):

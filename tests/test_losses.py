@@ -8,11 +8,22 @@ import torch
 import torch.nn.functional as F
 
 import drift_kernels as dk
+from drift_kernels import _cpu
 from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
 
 SHAPES = [(1, 33, 7), (5, 8, 1), (64, 33, 1001), (37, 16, 50_257), (3, 7, 131_075)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = _cpu.isas()  # that this CPU has; it would take the last by itself
+EACH_ISA = pytest.mark.parametrize("isa", ISAS, indirect=True)
 SMALL = dk.KernelConfig(backend="cpu", workspace_bytes=4 << 20)  # several chunks at a large V
+
+
+@pytest.fixture
+def isa(request):
+    """Row kernels take the sweeps that were compiled for this instruction set."""
+    _cpu.limit_isa(request.param)
+    yield request.param
+    _cpu.limit_isa(None)
 
 
 def check(actual, own, exact, dtype, V, names=("loss", "hidden", "weight", "bias")):
@@ -35,10 +46,11 @@ def eager_cross_entropy(hidden, weight, bias, targets, weights, temperature=1.0,
     return (ce * weights.to(ce.dtype)).sum() / total
 
 
+@EACH_ISA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_weighted_cross_entropy(shape, dtype, softcap):
+def test_weighted_cross_entropy(shape, dtype, softcap, isa):
     case = make_case(*shape, dtype=dtype)
     if (case.targets < 0).all():
         case.targets[0] = 0
@@ -57,6 +69,25 @@ def test_weighted_cross_entropy(shape, dtype, softcap):
     check(actual, own, exact, dtype, shape[2])
 
 
+def test_each_instruction_set_has_sweeps_of_its_own():
+    """Sums in another order differ in their last bits: what is limited is what runs."""
+    case = make_case(64, 8, 20_011, masked=0.0)
+    args = (case.hidden.float(), case.weight.float(), case.targets)
+    found = {}
+    try:
+        for name in ISAS:
+            _cpu.limit_isa(name)
+            found[name] = dk.linear_logprob(*args, return_entropy=True)
+        assert ISAS[0] == "baseline"
+        assert len({tuple(out.entropy.tolist()) for out in found.values()}) == len(ISAS)
+        with pytest.raises(ValueError, match="this CPU has no 'sse9'"):
+            _cpu.limit_isa("sse9")
+    finally:
+        _cpu.limit_isa(None)
+    again = dk.linear_logprob(*args, return_entropy=True).entropy
+    assert torch.equal(again, found[ISAS[-1]].entropy)
+
+
 def ppo(hidden, weight, bias, case, old, low=0.2, high=0.28):
     """The clipped loss as its paper writes it, token mean."""
     z = F.linear(hidden, weight, bias)
@@ -69,9 +100,10 @@ def ppo(hidden, weight, bias, case, old, low=0.2, high=0.28):
     return (loss * mask).sum() / mask.sum().clamp(min=1)
 
 
+@EACH_ISA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_policy_loss_is_ppo(shape, dtype):
+def test_policy_loss_is_ppo(shape, dtype, isa):
     case = make_case(*shape, dtype=dtype)
     exact_logp = dk.linear_logprob(
         case.hidden, case.weight, case.targets, bias=case.bias, config=dk.KernelConfig(backend="reference")
@@ -133,9 +165,10 @@ SPECS = {
 }
 
 
+@EACH_ISA
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 1.3, "temperature": 0.6}, {"temperature": "row"}])
-def test_every_spec_in_double_equals_autograd(name, head):
+def test_every_spec_in_double_equals_autograd(name, head, isa):
     """The real driver in double, three chunks and more, against full logits and autograd."""
     case, spec = make_case(40, 9, 61, seed=3), SPECS[name]
     if head.get("temperature") == "row":
@@ -286,6 +319,24 @@ def test_pointwise_loss_refuses_what_it_would_get_wrong():
         dk.pointwise_loss(*args, focal, case.advantages.clone().requires_grad_())
     with pytest.raises(ValueError, match="has shape"):
         dk.pointwise_loss(*args, focal, case.advantages[:3])
+    with pytest.raises(TypeError, match="fn returned a float"):
+        dk.pointwise_loss(*args, lambda logp: 1.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pointwise_loss_refuses_a_closure_that_would_get_no_gradient(backend):
+    case, config = make_case(10, 9, 61), dk.KernelConfig(backend=backend)
+    args, power = (case.hidden, case.weight, case.targets), torch.tensor(2.0, requires_grad=True)
+
+    def fn(logp):
+        return -logp * (1 - logp.exp()) ** power.exp()
+
+    with pytest.raises(ValueError, match=r"fn reads a \(\) tensor that requires grad.*detach it, or.*linear_logprob"):
+        dk.pointwise_loss(*args, fn, config=config)
+    with torch.no_grad():  # nobody waits for a gradient
+        expected = dk.pointwise_loss(*args, fn, config=config).loss
+    power.requires_grad_(False)
+    assert dk.pointwise_loss(*args, fn, config=config).loss == expected
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -339,8 +390,9 @@ def test_several_targets_a_row(backend):
     torch.testing.assert_close(outs[0], outs[1])
 
 
+@EACH_ISA
 @pytest.mark.parametrize("softcap", [0.5, 30.0, 1e3, 1e5, 1e7])
-def test_softcap_keeps_its_digits_whatever_its_size(softcap):
+def test_softcap_keeps_its_digits_whatever_its_size(softcap, isa):
     case = make_case(20, 9, 61, masked=0.0)
     leaves = [t.float() for t in (case.hidden, case.weight)]
     exact = dk.linear_logprob(case.hidden, case.weight, case.targets, softcap=softcap).logprobs

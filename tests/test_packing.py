@@ -143,12 +143,6 @@ def test_weight_zero_never_enters():
     assert pack([], 8) == []
 
 
-def test_weight_too_small_for_float32_is_not_active():
-    (batch,) = pack([trajectory(1, 1, weight=1e-60, index=1), trajectory(1, 1, index=2)], 8)
-    assert batch.active.tolist() == [2]
-    assert (batch.targets != -100).sum() == 2
-
-
 def test_oldest_prompt_tokens_are_cut_and_counted():
     long = trajectory(10, 3, 2, 4, index=1, logprobs=[-float(i) for i in range(19)])  # 19 tokens, last turn [15, 19)
     (batch,) = pack([long, trajectory(1, 2, index=2, logprobs=[0.0, -1.0, -2.0])], 16, max_length=8)
@@ -210,6 +204,8 @@ def broken(**changes):
     [
         (broken(weight=math.nan), "row 4 .*: weight is nan"),
         (broken(weight=-1.0), "weight is -1.0; it should be finite and at least 0"),
+        (broken(weight=1e308), r"row 4 .*: weight is 1e\+308, which is infinity in float32; .* around 1"),
+        (broken(weight=1e-60), r"row 4 .*: weight is 1e-60, which is 0 in float32; .* min_weight"),
         (broken(turns=[]), "row 4 .* has no token to train"),
         (broken(turns=[Turn(1, 2), Turn(3, 3)]), "has no token to train"),
         (broken(turns=[Turn(0, 2)]), "a trained turn starts at token 0"),
@@ -222,6 +218,11 @@ def broken(**changes):
 def test_senseless_trajectory(bad, said):
     with pytest.raises(ValueError, match=said):
         pack([bad], 8)
+
+
+def test_a_tiny_weight_may_be_left_out():
+    assert pack([broken(weight=1e-60)], 8, min_weight=1e-6) == []
+    assert pack([broken(weight=2e-38)], 8)[0].token_weights.max() > 0
 
 
 def test_senseless_option():

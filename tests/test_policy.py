@@ -46,6 +46,12 @@ def test_saved_policy_loads_through_the_ordinary_path(policy, tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen2"
 
 
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "~/model", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_looked_up(path):
+    with pytest.raises(ValueError, match=f"model.path='{path}' is neither a folder that is there nor a hub name"):
+        load_policy(ModelConfig(path=path))
+
+
 def test_state_and_restore(policy):
     state, before = policy.state(), policy.hash()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from made_up_run import make_run, write_lines
 
 from drift import report
 from drift.config import dump, parse
-from drift.records import read
+from drift.records import RecordsError, read
 from drift.report.plots import thin
 
 ATTACK = '</pre></script><script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -230,6 +230,50 @@ def test_broken_files_are_reported_not_fatal(tmp_path):
     text = text_of(page_of(folder))
     for words in ("summary.json cannot be read", "nonsense", "metrics.jsonl: 2 lines", "1 rows are left out"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("results",), [1], "results should be an object"),
+        (("results", "drift"), {}, r"results\.drift should be an object with one list multi_at_K"),
+        (("results", "drift", "multi_at_x"), [0.5], r"results\.drift should be .* multi_at_K"),
+        (("results", "drift", "multi_at_5"), [0.5, "high"], r"results\.drift\.multi_at_5 should be a list of shares"),
+        (("results", "drift", "single"), [0.5, 50.0], r"results\.drift\.single should be a list of shares"),
+        (("results", "drift", "single"), [0.5], r"results\.drift\.single should have 2 entries"),
+        (("results", "drift", "by_turn"), [[0.5], None], r"results\.drift\.by_turn should be 2 lists"),
+        (("results", "base"), {"multi_at_5": [0.5], "single": [0.5]}, "as many seeds and turns as the other arms"),
+        (("seeds",), [0], "seeds should list 2"),
+        (("seconds",), {"train": "long"}, "seconds should be an object of numbers"),
+    ],
+)
+def test_a_summary_that_no_run_wrote_is_refused_in_words(place, value, said, tmp_path):
+    folder = make_run(tmp_path / "run", seeds=2, prompts=1)
+    part = content = json.loads((folder / "summary.json").read_text())
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    (folder / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(
+        RecordsError, match=rf"^{re.escape(str(folder / 'summary.json'))}: [^\n]*{said}[^\n]*mend the file"
+    ):
+        read(folder)
+
+
+def test_an_evaluation_that_no_run_wrote_is_refused_in_words(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=1, prompts=1, summary=False)
+    for bad in ("3", '["a"]', "[1.5]", "[-1]"):
+        (folder / "seed-0" / "eval-drift.json").write_text(f'{{"solved_at": {bad}}}')
+        with pytest.raises(RecordsError, match=r"eval-drift\.json: solved_at should be a list of turns"):
+            read(folder)
+
+
+def test_lines_of_metrics_that_no_run_wrote_are_counted(tmp_path):
+    bad = ["3", "[]", '{"step": 1e400}', '{"step": null}', f'{{"step": 1, "loss": 1{"0" * 400}}}', "[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(['{"step": 1, "loss": 2.0}', *bad]) + "\n")
+    records = read(tmp_path)
+    assert records.curves == {"loss": {"": [(1, 2.0)]}}
+    assert f"metrics.jsonl: {len(bad)} lines cannot be read" in records.missing
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):

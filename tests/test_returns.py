@@ -2,12 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from drift.config import WeightsConfig
-from drift.returns import effective_sample_size, importance_weights, offpolicy_correction, trajectory_return, weigh
+from drift.returns import (
+    effective_sample_size,
+    importance_weights,
+    offpolicy_correction,
+    trajectory_return,
+    weigh,
+    weigh_for_training,
+)
 
 
 def row(rewards, answers=(), penalty=0.0, prompt="p", t_star=None):
@@ -86,6 +94,10 @@ def test_weights_stay_finite(returns, beta):
 
 def test_small_beta_takes_the_best_alone():
     assert importance_weights([0.0, 1.0, 0.5, 1.0], 1e-3) == pytest.approx([0.0, 2.0, 0.0, 2.0])
+    for beta in (1e-300, 1e-3, 0.0125, 0.01149, 0.011):  # a weight is 0, or one that float32 holds
+        weights = importance_weights([1.0, *(n / 50 for n in range(50))], beta)
+        assert all(weight == 0 or weight >= float(np.finfo(np.float32).tiny) for weight in weights)
+        assert weights[0] > 0
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
@@ -150,6 +162,17 @@ def test_weigh_skips_unsolved_groups_on_request():
     assert stats["ess_overall"] == pytest.approx(effective_sample_size([plain[0], plain[2], plain[4]]) / 3)
     weights, stats = weigh([ROWS[1]], WeightsConfig(skip_unsolved_groups=True))
     assert (weights, stats["ess_mean"], stats["unsolved_share"]) == ([0.0], 0.0, 1.0)
+
+
+def test_a_training_leaves_out_the_rows_of_skipped_groups():
+    plain, stats = weigh(ROWS, WeightsConfig())
+    assert weigh_for_training(ROWS, WeightsConfig()) == (plain, stats)
+    skipping = WeightsConfig(skip_unsolved_groups=True)
+    weights, stats = weigh_for_training(ROWS, skipping)
+    assert weights == [plain[0], None, plain[2], None, plain[4]]
+    assert stats == weigh(ROWS, skipping)[1]
+    with pytest.raises(ValueError, match=r"none of 2 rows to train on.*skip_unsolved_groups=false"):
+        weigh_for_training([ROWS[1], ROWS[3]], skipping)
 
 
 def test_min_weight_is_counted_and_leaves_weights_as_they_are():

@@ -53,6 +53,7 @@ def test_rows_hold_what_was_said_and_what_it_is_worth(policy):
     assert (late["t_star"], late["format_penalty"], late["answer_norms"]) == (3, -0.1, ["a1", "a0"])
     assert trajectory_return(late) == pytest.approx(0.81 - 0.1)
     assert (first["t_star"], first["format_penalty"], len(first["messages"])) == (1, 0.0, 2)
+    assert str(first["format_penalty"]) == "0.0"  # no -0.0 in files
     assert (never["t_star"], never["answer_norms"]) == (None, ["x", "x", "y"])
     assert never["messages"][-1]["role"] == "assistant"
     assert trajectory_return(never) == pytest.approx(-0.5 / 3)

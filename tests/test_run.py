@@ -15,10 +15,11 @@ from scripted import quarters
 
 from drift import run as module
 from drift import store
-from drift.config import ConfigError, dump
+from drift.config import ConfigError, dump, load
 from drift.policy import load_policy
 from drift.returns import weigh
 from drift.run import RunError, run, steps_of
+from drift.tasks import TaskError
 
 ARMS = ("base", "uniform", "success_only", "drift")
 
@@ -93,7 +94,7 @@ def test_a_second_run_is_done_and_says_so(whole, capfd, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     assert run(config) == summary
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert "is done: 2 seeds" in capfd.readouterr().err
+    assert "is done: seeds 0, 1, arms" in capfd.readouterr().err
 
 
 def test_other_settings_are_refused_by_name(whole):
@@ -102,6 +103,15 @@ def test_other_settings_are_refused_by_name(whole):
         run(changed(config, train={"lr": 2e-3}))
     with pytest.raises(ConfigError, match=r"seeds began with 0 and now with 1"):
         run(changed(config, seeds=[1, 0]))
+
+
+def test_a_run_that_never_began_may_be_mended(tmp_path):
+    config = quarters(tmp_path)
+    with pytest.raises(TaskError, match=r"task\.eval_problems=9999: .*ask for fewer"):
+        run(changed(config, task={"eval_problems": 9999}))
+    assert [path.name for path in (tmp_path / "runs" / "digits").iterdir()] == ["config.yaml"]
+    module._claim(tmp_path / "runs" / "digits", config)
+    assert load(tmp_path / "runs" / "digits" / "config.yaml") == config
 
 
 def test_more_seeds_and_fewer_arms_go_on_from_what_is_there(tmp_path):
@@ -169,7 +179,7 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
     sampled, started, collect, train = [], [], module.collect, module.train
 
     def spy_collect(policy, engine, task, problems, settings, path, *rest):
-        sampled.append((policy.hash(), path.parent.name))
+        sampled.append((policy.hash(), path.relative_to(tmp_path / "runs" / "digits").as_posix()))
         return collect(policy, engine, task, problems, settings, path, *rest)
 
     def spy_train(policy, *args, **kwargs):
@@ -180,16 +190,21 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
     monkeypatch.setattr(module, "train", spy_train)
     run(config)
     base = load_policy(config.model.model_copy(update={"path": str(tmp_path / "runs" / "digits" / "base")})).hash()
-    assert [place for _, place in sampled] == ["digits", "round-1", "round-1"]
+    later = [f"seed-0/{arm}/rollouts-1.jsonl" for arm in config.arms]
+    assert [place for _, place in sampled] == ["rollouts.jsonl", *later]
+    for (who, place), arm in zip(sampled[1:], config.arms):  # kept, though the arm's checkpoints go
+        rows = store.read(tmp_path / "runs" / "digits" / place)
+        assert len(rows) == config.task.train_problems * config.rollout.n
+        assert store.check_policy(rows, who) == 0
+        assert not list((tmp_path / "runs" / "digits" / "seed-0" / arm).glob("round-*"))
     assert [who == base for who in started] == [True, False, True, False]
     assert [who for who, _ in sampled] == [base, started[1], started[3]]
 
 
 def test_a_given_model_is_not_warm_started_and_is_told_the_format(whole, tmp_path):
     config, folder, _ = whole
-    given = changed(config, name="given", seeds=[0], output_dir=str(tmp_path), model={"path": str(folder / "base")})
-    asked = {}
-    given = changed(given, arms=["uniform"])
+    given = changed(config, name="given", seeds=[0], arms=["uniform"], output_dir=str(tmp_path))
+    given = changed(given, model={"path": str(folder / "base")}, warm_start={"enabled": False})
     summary = run(given)
     rows = store.read(tmp_path / "given" / "rollouts.jsonl")
     asked = {row["messages"][0]["content"] for row in rows}

@@ -159,7 +159,7 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path):
     assert [problem.answer for problem in task.problems(away)] == ["3"]
     with pytest.raises(TaskError, match=r"b\.jsonl:2: this problem .* is in split 'train' already"):
         load({"prompt": "1 + 2", "answer": 3, "split": "train"}, {"prompt": "2 + 1", "answer": 3, "split": "eval"})
-    with pytest.raises(TaskError, match=r"b\.jsonl:1: 'answer' is None"):
+    with pytest.raises(TaskError, match=r"b\.jsonl:1: 'answer' is missing beside 'prompt'"):
         load({"prompt": "1 + 2"})
     with pytest.raises(TaskError, match=r"b\.jsonl:1: 'split' is 'test'"):
         load({"prompt": "1 + 2", "answer": 3, "split": "test"})

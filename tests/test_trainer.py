@@ -8,72 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
+from small import LORA, SHAPE, Policy, config, some, trajectory
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.qwen2 import Qwen2Config
 
-from drift import attention, checkpoint, policy, tiny, trainer
-from drift.config import TrainConfig
+from drift import checkpoint, trainer
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.packing import pack
 from drift.track import Track
-from drift.types import Trajectory, Turn
 
 # peft 0.21 asks transformers 5.24 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-TOKENIZER = tiny.build_tokenizer()
-SMALL = {
-    "vocab_size": 23,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
-
-
-class Policy(policy.Policy):
-    """The real one around any tiny model; its tokenizer is never asked."""
-
-    def __init__(self, config=None, dtype=torch.float32, lora=None, checkpointing=False):
-        torch.manual_seed(0)
-        config = config or Qwen2Config(**SMALL, tie_word_embeddings=True, initializer_range=0.2)
-        name = attention.register("sdpa")
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        super().__init__(get_peft_model(model, lora) if lora else model, TOKENIZER)
-
-    def weights(self):
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
-
-
-def trajectory(index, generator, weight=None, turns=None):
-    """A conversation of one to three turns of one to five tokens, between prompts of one to six."""
-    ids, spans = [], []
-    for _ in range(turns or int(torch.randint(1, 4, (), generator=generator))):
-        prompt, answer = (int(torch.randint(1, n, (), generator=generator)) for n in (7, 6))
-        ids += torch.randint(3, 23, (prompt + answer,), generator=generator).tolist()
-        spans.append(Turn(len(ids) - answer, len(ids)))
-    if weight is None:
-        weight = float(torch.rand((), generator=generator)) * 3
-    return Trajectory(f"p{index // 4}", ids, spans, weight=weight, index=index)
-
-
-def some(count, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return [trajectory(index, generator, **options) for index in range(count)]
-
-
-def config(**options):
-    return TrainConfig(**({"lr": 1e-2, "batch_size": 4, "max_tokens": 64, "max_length": 64} | options))
 
 
 def packs_of(trajectories, settings):
@@ -115,8 +62,8 @@ def close(ours, theirs, tight=2e-5):
         torch.testing.assert_close(ours[name], theirs[name], rtol=tight, atol=tight, msg=lambda m, n=name: f"{n}: {m}")
 
 
-CAPPED = Gemma3TextConfig(**SMALL, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.2)
-SCALED = GraniteConfig(**SMALL, logits_scaling=0.25, embedding_multiplier=2.0, initializer_range=0.2)
+CAPPED = Gemma3TextConfig(**SHAPE, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.2)
+SCALED = GraniteConfig(**SHAPE, logits_scaling=0.25, embedding_multiplier=2.0, initializer_range=0.2)
 
 
 @pytest.mark.parametrize(
@@ -344,9 +291,6 @@ def test_learning_rates():
     assert rates(1, warmup_ratio=1.0, schedule="cosine") == [1.0]
 
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-
-
 def test_lora_moves_only_the_adapters():
     policy = Policy(lora=LoraConfig(**LORA))
     before = policy.weights()
@@ -457,7 +401,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         trainer.train(Policy(), some(4), config(lr=0.02), seed=0, checkpoint_dir=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="trajectories was"):
         trainer.train(Policy(), some(4, seed=1), config(), seed=0, checkpoint_dir=tmp_path)
-    wider = Qwen2Config(**(SMALL | {"intermediate_size": 48}), tie_word_embeddings=True)
+    wider = Qwen2Config(**(SHAPE | {"intermediate_size": 48}), tie_word_embeddings=True)
     with pytest.raises(checkpoint.CheckpointError, match="another model"):
         trainer.train(Policy(wider), some(4), config(), seed=0, checkpoint_dir=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="names differ"):

@@ -158,15 +158,12 @@ SWEEPS(Avx512, DRIFT_AVX512)
 #endif
 
 template <class R>
-const Sweeps<R>& sweeps() {
-  static const Sweeps<R> chosen = [] {
+Sweeps<R> sweeps() {
 #if defined(__x86_64__)
-    if (simd() == Simd::avx512) return Sweeps<R>{Avx512<R>::kl, Avx512<R>::grad, Avx512<R>::lse, Avx512<R>::select};
-    if (simd() == Simd::avx2) return Sweeps<R>{Avx2<R>::kl, Avx2<R>::grad, Avx2<R>::lse, Avx2<R>::select};
+  if (simd() == Simd::avx512) return {Avx512<R>::kl, Avx512<R>::grad, Avx512<R>::lse, Avx512<R>::select};
+  if (simd() == Simd::avx2) return {Avx2<R>::kl, Avx2<R>::grad, Avx2<R>::lse, Avx2<R>::select};
 #endif
-    return Sweeps<R>{Baseline<R>::kl, Baseline<R>::grad, Baseline<R>::lse, Baseline<R>::select};
-  }();
-  return chosen;
+  return {Baseline<R>::kl, Baseline<R>::grad, Baseline<R>::lse, Baseline<R>::select};
 }
 
 int64_t taught_row(const int64_t* taught, int64_t i) { return taught ? taught[i] : i; }

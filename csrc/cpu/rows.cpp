@@ -56,18 +56,12 @@ SWEEPS(Avx512, DRIFT_AVX512)
 #endif
 
 template <class R>
-Sweeps<R> choose() {
+Sweeps<R> sweeps() {
 #if defined(__x86_64__)
   if (simd() == Simd::avx512) return {Avx512<R>::stats, Avx512<R>::grad};
   if (simd() == Simd::avx2) return {Avx2<R>::stats, Avx2<R>::grad};
 #endif
   return {Baseline<R>::stats, Baseline<R>::grad};
-}
-
-template <class R>
-const Sweeps<R>& sweeps() {
-  static const Sweeps<R> chosen = choose<R>();
-  return chosen;
 }
 
 template <class R>

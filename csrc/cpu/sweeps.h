@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/isa.h"
 #include "rows.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -21,17 +22,6 @@ namespace {  // each file that includes this has its own copy, inlined into its 
 #define DRIFT_AVX2 __attribute__((target("avx2,fma")))
 #define DRIFT_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
 #endif
-
-enum class Simd { baseline, avx2, avx512 };
-inline Simd simd() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Simd::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
-#endif
-  return Simd::baseline;
-}
 
 constexpr int64_t BLOCK = 2048;  // elements between two folds into double: keeps fp32 sums exact to a few ulp
 

@@ -83,7 +83,8 @@ def by_turn(results: Mapping[str, Results]) -> str:
         axes.set_xticks(range(1, longest + 1))
         axes.set_xlabel("turns allowed")
         axes.yaxis.set_major_formatter(_PERCENT)
-        axes.legend(loc="lower right")
+        lines = sorted(axes.get_lines(), key=lambda line: -float(np.ravel(line.get_ydata())[-1]))  # as they end
+        axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     return _svg("Solved within so many turns", draw)
 
