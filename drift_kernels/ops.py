@@ -113,14 +113,8 @@ def linear_logprob(
         extra = _unflatten({name: stats[name].detach() for name in names}, flat)
     else:
         rest = Rest(flat.targets, rows, active, flat.temperature)
-        logprobs, entropy = LinearLogprobs.apply(*_head_of(flat).flat(), rest, call)
-        further = tuple(name for name in names if name not in wanted)
-        found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
-        if further:
-            scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
-            values = torch.ops.drift_kernels.score(*_head_of(flat).flat(), *rest.flat(), scored.encode())
-            found |= dict(zip(further, values))
-        extra = _unflatten({name: found[name] for name in names}, flat)
+        logprobs, entropy, values = LinearLogprobs.apply(*_head_of(flat).flat(), rest, call, names)
+        extra = _unflatten(dict(zip(names, values)), flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
 
 
