@@ -1,0 +1,162 @@
+"""What adapters share: the trainer's version, the head of a causal LM, and what happens between its product and a logit."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Support:
+    """The versions of a package that an adapter was written for: minimum ≤ version < below."""
+
+    package: str
+    minimum: str
+    below: str
+
+    def __str__(self) -> str:
+        return f"{self.package} >= {self.minimum}, < {self.below}"
+
+    @property
+    def pip(self) -> str:
+        """The command that installs a supported version."""
+        return f'pip install "{self.package}>={self.minimum},<{self.below}"'
+
+    def check(self) -> str:
+        """The installed version. Raises ImportError naming the pip command where there is none that is supported."""
+        try:
+            found = importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(f"this adapter needs {self}: {self.pip}") from None
+        from packaging.version import Version  # comes with every trainer there is an adapter for
+
+        # a development version of a release counts as that release: its seam is looked at anyway
+        if not Version(self.minimum) <= Version(Version(found).base_version) < Version(self.below):
+            raise ImportError(f"{self.package} {found} is not supported; this adapter needs {self}: {self.pip}")
+        return found
+
+    def seam(self, module: str, name: str) -> Any:
+        """The attribute `name` of `module`, which an adapter replaces; RuntimeError where this version lacks it."""
+        found = self.check()
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"{self.package} {found} has no {module}.{name} ({error}), which this adapter replaces; it needs {self}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output projection, as the ops take it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of an op that say how a logit comes of a product."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def transform_of(config: Any) -> tuple[float | None, float]:
+    """(softcap, logit_scale) of a transformers config: what a model does to the product of its head.
+
+    Families write the factor under different names, and Granite and MiniCPM3 divide by theirs.
+    """
+    text = config.get_text_config()
+    scale: float = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            scale = float(getattr(text, name))
+            break
+    else:
+        divisor = getattr(text, "logits_scaling", None)
+        if divisor is not None:
+            scale = float(divisor) if text.model_type == "hyperclovax" else 1 / float(divisor)
+    return getattr(text, "final_logit_softcapping", None), scale
+
+
+def unwrap_peft(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself. Raises NotImplementedError for prompt learning."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise NotImplementedError(
+            f"{type(config).__name__} puts virtual tokens before the prompt, so that hidden states and labels no longer "
+            "align; use LoRA, or leave the trainer's own loss on"
+        )
+    return model.get_base_model()
+
+
+def head_module(model: Any) -> nn.Module:
+    """The module that a causal LM projects with. Raises where an adapter on it makes its weight not the whole story."""
+    module = model.get_output_embeddings()
+    if module is None:
+        raise TypeError(f"{type(model).__name__} has no output embeddings: it is no language model with a head")
+    if hasattr(module, "modules_to_save"):  # PEFT trains a copy of the whole head
+        module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
+    if hasattr(module, "base_layer"):
+        raise NotImplementedError(
+            "a PEFT adapter on lm_head is not supported: the ops read lm_head.weight, so that it would never be trained; "
+            "leave lm_head out of target_modules, or train all of it (modules_to_save)"
+        )
+    return module
+
+
+def head_of(model: Any) -> Head:
+    """What the ops need of a causal LM's head, looked up anew on each call, since wrappers replace parameters."""
+    module = head_module(model)
+    if zero3_enabled():
+        raise NotImplementedError(
+            "DeepSpeed ZeRO-3 gathers lm_head only inside its own forward, and backward needs it again; use ZeRO-2 or FSDP2"
+        )
+    weight, bias = _whole(module.weight), _whole(getattr(module, "bias", None))
+    softcap, scale = transform_of(model.config)
+    assert weight is not None
+    return Head(weight, bias, softcap, scale)
+
+
+def zero3_enabled() -> bool:
+    """Whether transformers runs under DeepSpeed ZeRO-3, where parameters outside their module's forward are empty."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def _whole(value: Any) -> Tensor | None:
+    """A sharded parameter gathered, with its gradient sent back to the shards."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything, run inside the model's forward
+_ALWAYS_NONE = ("labels", "shift_labels", "num_items_in_batch")  # PEFT hands every one of its own arguments on
+
+
+def run_inside_forward(model: Any) -> None:
+    """Teaches `model` the keyword `drift_inside=fn`: its forward then runs the backbone and returns fn(hidden, head).
+
+    Inside the forward, since that is what DDP, FSDP and autocast wrap; without the keyword nothing changes, so that
+    `generate` and evaluation find the model as it was.
+    """
+    before = model.forward
+
+    @functools.wraps(before)  # generate() reads the signature
+    def forward(self: Any, *args: Any, drift_inside: Inside | None = None, **kwargs: Any) -> Any:
+        if drift_inside is None:
+            return before(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _ALWAYS_NONE} | {"use_cache": False}
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        head = head_of(self)
+        return drift_inside(hidden.to(head.weight.device), head)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,45 @@
+"""Tests of the adapters on the trainers themselves: tiny models from a config, a tokenizer made here, no network.
+
+`make test-adapters` runs them. Where a trainer is missing its file is left out of a plain `pytest` run, and shows as
+"cannot run" in the report (`--adapters-report=FILE` writes that as a table).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # also keeps TRL from reporting who trains what
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_DISABLED"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
+
+NEEDS = {"test_trl": "trl", "test_transformers": "peft", "test_verl": "verl", "test_torchtitan": "torchtitan"}
+
+
+def _missing(name: str) -> str | None:
+    for prefix, package in NEEDS.items():
+        if name.startswith(prefix) and importlib.util.find_spec(package) is None:
+            return package
+    return None
+
+
+collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if _missing(path.stem)]
+
+
+def pytest_collection_modifyitems(items):
+    """Trainers warn about themselves; only warnings raised in our modules are errors here."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("default"), append=False)
+            item.add_marker(pytest.mark.filterwarnings("error:::drift_kernels"))
