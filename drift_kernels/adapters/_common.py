@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -139,7 +140,22 @@ def _whole(value: Any) -> Tensor | None:
 
 
 Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything, run inside the model's forward
-_ALWAYS_NONE = ("labels", "shift_labels", "num_items_in_batch")  # PEFT hands every one of its own arguments on
+_NOT_FOR_A_BACKBONE = ("labels", "shift_labels", "num_items_in_batch")  # PEFT hands on every argument it has
+
+
+def wrap_forward(model: nn.Module, around: Callable[..., Any]) -> None:
+    """`model.forward(…)` becomes around(model, before, …), `before` being what it was; its signature stays.
+
+    On the instance, since PEFT calls `forward` without hooks; bound to it, so that a copy of the model calls itself.
+    """
+    found = model.forward
+    before = getattr(found, "__func__", None) or (lambda _, *args, **kwargs: found(*args, **kwargs))
+
+    @functools.wraps(before)  # generate() reads the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(self, functools.partial(before, self), *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
 
 
 def run_inside_forward(model: Any) -> None:
@@ -148,15 +164,67 @@ def run_inside_forward(model: Any) -> None:
     Inside the forward, since that is what DDP, FSDP and autocast wrap; without the keyword nothing changes, so that
     `generate` and evaluation find the model as it was.
     """
-    before = model.forward
 
-    @functools.wraps(before)  # generate() reads the signature
-    def forward(self: Any, *args: Any, drift_inside: Inside | None = None, **kwargs: Any) -> Any:
+    def around(self: Any, before: Any, *args: Any, drift_inside: Inside | None = None, **kwargs: Any) -> Any:
         if drift_inside is None:
             return before(*args, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in _ALWAYS_NONE} | {"use_cache": False}
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_A_BACKBONE}
+        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         head = head_of(self)
         return drift_inside(hidden.to(head.weight.device), head)
 
-    model.forward = types.MethodType(forward, model)
+    wrap_forward(model, around)
+
+
+def shifted(values: Tensor, fill: float) -> Tensor:
+    """`values` [..., L] moved one place to the left, so that place i holds what row i predicts; `fill` at the end."""
+    out = torch.full_like(values, fill)
+    out[..., :-1] = values[..., 1:]
+    return out
+
+
+@dataclass(frozen=True)
+class WeightedCollator:
+    """A collator's batch with `token_weights` [its labels' shape], from one weight a token or one an example.
+
+    inner         makes everything else; its batch must have "labels", padded [B, L] or flattened [1, T]
+    token_column  a list as long as "input_ids"; None or absent = 1
+    example_column  a number; None or absent = 1; the two are multiplied
+    """
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    token_column: str | None = "token_weights"
+    example_column: str | None = "weight"
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch; raises ValueError where a list of weights is not as long as its tokens."""
+        rows = [self._weights(example) for example in examples]
+        own = (self.token_column, self.example_column)
+        batch = self.inner([{k: v for k, v in example.items() if k not in own} for example in examples])
+        labels = batch["labels"]
+        if labels.shape[0] == len(rows):
+            left = "attention_mask" in batch and bool((batch["attention_mask"][:, :1] == 0).any())
+            padded = torch.zeros(labels.shape, dtype=torch.float32)
+            for i, row in enumerate(rows):
+                padded[i, slice(-len(row), None) if left else slice(len(row))] = row
+        elif labels.shape[0] == 1 and labels.shape[1] >= sum(map(len, rows)):
+            padded = torch.zeros(labels.shape, dtype=torch.float32)
+            padded[0, : sum(map(len, rows))] = torch.cat(rows)
+        else:
+            raise ValueError(f"labels {tuple(labels.shape)} are neither {len(rows)} padded rows nor one flattened row")
+        return batch | {"token_weights": padded}
+
+    def _weights(self, example: dict[str, Any]) -> Tensor:
+        length = len(example["input_ids"])
+        weights = torch.ones(length)
+        if self.token_column in example:
+            weights = torch.as_tensor(example[self.token_column], dtype=torch.float32)
+            if weights.shape != (length,):
+                raise ValueError(
+                    f"{self.token_column} has shape {tuple(weights.shape)} for {length} tokens; one a token"
+                )
+        if self.example_column in example:
+            weights = weights * float(example[self.example_column])
+        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError(f"weights {weights.tolist()[:8]} must be finite and at least 0")
+        return weights

@@ -24,17 +24,21 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
-NEEDS = {"test_trl": "trl", "test_transformers": "peft", "test_verl": "verl", "test_torchtitan": "torchtitan"}
+NEEDS = {
+    "test_trl": ("trl", "datasets", "peft"),
+    "test_transformers": ("peft", "accelerate"),
+    "test_verl": ("verl", "tensordict", "ray", "omegaconf"),
+    "test_torchtitan": ("torchtitan", "spmd_types"),
+}
 
 
-def _missing(name: str) -> str | None:
-    for prefix, package in NEEDS.items():
-        if name.startswith(prefix) and importlib.util.find_spec(package) is None:
-            return package
-    return None
+def missing(file: str) -> list[str]:
+    """The packages that a test file needs and that are not here."""
+    needs = [packages for prefix, packages in NEEDS.items() if file.startswith(prefix)]
+    return [package for packages in needs for package in packages if importlib.util.find_spec(package) is None]
 
 
-collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if _missing(path.stem)]
+collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if missing(path.stem)]
 
 
 def pytest_collection_modifyitems(items):

@@ -29,6 +29,7 @@ def common(path, **changes) -> dict:
         output_dir=str(path),
         max_steps=10,
         learning_rate=1e-3,
+        adam_epsilon=1e-4,  # some gradients are zero but for rounding, which Adam would blow up
         per_device_train_batch_size=4,
         logging_steps=1,
         report_to="none",
@@ -147,7 +148,7 @@ def run(make, path) -> tuple[list[dict], dict, dict]:
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 
 
-def compare(without, with_it, tolerance=2e-4):
+def compare(without, with_it, tolerance=1e-4):
     (logs, grads, weights), (logs2, grads2, weights2) = without, with_it
     assert len(logs) == len(logs2) >= 4
     for a, b in zip(logs, logs2):
@@ -158,7 +159,7 @@ def compare(without, with_it, tolerance=2e-4):
                 assert both_nan or abs(a[key] - b[key]) <= tolerance * max(1, abs(a[key])), (key, a[key], b[key])
     assert grads
     assert tiny.differences(grads, grads2) < tolerance
-    assert tiny.differences(weights, weights2) < 10 * tolerance
+    assert tiny.differences(weights, weights2) < 5 * tolerance
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -260,9 +261,8 @@ def test_enable_and_disable_restore_exactly():
     assert utils._ChunkedLogProbFunction is ORIGINAL
     outer = adapter.enable()
     inside = utils._ChunkedLogProbFunction
-    with pytest.raises(KeyError), adapter.enable():
+    with adapter.enable():
         assert utils._ChunkedLogProbFunction is not inside
-        raise KeyError
     assert utils._ChunkedLogProbFunction is inside
     with outer:
         pass

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-WORDS = "the a cat dog sat ran on under mat tree and then it was big small red blue one two three four five six".split()
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+WORDS = [f"{a}{b}" for a in "bdfgklmn" for b in ("a", "e", "i")]
 VOCABULARY = 64
 
 
@@ -54,19 +58,26 @@ def sentences(count: int, seed: int = 0, longest: int = 12) -> list[str]:
     return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator).tolist()) for n in lengths]
 
 
+def dataset(columns: dict[str, list]) -> Dataset:
+    """Imported here, since not every trainer needs it."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)
+
+
 def texts(count: int = 48) -> Dataset:
     """{"text"}."""
-    return Dataset.from_dict({"text": sentences(count)})
+    return dataset({"text": sentences(count)})
 
 
 def completions(count: int = 48) -> Dataset:
     """{"prompt", "completion"}."""
-    return Dataset.from_dict({"prompt": sentences(count, 1, 5), "completion": [" " + s for s in sentences(count, 2)]})
+    return dataset({"prompt": sentences(count, 1, 5), "completion": [" " + s for s in sentences(count, 2)]})
 
 
 def preferences(count: int = 48) -> Dataset:
     """{"prompt", "chosen", "rejected"}."""
-    return Dataset.from_dict(
+    return dataset(
         {
             "prompt": sentences(count, 3, 5),
             "chosen": [" " + s for s in sentences(count, 4)],
@@ -77,7 +88,7 @@ def preferences(count: int = 48) -> Dataset:
 
 def prompts(count: int = 32) -> Dataset:
     """{"prompt"}."""
-    return Dataset.from_dict({"prompt": sentences(count, 6, 6)})
+    return dataset({"prompt": sentences(count, 6, 6)})
 
 
 def reward(completions: list[str], **_) -> list[float]:
