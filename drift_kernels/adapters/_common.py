@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import drift_kernels as dk
+
 
 @dataclass(frozen=True)
 class Support:
@@ -60,12 +62,14 @@ class Head:
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
+    lora: dk.LoRAHead | None
     softcap: float | None
     logit_scale: float
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of an op that say how a logit comes of a product."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        """The keyword arguments of an op that say how a logit comes of hidden and weight."""
+        lora = {} if self.lora is None else {"lora": self.lora}
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale} | lora
 
 
 def transform_of(config: Any) -> tuple[float | None, float]:
@@ -99,19 +103,38 @@ def unwrap_peft(model: Any) -> Any:
     return model.get_base_model()
 
 
-def head_module(model: Any) -> nn.Module:
-    """The module that a causal LM projects with. Raises where an adapter on it makes its weight not the whole story."""
+def head_module(model: Any) -> Any:
+    """The module that a causal LM projects with; TypeError for a model without one."""
     module = model.get_output_embeddings()
     if module is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings: it is no language model with a head")
     if hasattr(module, "modules_to_save"):  # PEFT trains a copy of the whole head
         module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
-    if hasattr(module, "base_layer"):
-        raise NotImplementedError(
-            "a PEFT adapter on lm_head is not supported: the ops read lm_head.weight, so that it would never be trained; "
-            "leave lm_head out of target_modules, or train all of it (modules_to_save)"
-        )
+    _lora_of(module)
     return module
+
+
+def _lora_of(module: Any) -> dk.LoRAHead | None:
+    """What PEFT adds to a head; NotImplementedError for anything but one plain LoRA adapter without dropout."""
+    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
+        return None
+    names = module.active_adapters
+    name = names[0] if names else ""
+    dropout = getattr(module, "lora_dropout", {})
+    plain = (
+        len(names) == 1
+        and name in getattr(module, "lora_A", {})
+        and not getattr(module, "use_dora", {}).get(name)
+        and not getattr(module, "lora_variant", {}).get(name)
+        and getattr(module.lora_B[name], "bias", None) is None
+        and (name not in dropout or not getattr(dropout[name], "p", 0.0))
+    )
+    if not plain:
+        raise NotImplementedError(
+            f"the PEFT adapter {', '.join(names)} on lm_head is not supported: only one plain LoRA, without dropout, DoRA or "
+            "a bias of its own; leave lm_head out of target_modules, or train all of it (modules_to_save)"
+        )
+    return dk.LoRAHead(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
 
 
 def head_of(model: Any) -> Head:
@@ -121,10 +144,10 @@ def head_of(model: Any) -> Head:
         raise NotImplementedError(
             "DeepSpeed ZeRO-3 gathers lm_head only inside its own forward, and backward needs it again; use ZeRO-2 or FSDP2"
         )
-    weight, bias = _whole(module.weight), _whole(getattr(module, "bias", None))
-    softcap, scale = transform_of(model.config)
+    layer = getattr(module, "base_layer", module)
+    weight, bias = _whole(layer.weight), _whole(getattr(layer, "bias", None))
     assert weight is not None
-    return Head(weight, bias, softcap, scale)
+    return Head(weight, bias, _lora_of(module), *transform_of(model.config))
 
 
 def zero3_enabled() -> bool:

@@ -187,7 +187,10 @@ class _Patch:
         if not self.on or not (labels or deferred) or (labels and not self.model.training and token_weights is None):
             return before(*args, **kwargs)
         model = self.model
-        head_module(model)  # refuses an adapter that came after apply
+        if head_module(model) is not self.head:
+            raise NotImplementedError(
+                "the model's head is another module than at apply(model); wrap it first, then apply"
+            )
         self.call = _Captured(model.training, token_weights, self.config)
         try:
             outputs = before(*args, **kwargs)
