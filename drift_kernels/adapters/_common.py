@@ -213,29 +213,23 @@ class WeightedCollator:
     inner         makes everything else; its batch must have "labels", padded [B, L] or flattened [1, T]
     token_column  a list as long as "input_ids"; None or absent = 1
     example_column  a number; None or absent = 1; the two are multiplied
+    shares        adds `token_shares`, 1 / the number of labels of the token's example that count
     """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
     token_column: str | None = "token_weights"
     example_column: str | None = "weight"
+    shares: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; raises ValueError where a list of weights is not as long as its tokens."""
+        """The inner batch and ours; raises ValueError where a list of weights is not as long as its tokens."""
         rows = [self._weights(example) for example in examples]
         own = (self.token_column, self.example_column)
         batch = self.inner([{k: v for k, v in example.items() if k not in own} for example in examples])
-        labels = batch["labels"]
-        if labels.shape[0] == len(rows):
-            left = "attention_mask" in batch and bool((batch["attention_mask"][:, :1] == 0).any())
-            padded = torch.zeros(labels.shape, dtype=torch.float32)
-            for i, row in enumerate(rows):
-                padded[i, slice(-len(row), None) if left else slice(len(row))] = row
-        elif labels.shape[0] == 1 and labels.shape[1] >= sum(map(len, rows)):
-            padded = torch.zeros(labels.shape, dtype=torch.float32)
-            padded[0, : sum(map(len, rows))] = torch.cat(rows)
-        else:
-            raise ValueError(f"labels {tuple(labels.shape)} are neither {len(rows)} padded rows nor one flattened row")
-        return batch | {"token_weights": padded}
+        batch["token_weights"] = _laid_out(rows, batch)
+        if self.shares:
+            batch["token_shares"] = _laid_out([_share(example) for example in examples], batch)
+        return batch
 
     def _weights(self, example: dict[str, Any]) -> Tensor:
         length = len(example["input_ids"])
@@ -251,3 +245,25 @@ class WeightedCollator:
         if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             raise ValueError(f"weights {weights.tolist()[:8]} must be finite and at least 0")
         return weights
+
+
+def _share(example: dict[str, Any]) -> Tensor:
+    """1 / its labels that count, for each of an example's tokens; the first is nobody's target."""
+    labels = torch.as_tensor(example.get("labels", example["input_ids"]))
+    return torch.full(labels.shape, 1.0 / max(int((labels[1:] != -100).sum()), 1))
+
+
+def _laid_out(rows: list[Tensor], batch: dict[str, Any]) -> Tensor:
+    """Rows of per-token numbers as the labels of `batch` lie: padded [B, L] on either side, or flattened [1, T]."""
+    labels = batch["labels"]
+    out = torch.zeros(labels.shape, dtype=torch.float32)
+    total = sum(map(len, rows))
+    if labels.shape[0] == len(rows) and labels.shape[1] >= max(map(len, rows)):
+        left = "attention_mask" in batch and bool((batch["attention_mask"][:, :1] == 0).any())
+        for i, row in enumerate(rows):
+            out[i, slice(labels.shape[1] - len(row), None) if left else slice(len(row))] = row
+    elif labels.shape[0] == 1 and labels.shape[1] >= total:
+        out[0, :total] = torch.cat(rows)
+    else:
+        raise ValueError(f"labels {tuple(labels.shape)} are neither {len(rows)} padded rows nor one flattened row")
+    return out
