@@ -11,6 +11,7 @@ from drift_kernels.ops import (
     weighted_cross_entropy,
 )
 from drift_kernels.products import LoRAHead
+from drift_kernels.scored import policy_token_loss
 from drift_kernels.spec import KernelConfig, PolicySpec
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "linear_logprob",
     "pointwise_loss",
     "policy_loss",
+    "policy_token_loss",
     "shift_targets",
     "weighted_cross_entropy",
 ]

@@ -297,16 +297,16 @@ def test_sft_cuts_weights_with_their_tokens(mode, tmp_path):
     torch.testing.assert_close(batch["token_weights"][0, : len(first)], first)
 
 
-@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated")
 def test_sft_refuses_by_name(tmp_path):
     data = weighted()
     for message, changes in {
         "loss_type='dft'": dict(loss_type="dft"),
-        "label_smoothing_factor": dict(label_smoothing_factor=0.1),
         "packing=True": dict(packing=True),
     }.items():
         with pytest.raises(ValueError, match=message):
             drift_sft(tmp_path, data, **changes)
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="label_smoothing_factor=0.1"):
+        drift_sft(tmp_path, data, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="neither 'weight' nor 'token_weights'"):
         drift_sft(tmp_path, tiny.completions())
     with pytest.raises(ValueError, match="needs a dataset that is tokenised"):

@@ -114,7 +114,8 @@ class DriftSFTTrainer(SFTTrainer):
             return None
         total = torch.stack([self._factors(batch)[2].sum() for batch in batch_samples]).sum().to(device)
         if self.accelerator.num_processes > 1:
-            total = self.accelerator.gather(total).sum()
+            gathered: Any = self.accelerator.gather(total)
+            total = gathered.sum()
         return total / self.get_tp_size()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
