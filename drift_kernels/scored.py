@@ -47,7 +47,9 @@ def policy_token_loss(
     }
     for name, value in given.items():
         if value is not None and value.shape != logprobs.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, logprobs {tuple(logprobs.shape)}; they must agree")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, logprobs {tuple(logprobs.shape)}; they must agree"
+            )
     needs = {
         "ref_logprobs": bool(spec.kl_coef),
         "old_logprobs": spec.correction is not None,
