@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,6 +27,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
+BEGIN, END = "<!-- report: written by make test-adapters -->", "<!-- /report -->"
 NEEDS = {
     "test_trl": ("trl", "datasets", "peft"),
     "test_transformers": ("peft", "accelerate"),
@@ -41,9 +45,62 @@ def missing(file: str) -> list[str]:
 collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if missing(path.stem)]
 
 
+IMPORTS = {"torchtitan": "torchtitan.models.common.linear", "verl": "verl.workers.config"}
+for package, module in IMPORTS.items():  # they warn while being imported, which collection takes for errors
+    if not any(package in needs and missing(prefix) for prefix, needs in NEEDS.items()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--adapters-report", help="a file whose part between report marks becomes the list of results")
+
+
 def pytest_collection_modifyitems(items):
     """Trainers warn about themselves; only warnings raised in our modules are errors here."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("default"), append=False)
             item.add_marker(pytest.mark.filterwarnings("error:::drift_kernels"))
+
+
+_results: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report):
+    name = report.nodeid.split("adapters/")[-1]
+    if report.skipped:
+        _results[name] = (
+            f"cannot run  {name}: {report.longrepr[2].removeprefix('Skipped: ').removeprefix('cannot run: ')}"
+        )
+    elif report.failed:
+        _results[name] = f"FAIL        {name}"
+    elif report.when == "call":
+        _results[name] = f"pass        {name}"
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {package}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = [*_results.values()]
+    for name in collect_ignore:
+        lines.append(f"cannot run  {name}: {', '.join(missing(Path(name).stem))} not installed")
+    if not any(name.startswith("test_") for name in _results):
+        return
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "verl", "torchtitan")
+    lines.insert(0, f"Python {sys.version.split()[0]}, " + ", ".join(map(_version, packages)))
+    target = config.getoption("--adapters-report")
+    if target is None:
+        return
+    terminalreporter.write_sep("=", "adapters")
+    terminalreporter.write_line("\n".join(lines))
+    path = Path(target)
+    head, _, rest = path.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    path.write_text(f"{head}{BEGIN}\n```\n" + "\n".join(lines) + f"\n```\n{END}{tail}")

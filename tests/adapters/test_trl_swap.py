@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peers
 import pytest
 import tiny
 import torch
@@ -316,3 +317,9 @@ def test_the_backend_can_be_chosen():
     adapter.enable(dk.KernelConfig(backend="triton"))
     with pytest.raises(RuntimeError, match="triton"):
         utils._ChunkedLogProbFunction.apply(*arguments(), 1.0, 16, None, 1.0, ALL)
+
+
+@pytest.mark.peers
+def test_trls_own_tests_of_the_function(tmp_path):
+    """Not in its sdist so far; said here, so that the list of docs/adapters.md tells when they come."""
+    peers.test_module("trl==1.16.0", "tests/test_chunked_logprob.py", tmp_path)

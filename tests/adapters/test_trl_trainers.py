@@ -305,7 +305,7 @@ def test_sft_refuses_by_name(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             drift_sft(tmp_path, data, **changes)
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="label_smoothing_factor=0.1"):
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1"):
         drift_sft(tmp_path, data, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="neither 'weight' nor 'token_weights'"):
         drift_sft(tmp_path, tiny.completions())
