@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import drift_kernels as dk
 
@@ -138,16 +139,37 @@ def _lora_of(module: Any) -> dk.LoRAHead | None:
 
 
 def head_of(model: Any) -> Head:
-    """What the ops need of a causal LM's head, looked up anew on each call, since wrappers replace parameters."""
+    """What the ops need of a causal LM's head. To be called inside its forward (`inside_head`), where FSDP has gathered it."""
     module = head_module(model)
     if zero3_enabled():
         raise NotImplementedError(
             "DeepSpeed ZeRO-3 gathers lm_head only inside its own forward, and backward needs it again; use ZeRO-2 or FSDP2"
         )
     layer = getattr(module, "base_layer", module)
-    weight, bias = _whole(layer.weight), _whole(getattr(layer, "bias", None))
-    assert weight is not None
-    return Head(weight, bias, _lora_of(module), *transform_of(model.config))
+    if isinstance(layer.weight, DTensor):
+        raise NotImplementedError("lm_head is split over tensor-parallel ranks, which is not supported")
+    return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
+
+
+Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything
+
+
+def inside_head(model: Any, hidden: Tensor, fn: Inside) -> Any:
+    """fn(hidden, head) in the place of the head's forward: FSDP's hooks gather the weight and reduce its gradient there."""
+    module = head_module(model)
+    before = vars(module).get("forward")
+
+    def forward(hidden: Tensor) -> Any:
+        head = head_of(model)
+        return fn(hidden.to(head.weight.device), head)
+
+    module.forward = forward
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def zero3_enabled() -> bool:
@@ -157,12 +179,6 @@ def zero3_enabled() -> bool:
     return bool(is_deepspeed_zero3_enabled())
 
 
-def _whole(value: Any) -> Tensor | None:
-    """A sharded parameter gathered, with its gradient sent back to the shards."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything, run inside the model's forward
 _NOT_FOR_A_BACKBONE = ("labels", "shift_labels", "num_items_in_batch")  # PEFT hands on every argument it has
 
 
@@ -193,8 +209,7 @@ def run_inside_forward(model: Any) -> None:
             return before(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_A_BACKBONE}
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
-        head = head_of(self)
-        return drift_inside(hidden.to(head.weight.device), head)
+        return inside_head(self, hidden, drift_inside)
 
     wrap_forward(model, around)
 

@@ -24,7 +24,7 @@ from drift_kernels.adapters._common import (
     Support,
     WeightedCollator,
     head_module,
-    head_of,
+    inside_head,
     shifted,
     transform_of,
     unwrap_peft,
@@ -86,7 +86,7 @@ def compute_loss_func(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -
                 "no hidden states wait for a loss: compute_loss_func(model) works inside Trainer, on batches with labels, "
                 "from apply() to remove()"
             )
-        return captured.loss(labels, None, num_items_in_batch, -100)
+        return captured.loss(patch.model, labels, None, num_items_in_batch, -100)
 
     return loss
 
@@ -99,14 +99,12 @@ class _Captured:
     weights: Tensor | None  # of the labels' shape
     config: dk.KernelConfig
     hidden: Tensor | None = None  # [B, L, D]
-    head: Head | None = None
     used: bool = False  # whether the model asked for the loss
 
-    def loss(self, labels: Any, shift_labels: Any, num_items: Any, ignore_index: int) -> Tensor:
+    def loss(self, model: Any, labels: Any, shift_labels: Any, num_items: Any, ignore_index: int) -> Tensor:
         """As transformers' causal LM loss: labels are shifted here, `shift_labels` (and their weights) are not."""
         assert self.hidden is not None
-        assert self.head is not None
-        place = self.hidden.device
+        place = head_module(model).weight.device
         targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(place).reshape(self.hidden.shape[:-1])
         weights = self.weights
@@ -114,16 +112,20 @@ class _Captured:
             weights = (shifted(weights, 0) if shift_labels is None else weights).to(place).reshape(targets.shape)
         if num_items is None:
             num_items = (targets != ignore_index).sum().clamp(min=1)
-        return dk.weighted_cross_entropy(
-            self.hidden,
-            self.head.weight,
-            targets,
-            weights,
-            normalizer=num_items,
-            ignore_index=ignore_index,
-            config=self.config,
-            **self.head.options(),
-        ).loss
+
+        def inside(hidden: Tensor, head: Head) -> Tensor:
+            return dk.weighted_cross_entropy(
+                hidden,
+                head.weight,
+                targets,
+                weights,
+                normalizer=num_items,
+                ignore_index=ignore_index,
+                config=self.config,
+                **head.options(),
+            ).loss
+
+        return inside_head(model, self.hidden, inside)
 
 
 class _Patch:
@@ -205,8 +207,10 @@ class _Patch:
         if deferred:
             if call.passing:
                 self._explain(call.hidden, given)
-            call.head = head_of(model)
             self.captured = call
+            if call.passing:
+                anchor = _Anchor.apply(call.hidden, *self.head.parameters())
+                return {"loss": anchor} if isinstance(outputs, dict) else (anchor,)
         if call.passing and isinstance(outputs, dict):
             return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         if call.passing:
@@ -235,8 +239,8 @@ class _Patch:
             )
         if call.passing:
             self._explain(call.hidden, logits)
-        call.head, call.used = head_of(self.model), True
-        return call.loss(labels, shift_labels, num_items_in_batch, ignore_index)
+        call.used = True
+        return call.loss(self.model, labels, shift_labels, num_items_in_batch, ignore_index)
 
     def _explain(self, hidden: Tensor, given: Tensor | None) -> None:
         """Raises unless what the model made of the head's output is the softcap and scale its config speaks of.
@@ -258,6 +262,19 @@ class _Patch:
                 f"{type(self.model).__name__} changes its logits in another way than softcap {softcap} and scale "
                 f"{scale} of its config: that is not supported; call remove(model)"
             )
+
+
+class _Anchor(torch.autograd.Function):
+    """A zero that hangs on all that a loss made later will: DDP looks through a forward's outputs for unused parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *head: Tensor) -> Tensor:
+        ctx.count = 1 + len(head)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * ctx.count
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

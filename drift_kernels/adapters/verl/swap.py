@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import drift_kernels as dk
 from drift_kernels.adapters._common import Support
@@ -30,8 +29,6 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         raise NotImplementedError("a temperature per sample is not supported by verl's fused kernels, nor here")
-    if isinstance(weight, DTensor):  # FSDP2 outside the head's own forward
-        weight = weight.full_tensor()
     found = dk.linear_logprob(
         hidden,
         weight.to(hidden.dtype) if not torch.is_autocast_enabled(hidden.device.type) else weight,
