@@ -1,4 +1,4 @@
-# make run · make test · make test-peers · make lint · make bench · make study
+# make run · make test · make test-peers · make test-adapters · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-peers lint bench study clean
+.PHONY: run test test-peers test-adapters lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
@@ -21,6 +21,19 @@ test-peers: $(VENV)/.peers $(VERL)/.installed
 	$(BIN)/python -m pytest tests/peers/test_trl.py
 	$(BIN)/python -m pytest tests/peers/test_fused.py
 	$(VERL)/bin/python -m pytest tests/peers/test_verl.py
+
+# Trainers pin what they like: a virtual environment of their own, and the list of what ran in docs/adapters.md.
+ADAPTERS := .venv-adapters
+test-adapters: $(ADAPTERS)/.installed
+	$(ADAPTERS)/bin/python -m pytest tests/adapters -q --adapters-report=docs/adapters.md
+
+# verl and torchtitan without their requirements: each asks for versions that the others do not have, for parts not used here
+$(ADAPTERS)/.installed: $(SOURCES)
+	$(MAKE) VENV=$(ADAPTERS) $(ADAPTERS)/.torch
+	$(ADAPTERS)/bin/pip install -e ".[lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
+	  codetiming torchdata requests einops tyro triton
+	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -76,5 +89,5 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) $(ADAPTERS) build dist *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete

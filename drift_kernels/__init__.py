@@ -12,6 +12,7 @@ from drift_kernels.ops import (
     weighted_cross_entropy,
 )
 from drift_kernels.products import LoRAHead
+from drift_kernels.scored import policy_token_loss
 from drift_kernels.spec import DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
 from drift_kernels.teachers import TeacherHead, TeacherLogprobs, TeacherTopK
 
@@ -33,6 +34,7 @@ __all__ = [
     "linear_logprob",
     "pointwise_loss",
     "policy_loss",
+    "policy_token_loss",
     "self_distill_loss",
     "shift_targets",
     "topk_logprobs",

@@ -215,42 +215,51 @@ def finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, 
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(head's five tensors) → (logprobs, entropy) [N] each; entropy has no elements where nobody asked."""
+    """(head's five tensors) → (logprobs, entropy) [N] each, and `further` outputs [K, N] without gradient.
+
+    `entropy` has no elements where nobody asked for a differentiable one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, a, b, rest: Rest, call: Call):
+    def forward(ctx: Any, hidden, weight, bias, a, b, rest: Rest, call: Call, further: tuple[str, ...]):
         head = (hidden, weight, bias, a, b)
         with_entropy = "entropy" in call.outputs
         ctx.rest, ctx.call, ctx.jacobian = rest, call, False
         ctx.set_materialize_grads(False)
         if call.need_hidden and not any(call.needs[1:]) and not with_entropy and rest.rows is None:
             # only hidden is differentiated: keep dlogp/dhidden, and backward is a product
-            jacobian = replace(call, spec=PolicySpec(objective="reinforce"), outputs=("logprobs",))
+            names = tuple(dict.fromkeys(("logprobs", *further)))
+            jacobian = replace(call, spec=PolicySpec(objective="reinforce"), outputs=names)
             one = hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
-            out = torch.ops.drift_kernels.fused(*head, *rest.flat(), *NO_TOKENS.flat(), one, jacobian.encode())
+            made = torch.ops.drift_kernels.fused(*head, *rest.flat(), *NO_TOKENS.flat(), one, jacobian.encode())
             ctx.jacobian = True
-            ctx.save_for_backward(out[1])
+            ctx.save_for_backward(made[1])
             ctx.dtype = hidden.dtype
-            return out[-1][0], out[-1].new_empty(0)
-        no_needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), False)
-        wanted = replace(call, outputs=("logprobs", "lse", *(("entropy",) if with_entropy else ())), **no_needs)
-        out = torch.ops.drift_kernels.score(*head, *rest.flat(), wanted.encode())
-        logprobs, lse = out[0].clone(), out[1].clone()
-        entropy = out[2].clone() if with_entropy else out.new_empty(0)
-        ctx.save_for_backward(*head, lse, entropy)
-        return logprobs, entropy
+            out = made[-1]
+            logprobs, entropy = out[0].clone(), out.new_empty(0)
+        else:
+            names = tuple(dict.fromkeys(("logprobs", "lse", *(("entropy",) if with_entropy else ()), *further)))
+            no_needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), False)
+            wanted = replace(call, outputs=names, **no_needs)
+            out = torch.ops.drift_kernels.score(*head, *rest.flat(), wanted.encode())
+            logprobs, lse = out[0].clone(), out[1].clone()
+            entropy = out[2].clone() if with_entropy else out.new_empty(0)
+            ctx.save_for_backward(*head, lse, entropy)
+        extra = out[[names.index(name) for name in further]]
+        ctx.mark_non_differentiable(extra)
+        return logprobs, entropy, extra
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):
-        grad_logprobs, grad_entropy = grad_outputs
+        grad_logprobs, grad_entropy, _ = grad_outputs
         _no_double_backward()
         none = (None,) * HEAD_SIZE
         if grad_logprobs is None and grad_entropy is None:
-            return (*none, None, None)
+            return (*none, None, None, None)
         if ctx.jacobian:
             (dhidden,) = ctx.saved_tensors
             assert grad_logprobs is not None  # this path has no entropy
-            return (_scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), *none[1:], None, None)
+            return (_scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), *none[1:], None, None, None)
         *head, lse, entropy = ctx.saved_tensors
         call: Call = ctx.call
         if grad_logprobs is None:
@@ -263,4 +272,4 @@ class LinearLogprobs(torch.autograd.Function):
             *head, *ctx.rest.flat(), grad_logprobs.contiguous(), grad_entropy, lse, saved_entropy, call.encode()
         )
         made = (g.to(t.dtype) if need else None for need, g, t in zip(call.needs, grads, head))
-        return (*made, None, None)
+        return (*made, None, None, None)

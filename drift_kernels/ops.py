@@ -119,15 +119,8 @@ def linear_logprob(
         extra = unflatten({name: stats[name].detach() for name in names}, flat)
     else:
         rest = Rest(flat.targets, rows, active, flat.temperature)
-        logprobs, entropy = LinearLogprobs.apply(*head_of(flat).flat(), rest, call)
-        further = tuple(name for name in names if name not in wanted)
-        found = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
-        if further:
-            scored = Call(call.spec, call.head, config, further, lora_scale=call.lora_scale)
-            with torch.no_grad():
-                values = torch.ops.drift_kernels.score(*head_of(flat).flat(), *rest.flat(), scored.encode())
-            found |= dict(zip(further, values))
-        extra = unflatten({name: found[name] for name in names}, flat)
+        logprobs, entropy, values = LinearLogprobs.apply(*head_of(flat).flat(), rest, call, names)
+        extra = unflatten(dict(zip(names, values)), flat)
     return LinearLogprob(logprobs.reshape(flat.shape), entropy.reshape(flat.shape) if return_entropy else None, extra)
 
 

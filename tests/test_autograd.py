@@ -326,3 +326,33 @@ def test_nan_shows_on_policy_too(objective, backend):
     spec, config = dk.PolicySpec(objective=objective), dk.KernelConfig(backend=backend)
     loss = dk.policy_loss(hidden, CASE.weight.float(), CASE.targets, torch.ones(30), spec=spec, config=config).loss
     assert loss.isnan()
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_further_outputs_come_with_the_differentiable_ones(backend, frozen_head):
+    names = ("is_top1", "log_sum_sq_probs", "lse", "logprobs", "entropy", "mean_logits")
+    leaves = [CASE.hidden.clone().requires_grad_(), CASE.weight.clone().requires_grad_(not frozen_head)]
+    config = dk.KernelConfig(backend=backend)
+    out = dk.linear_logprob(*leaves, CASE.targets, outputs=names, config=config)
+    out.logprobs.mul(CASE.noise).sum().backward()
+    with torch.no_grad():
+        p = torch.log_softmax(CASE.hidden @ CASE.weight.t(), -1)
+    mask = CASE.targets != -100
+    z = (CASE.hidden @ CASE.weight.t())[mask]
+    expected = {
+        "is_top1": (z.argmax(-1) == CASE.targets[mask]).double(),
+        "log_sum_sq_probs": (p[mask].exp() ** 2).sum(-1).log(),
+        "lse": z.exp().sum(-1).log(),
+        "logprobs": p[mask, CASE.targets[mask]],
+        "entropy": -(p[mask].exp() * p[mask]).sum(-1),
+        "mean_logits": z.mean(-1),
+    }
+    assert tuple(out.outputs) == names
+    for name, value in expected.items():
+        assert not out.outputs[name].requires_grad
+        torch.testing.assert_close(out.outputs[name][mask].double(), value.double(), rtol=1e-5, atol=1e-5)
+        assert not out.outputs[name][~mask].any()
+    again = [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves]
+    dk.linear_logprob(*again, CASE.targets, config=config).logprobs.mul(CASE.noise).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, again) if a.requires_grad)

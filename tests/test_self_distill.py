@@ -60,7 +60,7 @@ POLICIES = {
     "ppo": dk.PolicySpec(),
     "dapo": dk.PolicySpec.preset("dapo", dual_clip=3.0),
     "cispo": dk.PolicySpec.preset("cispo"),
-    "sapo": dk.PolicySpec.preset("sapo"),
+    "sapo": dk.PolicySpec.preset("sapo", aggregation="token_mean"),
     "dppo": dk.PolicySpec.preset("dppo_tv"),
     "reinforce": dk.PolicySpec(objective="reinforce"),
     "everything": dk.PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01),

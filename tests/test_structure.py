@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ["spec", "formulas", "divergences", "exploration", "rows", "backends", "products", "driver", "distill_driver"]
-KERNELS += ["inputs", "teachers", "autograd", "distill_autograd", "ops", "distill_ops", "testing"]
+KERNELS += ["inputs", "teachers", "scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "adapters"]
 TRAINER = [  # lowest first; rooms of one level never import each other
     {"algorithms", "section"},
     {"types", "online_config", "mathverify", "intervals", "tools"},
@@ -68,11 +68,25 @@ def test_kernels_depend_on_torch_and_numpy_alone(path):
         assert all(name.split(".")[0] in allowed for name in names if name), f"{path.name} imports {names}"
 
 
-def test_the_trainer_uses_public_names_of_the_kernels():
+def test_adapters_are_leaves_that_share_one_room():
+    folder = ROOT / "drift_kernels" / "adapters"
+    for path in [*(ROOT / "drift").rglob("*.py"), *(ROOT / "drift_kernels").rglob("*.py")]:
+        for module, names in imports(path, "drift_kernels"):
+            if not (module + ".").startswith("drift_kernels.adapters."):
+                continue
+            assert folder in path.parents, f"{path.name} imports {module}"
+            leaf = path.relative_to(folder).parts[0].removesuffix(".py")
+            others = {module.split(".")[2]} if module.count(".") > 1 else set(names)
+            assert others <= {leaf, leaf.removesuffix("_plugin"), "_common"}, f"{leaf} imports {others}"
+
+
+def test_the_trainer_and_the_adapters_use_public_names_of_the_kernels():
     import drift_kernels
 
-    for path in (ROOT / "drift").rglob("*.py"):
+    for path in [*(ROOT / "drift").rglob("*.py"), *(ROOT / "drift_kernels" / "adapters").rglob("*.py")]:
         for module, names in imports(path, "drift_kernels"):
+            if "adapters" in path.parts and module.startswith("drift_kernels.adapters"):
+                continue
             assert module == "drift_kernels", f"{path.name} imports {module}"
             assert set(names) <= set(drift_kernels.__all__), f"{path.name} imports {names}"
 

@@ -1,0 +1,287 @@
+"""transformers: `apply(model)` before training and `remove(model)` after; `compute_loss_func(model)` for Trainer.
+
+    from drift_kernels.adapters import transformers as fused
+    fused.apply(model)                       # Trainer, accelerate or a loop of your own: model(..., labels=labels).loss
+    fused.remove(model)
+
+While training with labels the head hands its input through, the loss is made from hidden states, and `outputs.logits` is
+None. In `eval()`, without labels, and in `generate`, the model is what it was. The head's module, its parameters and
+their names stay: tied weights, checkpoints and PEFT see no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import drift_kernels as dk
+from drift_kernels.adapters._common import (
+    Head,
+    Support,
+    WeightedCollator,
+    head_module,
+    inside_head,
+    shifted,
+    transform_of,
+    unwrap_peft,
+    wrap_forward,
+)
+
+SUPPORTED = Support("transformers", "5.0", "6")
+SUPPORTED.check()
+
+__all__ = ["SUPPORTED", "WeightedCollator", "apply", "compute_loss_func", "remove"]
+
+
+def apply(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Any:
+    """`model` (a causal LM, or a PeftModel around one) with its training loss fused; the same object comes back.
+
+    The model then also takes `token_weights` of the labels' shape, one weight a label, beside `labels`: the loss is
+    Σ wᵢ·(−log pᵢ) over `num_items_in_batch` where that is given, else over the number of labels that count.
+    Raises TypeError for a model without a language head, NotImplementedError for an adapter on the head, a loss function
+    of the model's own or prompt learning, and at the first batch for an unknown step between the head and the loss.
+    """
+    SUPPORTED.check()
+    inner = unwrap_peft(model)
+    patch = _patch_of(inner)
+    if patch is None:
+        _Patch(inner, config)
+    elif not patch.on:
+        patch.config = config
+        patch.turn_on()
+    return model
+
+
+def remove(model: Any) -> Any:
+    """Undoes `apply`; nothing happens where it was not applied. The same object comes back.
+
+    Where something else has wrapped the model's forward since (accelerate's mixed precision), ours stays beneath it and
+    does nothing.
+    """
+    patch = _patch_of(unwrap_peft(model))
+    if patch is not None and patch.on:
+        patch.undo()
+    return model
+
+
+def compute_loss_func(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Callable[..., Tensor]:
+    """For `Trainer(compute_loss_func=compute_loss_func(model))`: applies the adapter, and is the loss Trainer asks for.
+
+    Batches may carry `token_weights` of the labels' shape (`WeightedCollator` makes them; `remove_unused_columns=False`);
+    the denominator is Trainer's count of labels over the whole accumulated batch and all processes. Evaluation keeps its
+    logits.
+    """
+    patch = _patch_of(unwrap_peft(apply(model, config)))
+    assert patch is not None
+    patch.deferring = True
+
+    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        captured, patch.captured = patch.captured, None
+        if captured is None or labels is None:
+            raise RuntimeError(
+                "no hidden states wait for a loss: compute_loss_func(model) works inside Trainer, on batches with labels, "
+                "from apply() to remove()"
+            )
+        return captured.loss(patch.model, labels, None, num_items_in_batch, -100)
+
+    return loss
+
+
+@dataclass
+class _Captured:
+    """One forward pass: what went into the head, and what its loss needs beside it."""
+
+    passing: bool  # whether the head hands its input through
+    weights: Tensor | None  # of the labels' shape
+    config: dk.KernelConfig
+    hidden: Tensor | None = None  # [B, L, D]
+    used: bool = False  # whether the model asked for the loss
+
+    def loss(self, model: Any, labels: Any, shift_labels: Any, num_items: Any, ignore_index: int) -> Tensor:
+        """As transformers' causal LM loss: labels are shifted here, `shift_labels` (and their weights) are not."""
+        assert self.hidden is not None
+        place = head_module(model).weight.device
+        targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        targets = targets.to(place).reshape(self.hidden.shape[:-1])
+        weights = self.weights
+        if weights is not None:
+            weights = (shifted(weights, 0) if shift_labels is None else weights).to(place).reshape(targets.shape)
+        if num_items is None:
+            num_items = (targets != ignore_index).sum().clamp(min=1)
+
+        def inside(hidden: Tensor, head: Head) -> Tensor:
+            return dk.weighted_cross_entropy(
+                hidden,
+                head.weight,
+                targets,
+                weights,
+                normalizer=num_items,
+                ignore_index=ignore_index,
+                config=self.config,
+                **head.options(),
+            ).loss
+
+        return inside_head(model, self.hidden, inside)
+
+
+class _Patch:
+    """One applied model: what it sets on the model and its head, and how that is undone."""
+
+    def __init__(self, model: Any, config: dk.KernelConfig) -> None:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        if model.loss_function is not ForCausalLMLoss:
+            raise NotImplementedError(
+                f"{type(model).__name__} has the loss {model.loss_function}; only transformers' causal LM loss is fused"
+            )
+        self.config = config
+        self.ordinary_loss: Callable[..., Tensor] = ForCausalLMLoss
+        self.deferring = self.explained = False
+        self.call: _Captured | None = None  # under way
+        self.captured: _Captured | None = None  # waiting for compute_loss_func
+        self.model: Any = model
+        self.head: Any = head_module(model)
+        self.before = [vars(model).get("_loss_function"), vars(model).get("forward"), vars(self.head).get("forward")]
+        model._drift_patch = self.head._drift_patch = self  # where a copy of the model finds the copy of this
+        wrap_forward(model, lambda module, *args, **kwargs: module._drift_patch.forward(*args, **kwargs))
+        wrap_forward(self.head, lambda module, *args: module._drift_patch.project(*args))
+        self.ours = [model.forward, self.head.forward]
+        self.turn_on()
+
+    def turn_on(self) -> None:
+        """From here on the model's training loss is this one's."""
+        self.on = True
+        self.model.loss_function = self.loss
+
+    def undo(self) -> None:
+        """The model as it was; where others wrapped a forward since, ours stays below and hands on what it gets."""
+        self.on = False
+        _restore(self.model, "_loss_function", self.before[0])
+        if [vars(self.model).get("forward"), vars(self.head).get("forward")] == self.ours:
+            _restore(self.model, "forward", self.before[1])
+            _restore(self.head, "forward", self.before[2])
+            del self.model._drift_patch, self.head._drift_patch
+
+    def project(self, before: Any, hidden: Tensor) -> Tensor:
+        """Stands for the head's forward."""
+        call = self.call
+        if call is None:
+            return before(hidden)
+        if call.hidden is not None:
+            raise NotImplementedError(
+                "the model calls its head more than once in a forward pass; that is not supported"
+            )
+        call.hidden = hidden
+        return hidden if call.passing else before(hidden)
+
+    def forward(self, before: Any, *args: Any, token_weights: Tensor | None = None, **kwargs: Any) -> Any:
+        """Stands for the model's forward."""
+        labels = kwargs.get("labels") is not None
+        deferred = self.deferring and not labels and (token_weights is not None or "num_items_in_batch" in kwargs)
+        if token_weights is not None and not (self.on and (labels or deferred)):
+            raise ValueError(
+                "token_weights came without labels, or after remove(model); pass labels=, or leave them out"
+            )
+        if not self.on or not (labels or deferred) or (labels and not self.model.training and token_weights is None):
+            return before(*args, **kwargs)
+        model = self.model
+        if head_module(model) is not self.head:
+            raise NotImplementedError(
+                "the model's head is another module than at apply(model); wrap it first, then apply"
+            )
+        self.call = _Captured(model.training, token_weights, self.config)
+        try:
+            outputs = before(*args, **kwargs)
+            call = self.call
+        finally:
+            self.call = None
+        if call.hidden is None or (labels and not call.used):
+            raise NotImplementedError(
+                f"{type(model).__name__} does not go from get_output_embeddings() to self.loss_function; call remove(model)"
+            )
+        given = outputs["logits"] if isinstance(outputs, dict) else None
+        if deferred:
+            if call.passing:
+                self._explain(call.hidden, given)
+            self.captured = call
+            if call.passing:
+                anchor = _Anchor.apply(call.hidden, *self.head.parameters())
+                return {"loss": anchor} if isinstance(outputs, dict) else (anchor,)
+        if call.passing and isinstance(outputs, dict):
+            return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+        if call.passing:
+            return tuple(None if item is call.hidden else item for item in outputs)
+        return outputs
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stands for the model's loss function."""
+        call = self.call
+        if call is None:
+            return self.ordinary_loss(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        if call.hidden is None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} does not project with get_output_embeddings(); call remove(model)"
+            )
+        if call.passing:
+            self._explain(call.hidden, logits)
+        call.used = True
+        return call.loss(self.model, labels, shift_labels, num_items_in_batch, ignore_index)
+
+    def _explain(self, hidden: Tensor, given: Tensor | None) -> None:
+        """Raises unless what the model made of the head's output is the softcap and scale its config speaks of.
+
+        With the head handing through, that function was applied to the hidden states, where it can be looked at.
+        """
+        softcap, scale = transform_of(self.model.config)
+        if given is None:
+            return
+        untouched = given.data_ptr() == hidden.data_ptr() and given.shape == hidden.shape
+        if untouched and softcap is None and scale == 1.0:
+            return
+        if not self.explained and not untouched and given.shape == hidden.shape:
+            expected = hidden.detach().float() * scale
+            expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
+            self.explained = torch.allclose(expected, given.detach().float(), rtol=2e-2, atol=1e-3)
+        if not self.explained or untouched:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} changes its logits in another way than softcap {softcap} and scale "
+                f"{scale} of its config: that is not supported; call remove(model)"
+            )
+
+
+class _Anchor(torch.autograd.Function):
+    """A zero that hangs on all that a loss made later will: DDP looks through a forward's outputs for unused parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *head: Tensor) -> Tensor:
+        ctx.count = 1 + len(head)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * ctx.count
+
+
+def _restore(owner: Any, name: str, before: Any) -> None:
+    delattr(owner, name)
+    if before is not None:
+        setattr(owner, name, before)
+
+
+def _patch_of(model: Any) -> _Patch | None:
+    return vars(model).get("_drift_patch")

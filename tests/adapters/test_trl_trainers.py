@@ -1,0 +1,320 @@
+"""`DriftGRPOTrainer` against TRL's GRPOTrainer, `DriftSFTTrainer` against a loss written by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+import trl
+from test_trl_swap import common, compare, grpo, lora, run, sft
+from torch.nn.functional import cross_entropy
+
+import drift_kernels as dk
+from drift_kernels.adapters import trl as adapter
+from drift_kernels.adapters.trl import DriftGRPOTrainer, DriftSFTTrainer
+
+ITERATE = dict(num_iterations=2, max_steps=6, learning_rate=1e-2)  # ratios move away from 1
+GRPO = {
+    "grpo": dict(loss_type="grpo"),
+    "grpo-off-policy": dict(loss_type="grpo", **ITERATE),
+    "bnpo": dict(loss_type="bnpo", **ITERATE),
+    "dr_grpo": dict(loss_type="dr_grpo", **ITERATE),
+    "dapo": dict(loss_type="dapo", epsilon_high=0.28, **ITERATE),
+    "dapo-delta": dict(loss_type="dapo", delta=1.5, epsilon=0.05, **ITERATE),
+    "cispo": dict(loss_type="cispo", epsilon_high=1.01, **ITERATE),
+    "sapo": dict(loss_type="sapo", **ITERATE),
+    "vespo": dict(loss_type="vespo", **ITERATE),
+    "vespo-beta": dict(loss_type="vespo", beta=0.2, **ITERATE),
+    "beta-plain": dict(loss_type="dapo", beta=0.2, use_bias_correction_kl=False, **ITERATE),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3, **ITERATE),
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-3, **ITERATE),
+    "sequence-dapo": dict(loss_type="dapo", importance_sampling_level="sequence", **ITERATE),
+    "sequence-cispo": dict(loss_type="cispo", importance_sampling_level="sequence", epsilon_high=1.0002, **ITERATE),
+    "sequence-sapo": dict(loss_type="sapo", importance_sampling_level="sequence", **ITERATE),
+    "beta": dict(loss_type="dapo", beta=0.2, **ITERATE),
+    "beta-bias-correction": dict(loss_type="grpo", beta=0.2, use_bias_correction_kl=True, **ITERATE),
+    "beta-sequence-bias-correction": dict(
+        loss_type="grpo", importance_sampling_level="sequence", beta=0.2, use_bias_correction_kl=True, **ITERATE
+    ),
+    "off-policy-mask": dict(loss_type="dapo", off_policy_mask_threshold=0.0005, **ITERATE),
+    "high-entropy": dict(loss_type="dapo", top_entropy_quantile=0.4, beta=0.1, **ITERATE),
+    "accumulation": dict(loss_type="dapo", gradient_accumulation_steps=2, max_steps=4),
+    "accumulation-grpo": dict(loss_type="grpo", gradient_accumulation_steps=2, max_steps=4),
+    "checkpointing": dict(loss_type="dapo", activation_checkpointing=True, max_steps=4),
+    "fp32-head": dict(loss_type="dapo", cast_lm_head_to_fp32=True, max_steps=4),
+    "truncated-masked": dict(loss_type="dapo", mask_truncated_completions=True, max_steps=4),
+}
+
+
+def reference(path):
+    """A reference model is loaded by its name: one lies in a folder."""
+    folder = path / "start"
+    model = tiny.model()
+    model.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_grpo_gives_the_same_run(name, tmp_path):
+    changes = GRPO[name]
+    needs = changes.get("beta", 0.0) != 0.0
+    make = lambda p, cls: grpo(p, reference(tmp_path) if needs else None, cls=cls, **changes)  # noqa: E731
+    without = run(lambda p: make(p, trl.GRPOTrainer), tmp_path / "a")
+    with_it = run(lambda p: make(p, DriftGRPOTrainer), tmp_path / "b")
+    compare(without, with_it)
+    logs = [row for row in with_it[0] if "loss" in row]
+    if "learning_rate" in changes and name not in ("vespo", "vespo-beta", "sequence-sapo", "sapo", "sequence-dapo"):
+        watched = [v for row in logs for k, v in row.items() if k in ("clip_ratio/region_mean", "cispo_clip_ratio")]
+        assert not watched or max(watched) > 0 or "beta" in name, "nothing was clipped: the case shows little"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_grpo_with_lora_and_evaluation(tied, tmp_path):
+    runs = []
+    for cls in (trl.GRPOTrainer, DriftGRPOTrainer):
+        trainer = grpo(tmp_path, tiny.model(tied=tied), lora(), cls=cls, max_steps=3, beta=0.1)
+        trainer.train()
+        torch.manual_seed(1)
+        metrics = trainer.evaluate(tiny.prompts(8))
+        runs.append((tiny.weights_of(trainer.model), metrics))
+    assert tiny.differences(runs[0][0], runs[1][0]) < 1e-3
+    assert runs[0][1].keys() == runs[1][1].keys()
+    assert math.isclose(runs[0][1]["eval_loss"], runs[1][1]["eval_loss"], rel_tol=1e-3, abs_tol=1e-5)
+
+
+def vllm_inputs(level: str, seed: int = 0) -> dict:
+    """As TRL hands on what vLLM sampled: a batch of four, the last tokens padded, a tool's tokens in between."""
+    generator = torch.Generator().manual_seed(seed)
+    completion = torch.randint(4, 60, (4, 8), generator=generator)
+    mask = torch.ones(4, 8, dtype=torch.long)
+    mask[1, 5:], mask[3, 3:] = 0, 0
+    old = -torch.rand(4, 8, generator=generator) * 2 - 3
+    ratio = torch.exp(torch.randn(4, 1 if level == "sequence" else 8, generator=generator) * 0.5)
+    ratio[2, :1] = 0.0  # masked by its bounds
+    tool = torch.ones(4, 8, dtype=torch.long)
+    tool[0, 2:5] = 0
+    return {
+        "prompt_ids": torch.randint(4, 60, (4, 5), generator=generator),
+        "prompt_mask": torch.ones(4, 5, dtype=torch.long),
+        "completion_ids": completion,
+        "completion_mask": mask,
+        "tool_mask": tool,
+        "advantages": torch.randn(4, generator=generator),
+        "num_items_in_batch": torch.tensor(27.0),
+        "old_per_token_logps": old,
+        "sampling_per_token_logps": old + 0.1 * torch.randn(4, 8, generator=generator),
+        "importance_sampling_ratio": ratio if level == "sequence" else torch.where(mask * tool > 0, ratio, 1.0),
+    }
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("threshold", [None, 0.05])
+def test_grpo_takes_vllms_corrections_and_tool_masks(level, loss_type, threshold, tmp_path):
+    if loss_type == "vespo" and level == "sequence":
+        pytest.skip("TRL refuses it")
+    losses = []
+    for cls in (trl.GRPOTrainer, DriftGRPOTrainer):
+        high = {"epsilon_high": 3.0} if loss_type == "cispo" else {}
+        trainer = grpo(tmp_path, cls=cls, loss_type=loss_type, off_policy_mask_threshold=threshold, **high)
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        trainer.current_gradient_accumulation_steps = 2
+        trainer.model.train()
+        inputs = vllm_inputs(level)
+        if cls is DriftGRPOTrainer and loss_type == "vespo" and threshold is not None:
+            with pytest.raises(ValueError, match="not mapped under vLLM"):
+                trainer._compute_loss(trainer.model, inputs)
+            return
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        losses.append((loss.detach(), grads, {k: v[-1] for k, v in trainer._metrics["train"].items()}))
+    (theirs, their_grads, metrics), (ours, our_grads, metrics2) = losses
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert tiny.differences(their_grads, our_grads) < 2e-4
+    assert metrics.keys() == metrics2.keys()
+    for key, value in metrics.items():
+        assert math.isclose(value, metrics2[key], rel_tol=1e-4, abs_tol=1e-5), key
+
+
+def test_grpo_refuses_by_name(tmp_path):
+    for message, changes in {
+        "entropy_coef": dict(entropy_coef=0.01),
+        "cap on cispo": dict(loss_type="cispo", epsilon_high=0.5),
+        "must exceed 1 . clip_high": dict(delta=1.1),
+        "must be at least 0": dict(off_policy_mask_threshold=-0.1),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            grpo(tmp_path, cls=DriftGRPOTrainer, **changes)
+    with pytest.raises(ValueError, match="loss_type='new' is not mapped; DriftGRPOTrainer knows grpo"):
+        adapter.policy_spec(trl.GRPOConfig(str(tmp_path), use_cpu=True, loss_type="new"))
+    trainer = grpo(tmp_path, cls=DriftGRPOTrainer)
+    with pytest.raises(ValueError, match="pixel_values"):
+        trainer._compute_loss(trainer.model, vllm_inputs("token") | {"pixel_values": torch.ones(1)})
+
+
+def test_grpo_makes_one_pass(tmp_path, monkeypatch):
+    """Two epochs on a batch: policy_loss once a step, and no row whose gradient is zero is multiplied again."""
+    calls = []
+    inner = dk.policy_loss
+    monkeypatch.setattr(dk, "policy_loss", lambda *a, **k: calls.append(k["spec"]) or inner(*a, **k))
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", None)  # TRL's own head is not asked
+    trainer = grpo(tmp_path, cls=DriftGRPOTrainer, loss_type="dapo", max_steps=3)
+    trainer.train()
+    assert len(calls) == 3
+    assert calls[0] == dk.PolicySpec(aggregation="token_sum", sapo_temperatures=(1.0, 1.05))
+
+
+# --- SFT ---
+
+
+def weighted(count: int = 48, per_token: bool = False):
+    """Rows of ids with labels and weights; some rows of weight 0."""
+    generator = torch.Generator().manual_seed(11)
+    rows = {"input_ids": [], "labels": [], "weight": []}
+    if per_token:
+        rows["token_weights"] = []
+    for i in range(count):
+        n = int(torch.randint(5, 14, (), generator=generator))
+        ids = torch.randint(4, 60, (n,), generator=generator).tolist()
+        rows["input_ids"].append(ids)
+        rows["labels"].append([-100] * (2 + i % 2) + ids[2 + i % 2 :])
+        rows["weight"].append(0.0 if i % 7 == 3 else float(torch.rand((), generator=generator)))
+        if per_token:
+            rows["token_weights"].append(torch.rand(n, generator=generator).tolist())
+    return tiny.dataset(rows)
+
+
+def drift_sft(path, dataset, model=None, peft_config=None, normalize="weights", cls=DriftSFTTrainer, **changes):
+    more = {"normalize": normalize} if cls is DriftSFTTrainer else {}
+    return cls(
+        model=model or tiny.model(),
+        args=trl.SFTConfig(**common(path, **({"max_length": 32} | changes))),
+        train_dataset=dataset,
+        processing_class=tiny.tokenizer(),
+        peft_config=peft_config,
+        **more,
+    )
+
+
+SGD = dict(
+    optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=4,
+    train_sampling_strategy="sequential", shuffle_dataset=False,
+)  # fmt: skip
+
+
+def by_hand(dataset, normalize: str, start: int, stop: int, model) -> torch.Tensor:
+    """The loss of rows [start, stop) as the class documents it, row by row."""
+    total, denominator = torch.zeros(()), 0.0
+    for row in [dataset[i] for i in range(start, stop)]:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        keep = labels != -100
+        weights = torch.full(labels.shape, row["weight"])
+        if "token_weights" in row:
+            weights = weights * torch.tensor(row["token_weights"])[1:]
+        losses = cross_entropy(model(ids).logits[0, :-1], labels.clamp(min=0), reduction="none")
+        losses, weights, n = losses[keep], weights[keep], int(keep.sum())
+        if normalize in ("tokens", "weights"):
+            total = total + (losses * weights).sum()
+            denominator += n if normalize == "tokens" else float(weights.sum())
+        else:
+            total = total + (losses * weights).sum() / n
+            denominator += 1 if normalize == "samples" else float(weights.sum()) / n
+    return total / denominator
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "weights", "samples", "sample_weights"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_sft_weights_against_a_loss_by_hand_however_it_is_split(normalize, per_token, padding_free, tmp_path):
+    dataset = weighted(per_token=per_token)
+    logs, ends = [], []
+    for size, steps in ((6, 1), (3, 2), (2, 3)):
+        changes = SGD | dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        if padding_free:
+            changes |= dict(padding_free=True, max_length=None)
+        trainer = drift_sft(tmp_path, dataset, normalize=normalize, **changes)
+        trainer.train()
+        logs.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        ends.append(tiny.weights_of(trainer.model))
+    model = tiny.model()
+    for step in range(4):
+        loss = by_hand(dataset, normalize, 6 * step, 6 * step + 6, model)
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+        model.zero_grad()
+        assert all(abs(run[step] - loss.item()) < 1e-4 for run in logs)
+    assert all(tiny.differences(tiny.weights_of(model), end) < 2e-4 for end in ends)
+
+
+CASES = {
+    "plain": {},
+    "accumulation": dict(gradient_accumulation_steps=2, max_steps=5),
+    "checkpointing": dict(activation_checkpointing=True, max_steps=4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["full", "tied", "lora"])
+def test_sft_with_weights_of_one_is_trls(case, kind, tmp_path):
+    model = lambda: tiny.model(tied=kind == "tied")  # noqa: E731
+    peft = lora() if kind == "lora" else None
+    rows = weighted()
+    ones = rows.map(lambda row: {"weight": 1.0})
+    make = lambda cls: lambda p: drift_sft(p, ones, model(), peft, cls=cls, **CASES[case])  # noqa: E731
+    compare(run(make(trl.SFTTrainer), tmp_path / "a"), run(make(DriftSFTTrainer), tmp_path / "b"))
+
+
+def test_sft_weights_ride_along_with_text_and_evaluation_needs_none(tmp_path):
+    """Prompt and completion as text, tokenised by TRL; evaluation data without weights has TRL's loss."""
+    data = tiny.completions()
+    with_weights = data.add_column("weight", [1.0] * len(data))
+    ends = []
+    for cls, dataset in ((trl.SFTTrainer, data), (DriftSFTTrainer, with_weights)):
+        trainer = drift_sft(tmp_path, dataset, cls=cls, max_steps=4)
+        trainer.train()
+        ends.append((tiny.weights_of(trainer.model), trainer.evaluate(tiny.completions(10))))
+    assert tiny.differences(ends[0][0], ends[1][0]) < 1e-4
+    assert ends[0][1].keys() == ends[1][1].keys()
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"):
+        assert math.isclose(ends[0][1][key], ends[1][1][key], rel_tol=1e-4), key
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_sft_cuts_weights_with_their_tokens(mode, tmp_path):
+    dataset = weighted(per_token=True)
+    trainer = drift_sft(tmp_path, dataset, max_length=7, truncation_mode=mode, shuffle_dataset=False)
+    kept = slice(None, 7) if mode == "keep_start" else slice(-7, None)
+    assert trainer.train_dataset[0]["input_ids"] == dataset[0]["input_ids"][kept]
+    assert trainer.train_dataset[0]["token_weights"] == dataset[0]["token_weights"][kept]
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    first = torch.tensor(dataset[0]["token_weights"][kept]) * dataset[0]["weight"]
+    torch.testing.assert_close(batch["token_weights"][0, : len(first)], first)
+
+
+def test_sft_refuses_by_name(tmp_path):
+    data = weighted()
+    for message, changes in {
+        "loss_type='dft'": dict(loss_type="dft"),
+        "packing=True": dict(packing=True),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            drift_sft(tmp_path, data, **changes)
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1"):
+        drift_sft(tmp_path, data, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="neither 'weight' nor 'token_weights'"):
+        drift_sft(tmp_path, tiny.completions())
+    with pytest.raises(ValueError, match="needs a dataset that is tokenised"):
+        drift_sft(tmp_path, tiny.texts(8).add_column("token_weights", [[1.0]] * 8))
+    short = data.map(lambda row: {"token_weights": [1.0]})
+    with pytest.raises(ValueError, match="one a token"):
+        drift_sft(tmp_path, short)
+    with pytest.raises(ValueError, match="normalize='mean' is not known"):
+        drift_sft(tmp_path, data, normalize="mean")
+    model = sft(tmp_path).model  # untouched
+    assert not hasattr(model, "_drift_patch")
