@@ -1,0 +1,123 @@
+"""How kernels are launched: block, warps, stages and rows a program, by shape.
+
+Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of two where that is less; a warp for each 512
+of them, so that a thread has 16 elements (four 16-byte loads) in flight and its running sums fit its registers; rows
+shorter than two blocks share a program until it reads about 64 Ki logits.
+Rule for the scorer: tiles of 128 rows by 256 columns and 64 of the width for 16-bit operands (half of the columns, 32 of
+the width for fp32), 8 warps, 4 stages where shared memory holds them (3 below sm_90); 64 rows where there are no more.
+
+A JSON file named by DRIFT_TRITON_TUNING overrides numbers by device and kernel, {"NVIDIA H100": {"row_stats": {"warps": 16}}};
+"*" is every device. It is read at the first launch. Nothing is tuned at import or at run time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNELS = ("row_stats", "grad_logits", "fused_policy", "score")
+ROW_BLOCK = 4096
+ELEMENTS_A_WARP = 512
+LOGITS_A_PROGRAM = 1 << 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of one kernel. For the scorer `rows` and `block` are the tile's rows and columns, `depth` its share of the width."""
+
+    block: int
+    warps: int
+    stages: int = 1
+    rows: int = 1
+    depth: int = 0
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_rule(vocab: int) -> Launch:
+    """Of a row kernel over `vocab` columns."""
+    block = min(ROW_BLOCK, max(next_power_of_two(vocab), 128))
+    rows = max(1, LOGITS_A_PROGRAM // max(vocab, 1)) if vocab < 2 * ROW_BLOCK else 1
+    return Launch(block, max(1, block // ELEMENTS_A_WARP), 1, min(rows, 16))
+
+
+def score_rule(rows: int, itemsize: int, capability: tuple[int, int]) -> Launch:
+    """Of the scorer over `rows` hidden rows."""
+    tall = 128 if rows > 64 else 64
+    stages = 4 if capability >= (9, 0) else 3
+    if itemsize == 4:
+        return Launch(128, 8, stages - 1, tall, 32)
+    return Launch(256, 8, stages, tall, 64) if capability >= (9, 0) else Launch(128, 8, stages, tall, 64)
+
+
+def row_launch(kernel: str, logits: Tensor) -> Launch:
+    """For `kernel` over logits [C, V]."""
+    return overridden(kernel, row_rule(logits.shape[1]), logits.device)
+
+
+def score_launch(hidden: Tensor) -> Launch:
+    """For the scorer over hidden [T, D]."""
+    rule = score_rule(hidden.shape[0], hidden.element_size(), capability(hidden.device))
+    return overridden("score", rule, hidden.device)
+
+
+def overridden(kernel: str, rule: Launch, device: torch.device) -> Launch:
+    """`rule` with the tuning file's numbers for this device."""
+    table = tuning(os.environ.get("DRIFT_TRITON_TUNING", ""))
+    if not table:
+        return rule
+    return replace(rule, **{**table.get("*", {}).get(kernel, {}), **table.get(device_name(device), {}).get(kernel, {})})
+
+
+@lru_cache(maxsize=8)
+def tuning(path: str) -> dict[str, dict[str, dict[str, int]]]:
+    """device → kernel → numbers, from the file at `path` ("" = none). ValueError names what it does not know."""
+    if not path:
+        return {}
+    with open(path) as file:
+        table: dict[str, Any] = json.load(file)
+    known = {f.name for f in fields(Launch)}
+    for device, kernels in table.items():
+        for kernel, numbers in kernels.items():
+            if kernel not in KERNELS:
+                raise ValueError(f"{path}: {device}: {kernel!r} is no kernel; they are {', '.join(KERNELS)}")
+            for name, value in numbers.items():
+                if name not in known or not isinstance(value, int) or value < 1:
+                    raise ValueError(
+                        f"{path}: {device}: {kernel}: {name}={value!r}; it must be one of {', '.join(sorted(known))}, "
+                        "a positive whole number"
+                    )
+    return table
+
+
+@lru_cache(maxsize=32)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (9, 0) for a CPU, where the interpreter runs what an H100 would."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@lru_cache(maxsize=32)
+def device_name(device: torch.device) -> str:
+    """As the driver calls it; "interpreter" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def run(kernel: Any, programs: tuple[int, ...], like: Tensor, launch: Launch, arguments: dict[str, Any]) -> None:
+    """Launches on the device of `like`, on its current stream."""
+    if like.device.type == "meta" or 0 in programs:
+        return
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    if like.device.type != "cuda":
+        kernel[programs](**arguments, **options)
+        return
+    with torch.cuda.device(like.device):
+        kernel[programs](**arguments, **options)
