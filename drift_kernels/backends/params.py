@@ -13,7 +13,7 @@ from drift_kernels.spec import HeadOptions, PolicySpec
 ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
-OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3, "dppo_tv": 4, "dppo_kl": 5, "dro": 6}
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
@@ -46,4 +46,6 @@ def policy_numbers(spec: PolicySpec) -> dict[str, float]:
         "kl_coef": spec.kl_coef,
         "entropy_coef": spec.entropy_coef,
         "z_loss_coef": spec.z_loss_coef,
+        "kl_unbiased": spec.kl_unbiased,
+        "dro_beta": spec.dro_beta or 0.0,
     }

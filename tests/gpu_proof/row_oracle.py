@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends import reference
+from drift_kernels.formulas import Tokens
 from drift_kernels.backends.params import Chunk
 from drift_kernels.spec import HeadOptions, PolicySpec
 
@@ -108,17 +109,17 @@ def policy(rows: Rows, spec: PolicySpec, dtype: torch.dtype) -> tuple[dict[str, 
     """Per-entry outputs of a policy loss, and d(Σ loss)/d(product) [C, V]."""
     e, chunk = exact(rows, dtype), rows.chunk
     mask = chunk.targets >= 0
-    data = [None if v is None else v.to(dtype) for v in rows.entries.values()]
-    terms = reference.policy(e.statistics, mask, *data, spec)
+    data = {name: None if v is None else v.to(dtype) for name, v in rows.entries.items()}
+    terms = reference.policy(e.statistics, mask, Tokens(**data), spec)
     gradient = torch.autograd.grad(terms["loss"].sum(), e.x, allow_unused=True)[0]
     found = {name: value.detach() for name, value in (e.statistics | terms).items()}
     return found, torch.zeros_like(e.x) if gradient is None else gradient
 
 
 def linear(
-    rows: Rows, coefs: Tensor | None, entropy_coefs: Tensor | None, extras: Tensor | None, dtype: torch.dtype
+    rows: Rows, coefs: Tensor | None, entropy_coefs: Tensor | None, lse_coefs: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """d(Σ coefs·logp + Σ entropy_coefs·H − Σ extras·lse)/d(product) [C, V]."""
+    """d(Σ coefs·logp + Σ entropy_coefs·H + Σ lse_coefs·lse)/d(product) [C, V]."""
     C = rows.x.shape[0]
     one_each = replace(
         rows, chunk=replace(rows.chunk, targets=torch.zeros(C, dtype=torch.int64)), owner=torch.arange(C)
@@ -129,7 +130,7 @@ def linear(
     if coefs is not None:
         total = (e.statistics["logprobs"] * coefs.to(dtype)).sum()
         gradient = torch.autograd.grad(total, e.x)[0]
-    for name, values in (("entropy", entropy_coefs), ("lse", None if extras is None else -extras)):
+    for name, values in (("entropy", entropy_coefs), ("lse", lse_coefs)):
         if values is not None:
             total = (per_row.statistics[name] * values.to(dtype)).sum()
             gradient = gradient + torch.autograd.grad(total, per_row.x, retain_graph=True)[0]

@@ -30,6 +30,12 @@ SPECS = {
     "sapo": PolicySpec.preset("sapo"),
     "reinforce": PolicySpec(objective="reinforce"),
     "everything": PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01, dual_clip=3.0),
+    "dppo_tv": PolicySpec.preset("dppo_tv", clip_low=1e-3, clip_high=2e-3),
+    "dppo_kl": PolicySpec.preset("dppo_kl", clip_low=1e-4, clip_high=1e-4, kl_coef=0.1),
+    "dppo, capped": PolicySpec(objective="dppo_tv", clip_low=None, clip_high=1.0, delta=2.1),
+    "dro": PolicySpec(objective="dro", dro_beta=0.3),
+    "unbiased": PolicySpec(kl_coef=0.2, kl_unbiased=True),
+    "unbiased k3+": PolicySpec(kl_coef=0.2, kl_unbiased=True, kl_estimator="k3+"),
     "z": PolicySpec(z_loss_coef=0.02),
     "entropy": PolicySpec(entropy_coef=0.2),
     **{f"kl {kind}": PolicySpec(kl_coef=0.3, kl_estimator=kind) for kind in ("k1", "k2", "k3", "abs", "k1+")},
@@ -107,22 +113,21 @@ def test_what_is_not_given_has_its_default(missing, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("given", [("coefs",), ("entropy",), ("coefs", "entropy"), ("coefs", "entropy", "extras")])
+@pytest.mark.parametrize("given", [("coefs",), ("entropy",), ("coefs", "entropy"), ("coefs", "entropy", "lse_coefs")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_from_coefficients(head, given, dtype):
     rows = make_rows(5, 150, seed=5, **HEADS[head])
     g = torch.Generator().manual_seed(0)
     coefs = torch.randn(len(rows.owner), generator=g) if "coefs" in given else None
-    entropy_coefs, extras = (torch.randn(5, generator=g) if name in given else None for name in ("entropy", "extras"))
-    for values in (entropy_coefs, extras):
+    entropy_coefs, lse_coefs = (torch.randn(5, generator=g) if name in given else None for name in ("entropy", "lse_coefs"))
+    for values in (entropy_coefs, lse_coefs):
         if values is not None:
             values[3] = 0
     stats = backend.row_stats(rows.x, rows.chunk, ("lse", "entropy"))
     out = rows.out(dtype)
-    options = {"raw": True, "out": out, "extras": extras}
     entropy = None if entropy_coefs is None else stats["entropy"]
-    live = backend.grad_logits(rows.x, rows.chunk, coefs, stats["lse"], entropy_coefs, entropy, **options)
-    own, wanted = (linear(rows, coefs, entropy_coefs, extras, d) for d in (torch.float32, torch.float64))
+    live = backend.grad_logits(rows.x, rows.chunk, coefs, stats["lse"], entropy_coefs, entropy, lse_coefs, raw=True, out=out)
+    own, wanted = (linear(rows, coefs, entropy_coefs, lse_coefs, d) for d in (torch.float32, torch.float64))
     close("gradient", out, own.to(dtype), wanted, dtype, scale=max(1.0, float(wanted.abs().max())))
     assert outside_is_untouched(out)
     assert torch.equal(live.bool(), (out != 0).any(1))
@@ -211,8 +216,8 @@ def test_what_it_cannot_read_raises():
         backend.row_stats(rows.x.double(), rows.chunk, ("lse",))
     with pytest.raises(ValueError, match="out"):
         backend.grad_logits(rows.x, rows.chunk, None, torch.zeros(2), raw=True, out=torch.zeros(2, 99))
+    strided = torch.zeros(4)[::2]
     with pytest.raises(ValueError, match="weights"):
-        strided = torch.zeros(4)[::2]
         backend.fused_policy(rows.x, rows.chunk, PolicySpec(), None, None, None, strided, ("loss",), gradient=False)
     with pytest.raises(ValueError, match="needs out"):
         backend.fused_policy(rows.x, rows.chunk, PolicySpec(), None, None, None, None, ("loss",), gradient=True)

@@ -110,19 +110,19 @@ def grad_logits(
     lse: Tensor,
     entropy_coefs: Tensor | None = None,
     entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
     *,
     raw: bool,
     out: Tensor,
-    extras: Tensor | None = None,
 ) -> Tensor:
     """Products (raw) or logits [C, V] to d(loss)/d(product) in `out` [C, V] fp32, bf16 or fp16.
 
-    `coefs` [M] and `entropy_coefs` [C] are d(loss)/d(log-prob) and d(loss)/d(entropy), `extras` [C] is −d(loss)/d(lse);
-    rows without any are zeros. Returns which rows are not [C] uint8.
+    `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse); rows
+    without any are zeros. Returns which rows are not [C] uint8.
     """
     if entropy_coefs is not None and entropy is None:
         raise ValueError("entropy_coefs needs the rows' entropy")
-    given = {"coefs": coefs, "extras": extras, "lse": lse, "entropy_coefs": entropy_coefs, "entropy": entropy}
+    given = {"coefs": coefs, "lse": lse, "lse_coefs": lse_coefs, "entropy_coefs": entropy_coefs, "entropy": entropy}
     for name, tensor in given.items():
         _readable(name, tensor, logits.device)
     launch = row_launch("grad_logits", logits)
@@ -156,16 +156,16 @@ def fused_policy(
     launch, shared = row_launch("fused_policy", logits), chunk.row_ptr is not None
     made, statistics = _outputs(logits, chunk, want)
     entropy_term = spec.entropy_coef != 0
-    later: dict[str, Tensor | None] = dict.fromkeys(("coefs", "extras", "entropy_coefs"))
+    later: dict[str, Tensor | None] = dict.fromkeys(("coefs", "lse_coefs", "entropy_coefs"))
     if gradient and shared:
         later["coefs"] = logits.new_empty(chunk.targets.numel())
-        later["extras"] = logits.new_empty(logits.shape[0]) if spec.z_loss_coef else None
+        later["lse_coefs"] = logits.new_empty(logits.shape[0]) if spec.z_loss_coef else None
         later["entropy_coefs"] = logits.new_empty(logits.shape[0]) if entropy_term else None
         for argument in ("lse", "entropy")[: 1 + entropy_term]:
             if statistics[argument] is None:
                 statistics[argument] = logits.new_empty(logits.shape[0])
     numbers = policy_numbers(spec)
-    kinds = {name.upper(): numbers.pop(name) for name in ("objective", "kl_value", "kl_grad")}
+    kinds = {name.upper(): numbers.pop(name) for name in ("objective", "kl_value", "kl_grad", "kl_unbiased")}
     written: dict[str, Any] = dict.fromkeys(("out", "out_stride", "live"))
     if gradient:
         if out is None:
@@ -195,7 +195,6 @@ def fused_policy(
     lse, entropy = statistics["lse"], statistics["entropy"]
     assert lse is not None
     assert out is not None
-    live = grad_logits(
-        logits, chunk, later["coefs"], lse, later["entropy_coefs"], entropy, raw=True, out=out, extras=later["extras"]
-    )
+    given = (later["coefs"], lse, later["entropy_coefs"], entropy, later["lse_coefs"])
+    live = grad_logits(logits, chunk, *given, raw=True, out=out)
     return made, live

@@ -6,20 +6,20 @@ shorter than two blocks share a program until it reads about 64 Ki logits.
 Rule for the scorer: tiles of 128 rows by 256 columns and 64 of the width for 16-bit operands (half of the columns, 32 of
 the width for fp32), 8 warps, 4 stages where shared memory holds them (3 below sm_90); 64 rows where there are no more.
 
-A JSON file named by DRIFT_TRITON_TUNING overrides numbers by device and kernel, {"NVIDIA H100": {"row_stats": {"warps": 16}}};
-"*" is every device. It is read at the first launch. Nothing is tuned at import or at run time.
+The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}. It is read at the
+first launch. Nothing is tuned at import or at run time.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from drift_kernels.backends.tuning import VARIABLE, tuning
 
 KERNELS = ("row_stats", "grad_logits", "fused_policy", "score")
 ROW_BLOCK = 4096
@@ -36,6 +36,9 @@ class Launch:
     stages: int = 1
     rows: int = 1
     depth: int = 0
+
+
+NUMBERS = tuple(f.name for f in fields(Launch))
 
 
 def next_power_of_two(n: int) -> int:
@@ -61,54 +64,28 @@ def score_rule(rows: int, itemsize: int, capability: tuple[int, int]) -> Launch:
 
 def row_launch(kernel: str, logits: Tensor) -> Launch:
     """For `kernel` over logits [C, V]."""
-    return overridden(kernel, row_rule(logits.shape[1]), logits.device)
+    return overridden(kernel, row_rule(logits.shape[1]))
 
 
 def score_launch(hidden: Tensor) -> Launch:
     """For the scorer over hidden [T, D]."""
     rule = score_rule(hidden.shape[0], hidden.element_size(), capability(hidden.device))
-    return overridden("score", rule, hidden.device)
+    return overridden("score", rule)
 
 
-def overridden(kernel: str, rule: Launch, device: torch.device) -> Launch:
-    """`rule` with the tuning file's numbers for this device."""
-    table = tuning(os.environ.get("DRIFT_TRITON_TUNING", ""))
-    if not table:
-        return rule
-    return replace(rule, **{**table.get("*", {}).get(kernel, {}), **table.get(device_name(device), {}).get(kernel, {})})
-
-
-@lru_cache(maxsize=8)
-def tuning(path: str) -> dict[str, dict[str, dict[str, int]]]:
-    """device → kernel → numbers, from the file at `path` ("" = none). ValueError names what it does not know."""
-    if not path:
-        return {}
-    with open(path) as file:
-        table: dict[str, Any] = json.load(file)
-    known = {f.name for f in fields(Launch)}
-    for device, kernels in table.items():
-        for kernel, numbers in kernels.items():
-            if kernel not in KERNELS:
-                raise ValueError(f"{path}: {device}: {kernel!r} is no kernel; they are {', '.join(KERNELS)}")
-            for name, value in numbers.items():
-                if name not in known or not isinstance(value, int) or value < 1:
-                    raise ValueError(
-                        f"{path}: {device}: {kernel}: {name}={value!r}; it must be one of {', '.join(sorted(known))}, "
-                        "a positive whole number"
-                    )
-    return table
+def overridden(kernel: str, rule: Launch) -> Launch:
+    """`rule` with the tuning file's numbers; ValueError names what a launch does not have."""
+    numbers = tuning("triton", KERNELS).get(kernel, {})
+    for name, value in numbers.items():
+        if name not in NUMBERS or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{VARIABLE}: {kernel}: {name}={value!r}; it must be one of {', '.join(NUMBERS)}, at least 1")
+    return replace(rule, **numbers)
 
 
 @lru_cache(maxsize=32)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (9, 0) for a CPU, where the interpreter runs what an H100 would."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-@lru_cache(maxsize=32)
-def device_name(device: torch.device) -> str:
-    """As the driver calls it; "interpreter" for a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def run(kernel: Any, programs: tuple[int, ...], like: Tensor, launch: Launch, arguments: dict[str, Any]) -> None:

@@ -14,10 +14,14 @@ from drift_kernels.backends.params import ESTIMATORS, OBJECTIVES
 CLIP = tl.constexpr(OBJECTIVES["clip"])
 CISPO = tl.constexpr(OBJECTIVES["cispo"])
 SAPO = tl.constexpr(OBJECTIVES["sapo"])
+DPPO_TV = tl.constexpr(OBJECTIVES["dppo_tv"])
+DPPO_KL = tl.constexpr(OBJECTIVES["dppo_kl"])
+DRO = tl.constexpr(OBJECTIVES["dro"])
 K1 = tl.constexpr(ESTIMATORS["k1"])
 K2 = tl.constexpr(ESTIMATORS["k2"])
 K3 = tl.constexpr(ESTIMATORS["k3"])
 LOG_RATIO_BOUND = tl.constexpr(20.0)
+TINY = tl.constexpr(1e-8)  # keeps the complement of a probability away from 0
 
 
 @triton.jit
@@ -64,6 +68,20 @@ def clip_token(r, clip, below, above, slope, A, dual_clip, delta):
 
 
 @triton.jit
+def beyond_region(logp, old, A, low, high, OBJECTIVE: tl.constexpr):
+    """Whether DPPO's trust region ends here for the move that the advantage asks for."""
+    p, q = tl.exp(logp), tl.exp(old)
+    move = tl.where(A > 0, p - q, q - p)
+    bound = tl.where(A > 0, high, low)
+    if OBJECTIVE == DPPO_TV:
+        beyond = move > bound
+    else:
+        kl = q * (old - logp) + (1.0 - q) * tl.log((1.0 - q + TINY) / (1.0 - p + TINY))
+        beyond = (move > 0) & (kl > bound)
+    return beyond
+
+
+@triton.jit
 def policy_token(
     logp,
     A,
@@ -76,12 +94,15 @@ def policy_token(
     tau_pos,
     tau_neg,
     kl_coef,
+    dro_beta,
     OBJECTIVE: tl.constexpr,
     KL_VALUE: tl.constexpr,
     KL_GRAD: tl.constexpr,
+    KL_UNBIASED: tl.constexpr,
 ):
     """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens; `old` None is on-policy, `ref` None has no KL term."""
-    raw = logp - (logp if old is None else old)  # on-policy 0, but NaN where logp is
+    before = logp if old is None else old
+    raw = logp - before  # on-policy 0, but NaN where logp is
     bounded = tl.where(raw > LOG_RATIO_BOUND, LOG_RATIO_BOUND, tl.where(raw < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, raw))
     r = tl.exp(bounded)
     slope = tl.where((bounded == raw) | (raw != raw), r, 0.0)  # the clamp has none outside; NaN stays NaN
@@ -97,12 +118,23 @@ def policy_token(
         tau = tl.where(A > 0, tau_pos, tau_neg)
         s = 1.0 / (1.0 + tl.exp(-tau * (r - 1.0)))
         loss, dlogp = -(4.0 / tau) * s * A, -4.0 * s * (1.0 - s) * slope * A
+    elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
+        kept = tl.where(r > delta, delta, r)
+        beyond = beyond_region(logp, before, A, low, high, OBJECTIVE)
+        loss, dlogp = tl.where(beyond, 0.0, -kept * A * logp), tl.where(beyond, 0.0, -kept * A)
+        clipped = tl.where(beyond, tl.where(A > 0, 1.0, tl.where(A < 0, -1.0, 0.0)), 0.0)
+    elif OBJECTIVE == DRO:
+        loss, dlogp = -A * logp + 0.5 * dro_beta * raw * raw, -A + dro_beta * raw
     else:
         loss, dlogp = -A * logp, -A
     kl = logp * 0.0
     if ref is not None:
         d = logp - ref
         kl = kl_term(d, KL_VALUE)
-        loss += kl_coef * kl
-        dlogp += kl_coef * kl_slope(d, KL_GRAD)
+        change = kl_slope(d, KL_GRAD)
+        if KL_UNBIASED:
+            change = change * r + kl * slope
+            kl *= r
+        loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
+        dlogp += tl.where(kl_coef != 0, kl_coef * change, 0.0)
     return loss, dlogp, r, kl, clipped

@@ -3,8 +3,8 @@
 Blocks that are whole are read without a mask, so that loads are 16 bytes wide whatever the vocabulary; the last one has a
 mask. Rows begin at 64-bit offsets. Pointers that are None are statistics that nobody asked for, or data that a call lacks.
 
-A row's gradient is Σ_j coef_j·(onehot(y_j) − p) − E·p·(log p + H), times dz/dx. The row's own coefficient `extra` adds to
-that of p: the z-loss, which has no target.
+A row's gradient is Σ_j coef_j·(onehot(y_j) − p) − E·p·(log p + H) + L·p, times dz/dx: coefficients of its targets' log-probs,
+of its entropy and of its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def write_gradient(
 @triton.jit(do_not_specialize=["rows"])
 def grad_logits_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
-    coefs, extras, lse, entropy_coefs, entropy, out, out_stride, live,
+    coefs, lse_coefs, lse, entropy_coefs, entropy, out, out_stride, live,
     RAW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Products (RAW) or logits to d(loss)/d(product) in `out`; live says which rows have any coefficient."""
@@ -179,7 +179,7 @@ def grad_logits_kernel(
     for row in range(first, tl.minimum(first + ROWS, rows)):
         inv = inverse if inverses is None else tl.load(inverses + row)
         begin, end = span(row_ptr, row)
-        P = 0.0 if extras is None else tl.load(extras + row)
+        P = 0.0 if lse_coefs is None else -tl.load(lse_coefs + row)
         E = None if entropy_coefs is None else tl.load(entropy_coefs + row)
         H = None if entropy_coefs is None else tl.load(entropy + row)
         alive = (P != 0) if E is None else (P != 0) | (E != 0)
@@ -207,9 +207,9 @@ def fused_policy_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
     logprobs, top1, lse, entropy, mean, log_sum_sq,
     advantages, old, ref, weights, loss, ratio, kl, clipped,
-    low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef, entropy_coef, z_loss_coef,
-    coefs, extras, entropy_coefs, out, out_stride, live,
-    OBJECTIVE: tl.constexpr, KL_VALUE: tl.constexpr, KL_GRAD: tl.constexpr,
+    low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef, dro_beta, entropy_coef, z_loss_coef,
+    coefs, lse_coefs, entropy_coefs, out, out_stride, live,
+    OBJECTIVE: tl.constexpr, KL_VALUE: tl.constexpr, KL_GRAD: tl.constexpr, KL_UNBIASED: tl.constexpr,
     ENTROPY: tl.constexpr, EXTRA: tl.constexpr, GRADIENT: tl.constexpr, WITH_ENTROPY_TERM: tl.constexpr,
     ENTRIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -241,8 +241,8 @@ def fused_policy_kernel(
             before = None if old is None else tl.load(old + entry, mask=valid, other=0.0)
             reference = None if ref is None else tl.load(ref + entry, mask=valid, other=0.0)
             token, dlogp, r, divergence, cut = policy_token(
-                logp, A, before, reference, low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef,
-                OBJECTIVE, KL_VALUE, KL_GRAD,
+                logp, A, before, reference, low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef, dro_beta,
+                OBJECTIVE, KL_VALUE, KL_GRAD, KL_UNBIASED,
             )  # fmt: skip
             if WITH_ENTROPY_TERM:
                 token -= entropy_coef * h
@@ -268,8 +268,8 @@ def fused_policy_kernel(
             alive = alive | (tl.max((coef != 0).to(tl.int32), axis=0) != 0)
         E = -entropy_coef * w_sum
         extra = tl.where(z_loss_coef != 0, -2.0 * z_loss_coef * w_sum * row_lse, 0.0)
-        if extras is not None:
-            tl.store(extras + row, extra)
+        if lse_coefs is not None:
+            tl.store(lse_coefs + row, -extra)
         if entropy_coefs is not None:
             tl.store(entropy_coefs + row, E)
         if GRADIENT:
