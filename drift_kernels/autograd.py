@@ -73,23 +73,23 @@ def _given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads.flat())
 
 
-@torch.library.impl("drift_kernels::fused", "CPU")
-def _fused_cpu(*args):
+@torch.library.impl("drift_kernels::fused", ("CPU", "CUDA"))
+def _fused(*args):
     head, (*tokens, normalizer, text) = args[: _HEAD_SIZE + _REST_SIZE], args[_HEAD_SIZE + _REST_SIZE :]
     call = Call.decode(text)
     loss, grads, outputs = driver.fused(_inputs(head, call, Tokens(*tokens)), call, normalizer)
     return (loss, *_given(grads, loss), outputs)
 
 
-@torch.library.impl("drift_kernels::score", "CPU")
-def _score_cpu(*args):
+@torch.library.impl("drift_kernels::score", ("CPU", "CUDA"))
+def _score(*args):
     *head, text = args
     call = Call.decode(text)
     return driver.score(_inputs(tuple(head), call), call)
 
 
-@torch.library.impl("drift_kernels::logprob_backward", "CPU")
-def _logprob_backward_cpu(*args):
+@torch.library.impl("drift_kernels::logprob_backward", ("CPU", "CUDA"))
+def _logprob_backward(*args):
     *head, grad_logprobs, grad_entropy, lse, entropy, text = args
     call = Call.decode(text)
     return _given(driver.backward(_inputs(tuple(head), call), call, grad_logprobs, grad_entropy, lse, entropy), lse)

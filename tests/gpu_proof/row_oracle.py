@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends import reference
-from drift_kernels.formulas import Tokens
 from drift_kernels.backends.params import Chunk
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import HeadOptions, PolicySpec
 
 NAN = float("nan")

@@ -119,14 +119,18 @@ def test_gradient_from_coefficients(head, given, dtype):
     rows = make_rows(5, 150, seed=5, **HEADS[head])
     g = torch.Generator().manual_seed(0)
     coefs = torch.randn(len(rows.owner), generator=g) if "coefs" in given else None
-    entropy_coefs, lse_coefs = (torch.randn(5, generator=g) if name in given else None for name in ("entropy", "lse_coefs"))
+    entropy_coefs, lse_coefs = (
+        torch.randn(5, generator=g) if name in given else None for name in ("entropy", "lse_coefs")
+    )
     for values in (entropy_coefs, lse_coefs):
         if values is not None:
             values[3] = 0
     stats = backend.row_stats(rows.x, rows.chunk, ("lse", "entropy"))
     out = rows.out(dtype)
     entropy = None if entropy_coefs is None else stats["entropy"]
-    live = backend.grad_logits(rows.x, rows.chunk, coefs, stats["lse"], entropy_coefs, entropy, lse_coefs, raw=True, out=out)
+    live = backend.grad_logits(
+        rows.x, rows.chunk, coefs, stats["lse"], entropy_coefs, entropy, lse_coefs, raw=True, out=out
+    )
     own, wanted = (linear(rows, coefs, entropy_coefs, lse_coefs, d) for d in (torch.float32, torch.float64))
     close("gradient", out, own.to(dtype), wanted, dtype, scale=max(1.0, float(wanted.abs().max())))
     assert outside_is_untouched(out)

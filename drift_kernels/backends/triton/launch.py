@@ -78,7 +78,9 @@ def overridden(kernel: str, rule: Launch) -> Launch:
     numbers = tuning("triton", KERNELS).get(kernel, {})
     for name, value in numbers.items():
         if name not in NUMBERS or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{VARIABLE}: {kernel}: {name}={value!r}; it must be one of {', '.join(NUMBERS)}, at least 1")
+            raise ValueError(
+                f"{VARIABLE}: {kernel}: {name}={value!r}; it must be one of {', '.join(NUMBERS)}, at least 1"
+            )
     return replace(rule, **numbers)
 
 

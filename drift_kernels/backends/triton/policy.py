@@ -13,9 +13,9 @@ from drift_kernels.backends.params import ESTIMATORS, OBJECTIVES
 
 CLIP = tl.constexpr(OBJECTIVES["clip"])
 CISPO = tl.constexpr(OBJECTIVES["cispo"])
+REINFORCE = tl.constexpr(OBJECTIVES["reinforce"])
 SAPO = tl.constexpr(OBJECTIVES["sapo"])
 DPPO_TV = tl.constexpr(OBJECTIVES["dppo_tv"])
-DPPO_KL = tl.constexpr(OBJECTIVES["dppo_kl"])
 DRO = tl.constexpr(OBJECTIVES["dro"])
 K1 = tl.constexpr(ESTIMATORS["k1"])
 K2 = tl.constexpr(ESTIMATORS["k2"])
@@ -118,15 +118,15 @@ def policy_token(
         tau = tl.where(A > 0, tau_pos, tau_neg)
         s = 1.0 / (1.0 + tl.exp(-tau * (r - 1.0)))
         loss, dlogp = -(4.0 / tau) * s * A, -4.0 * s * (1.0 - s) * slope * A
-    elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
+    elif OBJECTIVE == DRO:
+        loss, dlogp = -A * logp + 0.5 * dro_beta * raw * raw, -A + dro_beta * raw
+    elif OBJECTIVE == REINFORCE:
+        loss, dlogp = -A * logp, -A
+    else:
         kept = tl.where(r > delta, delta, r)
         beyond = beyond_region(logp, before, A, low, high, OBJECTIVE)
         loss, dlogp = tl.where(beyond, 0.0, -kept * A * logp), tl.where(beyond, 0.0, -kept * A)
         clipped = tl.where(beyond, tl.where(A > 0, 1.0, tl.where(A < 0, -1.0, 0.0)), 0.0)
-    elif OBJECTIVE == DRO:
-        loss, dlogp = -A * logp + 0.5 * dro_beta * raw * raw, -A + dro_beta * raw
-    else:
-        loss, dlogp = -A * logp, -A
     kl = logp * 0.0
     if ref is not None:
         d = logp - ref

@@ -7,6 +7,7 @@ A row's gradient is Σ_j coef_j·(onehot(y_j) − p) − E·p·(log p + H) + L·
 of its entropy and of its log-sum-exp.
 """
 
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton
