@@ -252,10 +252,21 @@ class Staging:
         """Whether scores are computed tile by tile, without logits in memory. They are not where
 
         - the backend has no such kernel;
-        - a row has several targets, or the head a low-rank part: the kernel takes neither.
+        - a row has several targets, or the head a low-rank part: the kernel takes neither;
+        - the elements of a row do not lie side by side.
         """
-        return hasattr(self.kernels, "score") and self.plan.row_ptr is None and self.x.lora is None
+        x = self.x
+        plain = self.plan.row_ptr is None and x.lora is None and x.hidden.stride(1) == x.weight.stride(1) == 1
+        return hasattr(self.kernels, "score") and plain
 
     def score(self) -> dict[str, list[Tensor]]:
         """`call.outputs` of the plan's rows by that kernel, as `scatter` takes them."""
-        raise NotImplementedError
+        x, plan, collected = self.x, self.plan, {name: [] for name in self.call.outputs}
+        targets, inverse = plan.pick(self.targets), plan.pick_rows(self.inverse_temperature)
+        for start, stop in rows.chunks(plan.count, self.workspace // (2 * x.hidden[:1].nbytes)):
+            hidden = x.hidden[start:stop] if plan.index is None else x.hidden[plan.index[start:stop]]
+            per_row = None if inverse is None else inverse[start:stop]
+            chunk = Chunk(targets[start:stop], None, per_row, self.bias, self.call.head)
+            for name, values in self.kernels.score(hidden, x.weight, chunk, self.call.outputs).items():
+                collected[name].append(values)
+        return collected

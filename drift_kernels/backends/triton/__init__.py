@@ -6,6 +6,7 @@ as they are: statistics write nothing over them, and the gradient is made of the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from torch import Tensor
 from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, Chunk, policy_numbers
 from drift_kernels.backends.triton import rows as kernels
 from drift_kernels.backends.triton.launch import Launch, row_launch, run
+from drift_kernels.backends.triton.partials import SUMS, Partials, merge, stack, sweeps
+from drift_kernels.backends.triton.scorer import score
 from drift_kernels.spec import PolicySpec
+
+__all__ = ["Partials", "fused_policy", "grad_logits", "merge", "partial_stats", "row_stats", "score", "stack"]
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRIES = 16  # of a row at once, where a row may have several
@@ -61,11 +66,6 @@ def _outputs(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> tuple[dict[
     return made, {argument: made.get(name) for name, argument in STATISTICS.items()}
 
 
-def sweeps(want: tuple[str, ...]) -> dict[str, bool]:
-    """Which sums besides Σe the wanted statistics need."""
-    return {"ENTROPY": "entropy" in want, "EXTRA": "mean_logits" in want or "log_sum_sq_probs" in want}
-
-
 def programs(logits: Tensor, launch: Launch) -> tuple[int]:
     """The grid over rows."""
     return (-(-logits.shape[0] // launch.rows),)
@@ -73,19 +73,28 @@ def programs(logits: Tensor, launch: Launch) -> tuple[int]:
 
 def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
     """The statistics in `want` of products [C, V], per row or per entry."""
-    launch = row_launch("row_stats", logits)
     made, statistics = _outputs(logits, chunk, want)
-    arguments = {
-        **head_arguments(logits, chunk),
-        **statistics,
-        **sweeps(want),
-        **dict.fromkeys(("partials", "at_target")),
-        "ENTRIES": 1 if chunk.row_ptr is None else ENTRIES,
-        "ROWS": launch.rows,
-        "BLOCK": launch.block,
-    }
-    run(kernels.row_stats_kernel, programs(logits, launch), logits, launch, arguments)
+    _measure(logits, chunk, {**statistics, **sweeps(want), "partials": None, "at_target": None})
     return made
+
+
+def partial_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...], first: int = 0) -> Partials:
+    """What `merge` needs for the statistics in `want`, of products [C, V] that are columns first … first + V of whole rows.
+
+    `chunk.targets` are those of whole rows, `chunk.bias` is of these columns.
+    """
+    local = replace(chunk, targets=torch.where(chunk.targets < 0, -1, chunk.targets - first))
+    part = Partials(logits.new_empty((SUMS, logits.shape[0])), logits.new_empty(chunk.targets.numel()))
+    nothing = _outputs(logits, chunk, ())[1]
+    _measure(logits, local, {**nothing, **sweeps(want), "partials": part.sums, "at_target": part.at_target})
+    return part
+
+
+def _measure(logits: Tensor, chunk: Chunk, arguments: dict[str, Any]) -> None:
+    launch = row_launch("row_stats", logits)
+    shape = {"ENTRIES": 1 if chunk.row_ptr is None else ENTRIES, "ROWS": launch.rows, "BLOCK": launch.block}
+    arguments = {**head_arguments(logits, chunk), **arguments, **shape}
+    run(kernels.row_stats_kernel, programs(logits, launch), logits, launch, arguments)
 
 
 def _gradient_arguments(logits: Tensor, out: Tensor) -> dict[str, Any]:
