@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, with the arguments that the backend itself would launch it with.
 
-    python aot.py RESULT.json [KERNEL MODULE FILE]
+    python aot.py RESULT.json
 
 Writes for each variant and architecture: registers, spilled bytes, shared memory, and which instructions were used. Runs in
 a process of its own: under TRITON_INTERPRET kernels are Python functions and cannot be compiled.
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import Chunk
-from drift_kernels.backends.triton import launch
+from drift_kernels.backends.triton import launch, scorer
 from drift_kernels.spec import HeadOptions, PolicySpec
 
 ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}  # compiled for sm_80, sm_90a, sm_100a
@@ -183,12 +183,34 @@ def row_variants() -> dict[str, Callable[[], object]]:
     }
 
 
+def score_variants() -> dict[str, Callable[[], object]]:
+    """The scorer as evaluation calls it, and at an odd width, where there are no descriptors."""
+    T, D, V = 8192, 4096, 151_936
+
+    def score(T, D, dtype, want, made, allowed=False):
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        hidden, weight = meta(T, D, dtype=dtype), meta(made[0], D, dtype=dtype)
+        return backend.score(hidden, weight, made[1], want)
+
+    plain, head = (V, chunk(T, V)), HeadOptions(softcap=30.0, logit_scale=0.5)
+    full = (131_075, chunk(T, 131_075, bias=True, head=head))
+    half, single = torch.bfloat16, torch.float32
+    return {
+        "score": lambda: score(T, D, half, ("logprobs", "lse"), plain),
+        "score, fp16, all": lambda: score(T, D, torch.float16, EVERYTHING[:6], full),
+        "score, odd width": lambda: score(T, 4095, half, ("logprobs",), plain),
+        "score, 64 rows": lambda: score(64, D, half, ("logprobs", "entropy"), (V, chunk(64, V))),
+        "score, TF32": lambda: score(T, D, single, ("logprobs", "entropy"), plain, allowed=True),
+        "score, fp32": lambda: score(T, D, single, ("logprobs", "entropy"), plain),
+    }
+
+
 def main(path: str) -> None:
     """Compiles all variants and writes the table."""
     lines = []
     for architecture, capability in ARCHITECTURES.items():
-        launch.capability = lambda device, value=capability: value
-        for variant, call in row_variants().items():
+        launch.capability = scorer.capability = lambda device, value=capability: value
+        for variant, call in (row_variants() | score_variants()).items():
             for kernel, chosen, arguments in captured(call):
                 lines.append({"variant": variant, **compiled(kernel, chosen, arguments, architecture)})
     pathlib.Path(path).write_text(json.dumps(lines, indent=1))

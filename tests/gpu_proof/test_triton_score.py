@@ -100,7 +100,7 @@ def test_fp32_operands_follow_torchs_setting(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "V"), [(1, 1), (1, 151_936), (100, 5000), (8192, 151_936), (100_000, 151_936)])
 def test_splits_cover_the_vocabulary_once(rows, V):
-    chosen = launch.score_rule(rows, 2, (9, 0))
+    chosen = launch.score_rule(rows, "half", (9, 0), True, True)
     splits, tiles = scorer.splits_of(rows, V, chosen)
     assert (splits - 1) * tiles * chosen.block < V <= splits * tiles * chosen.block
 

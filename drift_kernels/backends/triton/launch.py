@@ -3,8 +3,9 @@
 Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of two where that is less; a warp for each 512
 of them, so that a thread has 16 elements (four 16-byte loads) in flight and its running sums fit its registers; rows
 shorter than two blocks share a program until it reads about 64 Ki logits.
-Rule for the scorer: tiles of 128 rows by 256 columns and 64 of the width for 16-bit operands (half of the columns, 32 of
-the width for fp32), 8 warps, 4 stages where shared memory holds them (3 below sm_90); 64 rows where there are no more.
+Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 warps, 4 stages; 256 columns on sm_90 where Σe
+is all that is summed (what goes with a tile must fit the registers); 32 of the width and 3 stages on older GPUs, without
+descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, which no tensor core multiplies.
 
 The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}. It is read at the
 first launch. Nothing is tuned at import or at run time.
@@ -53,13 +54,19 @@ def row_rule(vocab: int) -> Launch:
     return Launch(block, max(1, block // ELEMENTS_A_WARP), 1, min(rows, 16))
 
 
-def score_rule(rows: int, itemsize: int, capability: tuple[int, int]) -> Launch:
-    """Of the scorer over `rows` hidden rows."""
-    tall = 128 if rows > 64 else 64
-    stages = 4 if capability >= (9, 0) else 3
-    if itemsize == 4:
-        return Launch(128, 8, stages - 1, tall, 32)
-    return Launch(256, 8, stages, tall, 64) if capability >= (9, 0) else Launch(128, 8, stages, tall, 64)
+def score_rule(rows: int, kind: str, capability: tuple[int, int], described: bool, sums_only: bool) -> Launch:
+    """Of the scorer over `rows` hidden rows. `kind` is "half", "tf32" or "ieee"; `described`, operands come by descriptors;
+    `sums_only`, no sums but Σe are wanted."""
+    if kind == "ieee":
+        return Launch(64, 8, 2, 64, 32)
+    if rows <= 64:
+        return Launch(128, 4, 3, 64, 32)
+    if kind == "tf32":
+        return Launch(128 if described else 64, 8, 3, 128, 32)
+    if not described:
+        return Launch(128, 8, 3, 128, 32)
+    wide = capability < (10, 0) and sums_only
+    return Launch(256 if wide else 128, 8, 4, 128, 64)
 
 
 def row_launch(kernel: str, logits: Tensor) -> Launch:
@@ -67,10 +74,9 @@ def row_launch(kernel: str, logits: Tensor) -> Launch:
     return overridden(kernel, row_rule(logits.shape[1]))
 
 
-def score_launch(hidden: Tensor) -> Launch:
+def score_launch(hidden: Tensor, kind: str, described: bool, sums_only: bool) -> Launch:
     """For the scorer over hidden [T, D]."""
-    rule = score_rule(hidden.shape[0], hidden.element_size(), capability(hidden.device))
-    return overridden("score", rule)
+    return overridden("score", score_rule(hidden.shape[0], kind, capability(hidden.device), described, sums_only))
 
 
 def overridden(kernel: str, rule: Launch) -> Launch:

@@ -142,13 +142,14 @@ def score(hidden: Tensor, weight: Tensor, chunk: Chunk, want: tuple[str, ...]) -
             f"hidden {hidden.dtype} {hidden.stride()} and weight {weight.dtype} {weight.stride()} must have one type and "
             "columns that lie side by side"
         )
-    (C, D), V, launch = hidden.shape, weight.shape[0], score_launch(hidden)
+    (C, D), V, sums, exact = hidden.shape, weight.shape[0], sweeps(want), precision(hidden.dtype)
+    described = has_descriptors(hidden, weight)
+    launch = score_launch(hidden, "half" if hidden.element_size() == 2 else exact, described, not any(sums.values()))
     splits, tiles = splits_of(C, V, launch)
     partials = Partials(
         torch.empty((splits, SUMS, C), dtype=torch.float32, device=hidden.device),
         torch.empty((splits, C), dtype=torch.float32, device=hidden.device),
     )
-    described = has_descriptors(hidden, weight)
     operands: dict[str, Any] = {"hidden": hidden, "weight": weight}
     if described:
         blocks = {"hidden": [launch.rows, launch.depth], "weight": [launch.block, launch.depth]}
@@ -169,8 +170,8 @@ def score(hidden: Tensor, weight: Tensor, chunk: Chunk, want: tuple[str, ...]) -
         "partials": partials.sums,
         "at_target": partials.at_target,
         "tiles": tiles,
-        **sweeps(want),
-        "PRECISION": precision(hidden.dtype),
+        **sums,
+        "PRECISION": exact,
         "TMA": described,
         "ROWS": launch.rows,
         "BLOCK": launch.block,
