@@ -14,7 +14,9 @@ from row_oracle import make_rows
 import drift_kernels as dk
 from drift_kernels import driver, staging
 from drift_kernels.backends import triton as backend
+from drift_kernels.backends.params import Chunk
 from drift_kernels.backends.triton import scorer
+from drift_kernels.spec import HeadOptions
 from drift_kernels.testing import make_case
 
 PACKAGE = Path(backend.__file__).parent
@@ -44,13 +46,21 @@ def small_probabilities():
     row_tests.check_statistics(rows, backend.row_stats(rows.x, rows.chunk, row_tests.STATISTICS))
 
 
+def blocks():
+    rows = make_rows(3, 9001, seed=29)
+    row_tests.check_statistics(rows, backend.row_stats(rows.x, rows.chunk, row_tests.STATISTICS))
+
+
 def scores():
-    for dtype in (torch.float32, torch.bfloat16):
+    """With the vocabulary in several spans, and in one."""
+    for dtype, programs in ((torch.float32, scorer.PROGRAMS), (torch.bfloat16, 1)):
         case = make_case(70, 40, 515, dtype=dtype, masked=0.1, seed=26)
         targets = torch.where(case.targets < 0, -1, case.targets)
         targets[3] = 514
-        chunk = backend.Chunk(targets, None, None, None, backend.HeadOptions())
-        found = backend.score(case.hidden.to(dtype), case.weight.to(dtype), chunk, row_tests.STATISTICS)
+        chunk = Chunk(targets, None, None, None, HeadOptions())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scorer, "PROGRAMS", programs)
+            found = backend.score(case.hidden.to(dtype), case.weight.to(dtype), chunk, row_tests.STATISTICS)
         score_tests.check(found, case, chunk, dtype)
 
 
@@ -59,7 +69,7 @@ def pointers():
     case = make_case(70, 33, 515, masked=0.0, seed=27)
     wide = torch.full((70, 40), float("nan"))
     wide[:, :33] = case.hidden
-    chunk = backend.Chunk(case.targets, None, None, None, backend.HeadOptions())
+    chunk = Chunk(case.targets, None, None, None, HeadOptions())
     found = backend.score(wide[:, :33], case.weight.float(), chunk, row_tests.STATISTICS)
     score_tests.check(found, case, chunk, torch.float32)
 
@@ -75,18 +85,18 @@ def staged():
 
 MUTATIONS = [
     ("rows", "inside = cols < V\n", "inside = cols < V + 1\n", everything),  # a mask one column too wide
-    ("rows", "    if whole < V:\n        cols = whole + lanes\n        inside", "    if whole > V:\n        cols = whole + lanes\n        inside", everything),
+    ("rows", "if whole < V:", "if whole > V:", everything),  # no last block
     ("rows", "mask=cols < V)", "mask=cols < V + 1)", everything),
     ("rows", "whole = V // BLOCK * BLOCK", "whole = V // BLOCK * BLOCK - BLOCK", everything),
     ("rows", "tl.where(cols == y, coef, 0.0)", "tl.where(cols == y + 1, coef, 0.0)", everything),
     ("rows", "g -= tl.where(p != 0, E * p", "g += tl.where(p != 0, E * p", everything),
-    ("rows", "end = row + 1 if row_ptr is None else tl.load(row_ptr + row + 1)", "end = row + 1 if row_ptr is None else tl.load(row_ptr + row)", several),
+    ("rows", "tl.load(row_ptr + row + 1)", "tl.load(row_ptr + row)", several),
     ("rows", "for k in range(begin, end):\n            g +=", "for k in range(begin, begin + 1):\n            g +=", several),
     ("online", "s0 = tl.where(up, s0 * e + 1.0", "s0 = tl.where(up, s0 + 1.0", small_probabilities),
-    ("online", "e * (s1 - d * s0)", "e * s1", small_probabilities),
+    ("online", "e * (s1 - d * s0)", "e * s1", blocks),
     ("online", "tl.sum(k * s0, axis=0)", "tl.sum(s0, axis=0)", everything),
     ("online", "slope = slope * (1.0 - t * t)", "slope = slope * (1.0 - t)", everything),
-    ("policy", "clip = tl.where(below, low, tl.where(above, high, r))", "clip = tl.where(below, high, tl.where(above, low, r))", clipping),
+    ("policy", "(below, low, tl.where(above, high, r))", "(below, high, tl.where(above, low, r))", clipping),
     ("policy", "free <= bound", "free >= bound", clipping),
     ("policy", "tl.where(unbound, capped, below | above)", "tl.where(unbound, capped, above)", clipping),
     ("policy", "value = 1.0 - tl.exp(-d)", "value = tl.exp(-d) - 1.0", kl),
@@ -98,7 +108,7 @@ MUTATIONS = [
     ("partials", "(k * s0).sum(0)", "s0.sum(0)", score_tests.test_a_part_without_the_largest_logit_is_scaled_down),
     ("staging", "add=self.weight_started", "add=False", staged),
     ("staging", "grads.bias += dlogits", "grads.bias = dlogits", staged),
-    ("staging", "self.used += piece.stop - piece.start", "self.used += piece.stop - piece.start - 1", staged),
+    ("staging", "index_copy_(0, where, dhidden)", "index_copy_(0, where.flip(0), dhidden)", staged),
 ]  # fmt: skip
 
 

@@ -35,8 +35,10 @@ def check(found, case, chunk, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (3, 33, 257), (70, 64, 1000), (130, 40, 515)])
 @pytest.mark.parametrize("head", [{}, {"head": CAPPED, "bias": True}, {"per_row": True}])
-def test_scores(shape, dtype, head):
+@pytest.mark.parametrize("programs", [1, 264])  # the vocabulary in one span of tiles, and in many
+def test_scores(shape, dtype, head, programs, monkeypatch):
     T = shape[0]
+    monkeypatch.setattr(scorer, "PROGRAMS", programs)
     case = make_case(*shape, dtype=dtype, seed=1)
     targets = torch.where(case.targets < 0, -1, case.targets)
     chunk = Chunk(
