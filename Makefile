@@ -1,4 +1,4 @@
-# make run · make test · make lint · make bench · make study
+# make run · make test · make gpu-proof · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test lint bench study clean
+.PHONY: run test gpu-proof lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
+gpu-proof: $(VENV)/.gpu-proof
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +46,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install -e ".[lora,dev]"
+	@touch $@
+
+$(VENV)/.gpu-proof: $(VENV)/.dev
+	$(BIN)/pip install -e ".[lora,dev,triton]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

@@ -97,7 +97,13 @@ def _logprob_backward(*args):
 
 def _fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
     hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
-    dtypes = (dtype, gradient_dtype(head[1].dtype, dtype) if call.need_weight else dtype, dtype, dtype, dtype)
+    dtypes = (
+        dtype,
+        gradient_dtype(head[1].dtype, dtype, head[1].device) if call.need_weight else dtype,
+        dtype,
+        dtype,
+        dtype,
+    )
     shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
     return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes))
 

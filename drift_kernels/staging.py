@@ -229,7 +229,9 @@ class Staging:
             if not self.weight_started:
                 grads.weight.zero_()
             if self.x.weight_grad is None:
-                grads.weight = self._divided(grads.weight).to(gradient_dtype(self.x.weight.dtype, self.dtype))
+                grads.weight = self._divided(grads.weight).to(
+                    gradient_dtype(self.x.weight.dtype, self.dtype, self.device)
+                )
         for name in ("hidden", "bias", "lora_a", "lora_b"):
             setattr(grads, name, self._divided(getattr(grads, name)))
         return grads

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["spec", "formulas", "rows", "backends", "products", "pieces", "staging", "driver", "inputs", "autograd", "ops", "testing"]
+KERNELS = [
+    "spec",
+    "formulas",
+    "rows",
+    "backends",
+    "products",
+    "pieces",
+    "staging",
+    "driver",
+    "inputs",
+    "autograd",
+    "ops",
+    "testing",
+]
 TRAINER = [  # lowest first; rooms of one level never import each other
     {"types", "config", "mathverify", "intervals"},
     {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"},
