@@ -133,6 +133,10 @@ class Staging:
         size = min(self.limit, -(-size // TILE_ROWS) * TILE_ROWS)
         return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
+    def aim(self, count: int) -> int:
+        """Rows to a chunk: as many as fit. A larger block costs a GPU nothing."""
+        return self.limit
+
     def pieces(self, plan: rows.Plan, spans: Sequence[tuple[int, int]], *, final: bool = True) -> Iterator[Piece]:
         """The chunks [start, stop) of the plan's rows, each as soon as its logits are there; they share one block."""
         x = self.x
