@@ -1,10 +1,9 @@
 """Bad arguments: an error that names the argument, its value and what would do."""
 
 import math
-
-import numpy as np
 import re
 
+import numpy as np
 import pytest
 import torch
 
