@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import backends, divergences, driver, exploration, formulas, products, rows
-from drift_kernels.backends.cpu import Chunk
+from drift_kernels.backends.params import Chunk
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.driver import Grads, Inputs, Piece, Sweep
 from drift_kernels.exploration import Side
@@ -307,7 +307,7 @@ def fused(
             collected.setdefault(name, []).append(values)
         if live is not None:
             sweep.add_gradients(piece, live)
-    total = driver.total_of(collected.get("loss", []), dtype)
+    total = driver.total_of(collected.get("loss", []), sweep)
     return total, sweep.finish(), sweep.scatter(collected, call.call.outputs)
 
 
