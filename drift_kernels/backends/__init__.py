@@ -7,11 +7,8 @@ from types import ModuleType
 
 import torch
 
-MODULES = {"cpu": "drift_kernels.backends.cpu"}
-MISSING = {
-    "triton": "this release has no Triton row kernels",
-    "cuda": "this release has no CUDA row kernels",
-}
+MODULES = {"cpu": "drift_kernels.backends.cpu", "cuda": "drift_kernels.backends.cuda"}
+MISSING = {"triton": "this release has no Triton row kernels"}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -23,10 +20,10 @@ def _reason(name: str) -> str | None:
     if name in MISSING:
         return MISSING[name]
     try:
-        importlib.import_module(MODULES[name])
+        module = importlib.import_module(MODULES[name])
     except ImportError as error:
         return f"the compiled extension does not import ({error}); build it with: pip install -e ."
-    return None
+    return module.unavailable() if hasattr(module, "unavailable") else None
 
 
 # The same for the life of a process, which keeps imports out of compiled graphs: all that torch.compiler.assume_constant_result
