@@ -23,6 +23,12 @@ void address(py::class_<C>& c, const char* name, P C::*field) {
       [field](C& s, uintptr_t p) { s.*field = reinterpret_cast<P>(p); });
 }
 
+// Where a struct itself lies, for a library that takes it by pointer.
+template <class C>
+void itself(py::class_<C>& c) {
+  c.def_property_readonly("address", [](const C& s) { return reinterpret_cast<uintptr_t>(&s); });
+}
+
 void check(const Rows& rows) {
   if (!rows.logits && rows.rows) throw std::invalid_argument("logits is null");
   if (rows.stride < rows.vocab) throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " + std::to_string(rows.vocab));
@@ -42,6 +48,7 @@ void check(const Gemm& g) {
 PYBIND11_MODULE(_cpu, m) {
   py::class_<Rows> rows(m, "Rows");
   rows.def(py::init<>());
+  itself(rows);
   address(rows, "logits", &Rows::logits);
   address(rows, "row_ptr", &Rows::row_ptr);
   address(rows, "targets", &Rows::targets);
@@ -53,6 +60,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Stats> stats(m, "Stats");
   stats.def(py::init<>());
+  itself(stats);
   address(stats, "logprobs", &Stats::logprobs);
   address(stats, "top1", &Stats::top1);
   address(stats, "lse", &Stats::lse);
@@ -62,6 +70,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Coefs> coefs(m, "Coefs");
   coefs.def(py::init<>());
+  itself(coefs);
   address(coefs, "logprobs", &Coefs::logprobs);
   address(coefs, "entropy", &Coefs::entropy);
   address(coefs, "row_entropy", &Coefs::row_entropy);
@@ -80,6 +89,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Policy> policy(m, "Policy");
   policy.def(py::init<>()).def_readwrite("params", &Policy::params).def_readwrite("gradient", &Policy::gradient);
+  itself(policy);
   address(policy, "advantages", &Policy::advantages);
   address(policy, "old", &Policy::old);
   address(policy, "ref", &Policy::ref);
@@ -89,6 +99,7 @@ PYBIND11_MODULE(_cpu, m) {
   address(policy, "kl", &Policy::kl);
   address(policy, "clipped", &Policy::clipped);
 
+  m.attr("layout") = layout();
   const auto bytes = [](uintptr_t p) { return reinterpret_cast<uint8_t*>(p); };
   m.def("row_stats", [](const Rows& r, const Stats& s, bool f64) {
     check(r);

@@ -77,6 +77,13 @@ template <class R> void bucket_logprobs(const Rows& rows, const int64_t* taught,
 template <class R> void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live);
 // d(loss)/d(product) over the student's z, the loss being a function of its buckets' log-probs.
 template <class R> void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets, uint8_t* live);
+// One number for the sizes of the structs above: two libraries that differ in it must not pass them to each other.
+constexpr uint64_t layout() {
+  constexpr uint64_t sizes[] = {sizeof(Rows), sizeof(Stats), sizeof(Coefs), sizeof(Policy), sizeof(PolicyParams)};
+  uint64_t n = 1;
+  for (const uint64_t size : sizes) n = n * 1009 + size;
+  return n;
+}
 // Moves live rows to the front (in any order); order[k] is where row k came from. Returns how many.
 int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, const uint8_t* live, int64_t* order);
 

@@ -8,25 +8,23 @@ from types import ModuleType
 
 import torch
 
-MODULES = {"cpu": "drift_kernels.backends.cpu", "triton": "drift_kernels.backends.triton"}
-MISSING = {"cuda": "this release has no CUDA row kernels"}
+NAMES = ("cpu", "triton", "cuda")
+MODULES = {name: f"drift_kernels.backends.{name}" for name in NAMES}
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend's name with None where it can run, else the reason why it cannot."""
-    return {"reference": None, **{name: _reason(name) for name in ("cpu", "triton", "cuda")}}
+    return {"reference": None, **{name: _reason(name) for name in NAMES}}
 
 
 def _reason(name: str) -> str | None:
-    if name in MISSING:
-        return MISSING[name]
     if name == "triton":
         return _triton_reason()
     try:
-        importlib.import_module(MODULES[name])
+        module = importlib.import_module(MODULES[name])
     except ImportError as error:
         return f"the compiled extension does not import ({error}); build it with: pip install -e ."
-    return None
+    return module.unavailable() if hasattr(module, "unavailable") else None
 
 
 # The same for the life of a process, which keeps imports out of compiled graphs: all that torch.compiler.assume_constant_result

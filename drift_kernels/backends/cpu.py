@@ -5,70 +5,27 @@ The bf16 products take bf16 and fp32 matrices whose last stride is 1, and a scra
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
-from drift_kernels.formulas import ratio_bounds
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.backends import structs
+from drift_kernels.backends.params import ROW_OUTPUTS as ROW_OUTPUTS
+from drift_kernels.backends.params import Chunk as Chunk
+from drift_kernels.spec import PolicySpec
 
-ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
-ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
-POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
-OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3, "dppo_tv": 4, "dppo_kl": 5, "dro": 6}
+CPU = torch.device("cpu")
 GEMM_ALIGNMENT = 64  # bytes, of the scratch
-ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What row kernels read of some rows besides their logits. Every tensor is contiguous and of the logits' dtype."""
-
-    targets: Tensor  # [M] int64
-    row_ptr: Tensor | None  # [C + 1] int64, None = one entry a row
-    inv_temperature: Tensor | None  # [C], None = the head's own
-    bias: Tensor | None  # [V]
-    head: HeadOptions
 
 
 def _address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements lie one after another, for C++ to read."""
-    if tensor is None:
-        return 0
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_neg():
-        raise ValueError(
-            f"a {tuple(tensor.shape)} tensor on {tensor.device} with strides {tensor.stride()} cannot be read as it is"
-        )
-    return tensor.data_ptr()
-
-
-def _rows(logits: Tensor, chunk: Chunk):
-    rows = _cpu.Rows()
-    rows.logits, rows.rows, rows.vocab, rows.stride = logits.data_ptr(), *logits.shape, logits.stride(0)
-    rows.targets, rows.row_ptr = _address(chunk.targets), _address(chunk.row_ptr)
-    rows.bias, rows.inv_temperature = _address(chunk.bias), _address(chunk.inv_temperature)
-    rows.scalar_inv_temperature = 1 / chunk.head.temperature
-    rows.logit_scale, rows.softcap = chunk.head.logit_scale, chunk.head.softcap or 0.0
-    return rows
-
-
-def _stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]):
-    stats, outputs = _cpu.Stats(), {}
-    for name in want:
-        if name in ROW_OUTPUTS or name in ENTRY_OUTPUTS:
-            size = logits.shape[0] if name in ROW_OUTPUTS else chunk.targets.numel()
-            outputs[name] = logits.new_empty(size)
-            setattr(stats, ROW_OUTPUTS.get(name) or ENTRY_OUTPUTS[name], outputs[name].data_ptr())
-    return stats, outputs
+    return structs.address(tensor, CPU)
 
 
 def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
     """Products [C, V] become logits in place; returns the statistics in `want`, per row or per entry."""
-    stats, outputs = _stats(logits, chunk, want)
-    _cpu.row_stats(_rows(logits, chunk), stats, logits.dtype == torch.float64)
+    stats, outputs = structs.stats(logits, chunk, want)
+    _cpu.row_stats(structs.rows(logits, chunk), stats, logits.dtype == torch.float64)
     return outputs
 
 
@@ -87,9 +44,9 @@ def grad_logits(
 
     `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse).
     """
-    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
+    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    _cpu.grad_logits(_rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
+    _cpu.grad_logits(structs.rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
     return live
 
 
@@ -106,41 +63,11 @@ def fused_policy(
     gradient: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Statistics, policy loss and, with `gradient`, d(loss)/d(product) in place; returns outputs and live rows [C]."""
-    stats, outputs = _stats(logits, chunk, want)
-    policy = _cpu.Policy()
-    policy.params, policy.gradient = policy_params(spec), gradient
-    policy.advantages, policy.old, policy.ref = _address(advantages), _address(old), _address(ref)
-    policy.weights = _address(weights)
-    for name in POLICY_OUTPUTS:
-        if name in want:
-            outputs[name] = logits.new_empty(chunk.targets.numel())
-            setattr(policy, name, outputs[name].data_ptr())
+    stats, outputs = structs.stats(logits, chunk, want)
+    policy, more = structs.policy(logits, chunk, spec, advantages, old, ref, weights, want, gradient)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    _cpu.fused_policy(_rows(logits, chunk), stats, policy, live.data_ptr(), logits.dtype == torch.float64)
-    return outputs, live
-
-
-def policy_params(spec: PolicySpec):
-    """The spec as `csrc/policy.h` wants it."""
-    p = _cpu.PolicyParams()
-    p.objective = OBJECTIVES[spec.objective]
-    p.kl_value = ESTIMATORS[spec.kl_estimator.rstrip("+")]
-    p.kl_grad = ESTIMATORS["k2"] if spec.kl_estimator.endswith("+") else p.kl_value
-    p.low, p.high = ratio_bounds(spec)
-    p.dual_clip, p.delta = spec.dual_clip or 0.0, math.inf if spec.delta is None else spec.delta
-    p.tau_pos, p.tau_neg = spec.sapo_temperatures
-    p.kl_coef, p.entropy_coef, p.z_loss_coef = spec.kl_coef, spec.entropy_coef, spec.z_loss_coef
-    p.kl_unbiased, p.dro_beta = spec.kl_unbiased, spec.dro_beta or 0.0
-    return p
-
-
-def _coefs(
-    coefs: Tensor | None, lse: Tensor, entropy_coefs: Tensor | None, entropy: Tensor | None, lse_coefs: Tensor | None
-):
-    c = _cpu.Coefs()
-    c.logprobs, c.lse = _address(coefs), _address(lse)
-    c.entropy, c.row_entropy, c.row_lse = _address(entropy_coefs), _address(entropy), _address(lse_coefs)
-    return c
+    _cpu.fused_policy(structs.rows(logits, chunk), stats, policy, live.data_ptr(), logits.dtype == torch.float64)
+    return outputs | more, live
 
 
 def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
@@ -148,7 +75,7 @@ def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -
     b = _cpu.Buckets()
     ids = torch.empty((n, k), dtype=torch.int64)
     b.ids, b.k = _address(ids), k
-    _cpu.top_k(_rows(logits, chunk), _address(taught), b, logits.dtype == torch.float64)
+    _cpu.top_k(structs.rows(logits, chunk), _address(taught), b, logits.dtype == torch.float64)
     return ids
 
 
@@ -160,7 +87,7 @@ def bucket_logprobs(
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
     b.ids, b.k, b.logprobs, b.rest = _address(ids), ids.shape[1], _address(logprobs), _address(others)
-    _cpu.bucket_logprobs(_rows(logits, chunk), _address(taught), _address(lse), b, logits.dtype == torch.float64)
+    _cpu.bucket_logprobs(structs.rows(logits, chunk), _address(taught), _address(lse), b, logits.dtype == torch.float64)
     return logprobs, others
 
 
@@ -188,9 +115,9 @@ def fused_distill(
     t.logits, t.stride, t.lse, t.alpha = teacher.data_ptr(), teacher.stride(0), _address(teacher_lse), alpha
     divergence, live = logits.new_empty(teacher.shape[0]), torch.empty(logits.shape[0], dtype=torch.uint8)
     t.weights, t.divergence, t.gradient = _address(weights), _address(divergence), gradient
-    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
+    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
     double = logits.dtype == torch.float64
-    _cpu.fused_distill(_rows(logits, chunk), c, _address(taught), t, live.data_ptr(), double)
+    _cpu.fused_distill(structs.rows(logits, chunk), c, _address(taught), t, live.data_ptr(), double)
     return divergence, live
 
 
@@ -213,9 +140,9 @@ def grad_buckets(
     b.ids, b.k, b.rest = _address(ids), ids.shape[1], _address(rest)
     b.dlogprobs, b.drest = _address(dlogprobs), _address(drest)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    c = _coefs(coefs, lse, entropy_coefs, entropy, lse_coefs)
+    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
     double = logits.dtype == torch.float64
-    _cpu.grad_buckets(_rows(logits, chunk), c, _address(taught), b, live.data_ptr(), double)
+    _cpu.grad_buckets(structs.rows(logits, chunk), c, _address(taught), b, live.data_ptr(), double)
     return live
 
 

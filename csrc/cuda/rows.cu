@@ -1,0 +1,340 @@
+// Row kernels in CUDA: rows.h on fp32 logits, gradients out of place in fp32, bf16 or fp16. A row belongs to one block or, from
+// sm_90 on, to one cluster, whose blocks take a slice of the columns each.
+//
+// `fused_policy` reads a row from memory once where the slices fit on chip (shared memory, added up over the cluster), else
+// twice. Logits are read and gradients written 16 bytes at a time whatever the row's first address and its length. There are
+// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no --use_fast_math). Left out: rows kept in registers (a slice of a
+// real vocabulary does not fit), several rows a block (small vocabularies get small blocks instead), and bulk copies.
+#include "../rows.h"
+#include "device.h"
+
+#define DRIFT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace drift {
+namespace {
+
+enum Mode { STATS, GRAD, POLICY };
+enum OutType : int { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+struct Job {
+  Rows rows;
+  Stats stats;
+  Coefs coefs;
+  Policy policy;
+  bool raw = true;         // logits are products, not yet z
+  void* out = nullptr;     // [rows, out_stride] d(loss)/d(product); null = not wanted
+  int64_t out_stride = 0;
+  uint8_t* live = nullptr; // [rows] 0 where the gradient is zero for want of a coefficient
+};
+
+struct RowStats { float max, lse, entropy, mean, log_sum_sq; };
+struct Slope { float logprobs, entropy; bool live; };  // d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
+struct Entry { float coef, weight; };
+struct Span { int64_t begin, end; };
+
+__device__ __forceinline__ float at(const void* p, int64_t i, float otherwise) { return p ? static_cast<const float*>(p)[i] : otherwise; }
+__device__ __forceinline__ void put(void* p, int64_t i, float v) { if (p) static_cast<float*>(p)[i] = v; }
+
+// x -> z, and dz/dx from z. PLAIN: neither bias nor softcap.
+template <bool PLAIN>
+struct Transform {
+  const float* bias;
+  float scale, softcap, per_cap, inverse, flat, tanh_of;
+
+  __device__ Transform(const Rows& rows, int64_t row, bool identity) {
+    inverse = identity ? 1.0f : at(rows.inv_temperature, row, float(rows.scalar_inv_temperature));
+    scale = identity ? 1.0f : float(rows.logit_scale);
+    softcap = identity ? 0.0f : float(rows.softcap);
+    bias = identity ? nullptr : static_cast<const float*>(rows.bias);
+    per_cap = 1.0f / softcap;
+    flat = scale * inverse;
+    tanh_of = 1.0f / (inverse * softcap);
+  }
+  // Rounded before anything is subtracted, so that a target's logit is the very number that went into the sums.
+  __device__ __forceinline__ float operator()(float x, int64_t column) const {
+    if (PLAIN) return __fmul_rn(x, flat);
+    float u = scale * (bias ? x + bias[column] : x);
+    if (softcap != 0) u = softcap * tanhf(u * per_cap);
+    return __fmul_rn(u, inverse);
+  }
+  __device__ __forceinline__ float slope(float z) const {
+    if (PLAIN || softcap == 0) return flat;
+    const float t = z * tanh_of;
+    return flat * fmaf(-t, t, 1.0f);
+  }
+};
+
+__host__ __device__ __forceinline__ int64_t columns_of(int64_t vocab, int64_t blocks) {
+  return ((vocab + blocks - 1) / blocks + 31) / 32 * 32;
+}
+
+__device__ __forceinline__ Slice slice_of(int64_t vocab, const Cluster& cluster) {
+  const int64_t columns = columns_of(vocab, cluster.size()), begin = columns * cluster.rank();
+  return {begin < vocab ? begin : vocab, begin + columns < vocab ? begin + columns : vocab};
+}
+
+__device__ RowStats finish(const Sums& s, int64_t vocab) {
+  const double log_e = log(double(s.e));
+  return {s.max, float(s.max + log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab), float(log(double(s.ee)) - 2 * log_e)};
+}
+
+// Entry k of a row: its coefficient d(loss)/d(log-prob) and weight; with `write` its outputs too. z is its target's logit.
+template <Mode MODE>
+__device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ignored, float z, bool write) {
+  const float logp = z > s.lse ? 0.0f : z - s.lse;  // rounding must not make a probability above 1
+  if (MODE != GRAD && write) {
+    put(job.stats.logprobs, k, ignored ? 0.0f : logp);
+    put(job.stats.top1, k, !ignored && z >= s.max ? 1.0f : 0.0f);
+  }
+  if (MODE == STATS) return {0, 0};
+  if (MODE == GRAD) return {ignored ? 0.0f : at(job.coefs.logprobs, k, 0.0f), 0};
+  const Policy& o = job.policy;
+  const PolicyParams& p = o.params;
+  const float w = ignored ? 0.0f : at(o.weights, k, 1.0f);
+  const auto token = policy_token<float>(p, logp, at(o.advantages, k, 1.0f), o.old, at(o.old, k, 0.0f), o.ref, at(o.ref, k, 0.0f));
+  if (write) {
+    float loss = token.loss;
+    if (p.entropy_coef != 0) loss -= float(p.entropy_coef) * s.entropy;
+    if (p.z_loss_coef != 0) loss += float(p.z_loss_coef) * s.lse * s.lse;
+    put(o.loss, k, w != 0 ? w * loss : 0.0f);
+    put(o.ratio, k, ignored ? 0.0f : token.ratio);
+    put(o.kl, k, ignored ? 0.0f : token.kl);
+    put(o.clipped, k, w != 0 ? token.clipped : 0.0f);
+  }
+  return {w != 0 ? w * token.dlogp : 0.0f, w};
+}
+
+// d(loss)/dx at one column from its logit z; `own` adds up the coefficients of the entries whose target it is.
+template <bool PLAIN>
+__device__ __forceinline__ float gradient(const Transform<PLAIN>& t, const RowStats& s, const Slope& c, float z, float own) {
+  const float lp = z - s.lse, p = expf(lp);
+  return t.slope(z) * fmaf(-p, fmaf(c.entropy, fmaxf(lp, FLOOR) + s.entropy, c.logprobs), own);
+}
+
+template <Mode MODE, bool ON_CHIP, bool PLAIN, class Out>
+__global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_constant__ Job job) {
+  extern __shared__ float4 on_chip[];
+  __shared__ RowStats shared_stats;
+  __shared__ Slope shared_slope;
+  const Cluster cluster;
+  const Rows& rows = job.rows;
+  const int64_t row = blockIdx.x / cluster.size();
+  const Slice slice = slice_of(rows.vocab, cluster);
+  const float* const x = static_cast<const float*>(rows.logits) + row * rows.stride;
+  const Transform<PLAIN> t(rows, row, false);
+  const int lead = lead_of(x + slice.begin);
+  float* const kept = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);  // kept[j] is column j's logit
+
+  if (MODE == GRAD) {
+    if (threadIdx.x == 0) shared_stats = {0, at(job.coefs.lse, row, 0.0f), at(job.coefs.row_entropy, row, 0.0f), 0, 0};
+    __syncthreads();
+  } else {
+    Sums sums = nothing();
+    for_columns<4, 4>(slice, lead, [&](int64_t j, int64_t step, auto width, auto count) {
+      constexpr int N = decltype(width)::value, U = decltype(count)::value;
+      float z[N * U];
+#pragma unroll
+      for (int u = 0; u < U; u++) load<N>(x + j + u * step, z + u * N, true);
+#pragma unroll
+      for (int i = 0; i < N * U; i++) z[i] = t(z[i], j + i / N * step + i % N);
+#pragma unroll
+      for (int u = 0; u < U; u++)
+        if (ON_CHIP) keep<N>(kept + j + u * step, z + u * N);
+      sums.add(z);
+    });
+    sums = row_sum(cluster, sums);
+    if (threadIdx.x == 0) shared_stats = finish(sums, rows.vocab);
+    cluster.sync();
+  }
+  const RowStats s = shared_stats;
+  const bool first = cluster.rank() == 0;
+  if (MODE != GRAD && first && threadIdx.x == 0) {
+    put(job.stats.lse, row, s.lse);
+    put(job.stats.entropy, row, s.entropy);
+    put(job.stats.mean_logits, row, s.mean);
+    put(job.stats.log_sum_sq, row, s.log_sum_sq);
+  }
+
+  // The row's entries; every block of a cluster adds up the same coefficients in the same order.
+  const Span entries = rows.row_ptr ? Span{rows.row_ptr[row], rows.row_ptr[row + 1]} : Span{row, row + 1};
+  const Transform<PLAIN> to_z(rows, row, MODE == GRAD && !job.raw);  // of what lies in x
+  const auto entry = [&](int64_t k, bool write) {
+    const int64_t y = rows.targets[k];
+    const float z = y < 0 ? 0.0f : y < rows.vocab ? to_z(x[y], y) : NAN;  // a target outside the vocabulary must not hide
+    return evaluate<MODE>(job, s, k, y < 0, z, write);
+  };
+  if (warp() == 0) {
+    float coefs = 0, weights = 0;
+    bool any = false;
+    for (int64_t k = entries.begin + lane(); k < entries.end; k += WARP) {
+      const Entry e = entry(k, first);
+      coefs += e.coef, weights += e.weight, any |= e.coef != 0;
+    }
+    if (MODE != STATS) {
+      const PolicyParams& p = job.policy.params;
+      coefs = warp_sum(coefs), weights = warp_sum(weights), any = __any_sync(ALL_LANES, any);
+      const float lse = MODE == POLICY ? -float(2 * p.z_loss_coef) * weights * s.lse : -at(job.coefs.row_lse, row, 0.0f);
+      const float entropy = MODE == POLICY ? -float(p.entropy_coef) * weights : at(job.coefs.entropy, row, 0.0f);
+      if (lane() == 0) {
+        shared_slope = {coefs + lse, entropy, any || lse != 0 || entropy != 0};
+        if (first && job.live) job.live[row] = shared_slope.live;
+      }
+    }
+  }
+  if (MODE == STATS || !job.out) return;
+  __syncthreads();
+
+  const Slope c = shared_slope;
+  Out* const out = static_cast<Out*>(job.out) + row * job.out_stride;
+  const float* const source = ON_CHIP ? kept : x;
+  const int out_lead = lead_of(out + slice.begin);
+  const bool aligned = lead_of(source + slice.begin + out_lead) == 0;
+  for_columns<16 / sizeof(Out), ON_CHIP || !PLAIN ? 1 : 2>(slice, out_lead, [&](int64_t j, int64_t step, auto width, auto count) {
+    constexpr int N = decltype(width)::value, U = decltype(count)::value;
+    float g[N * U] = {};
+    if (c.live) {
+#pragma unroll
+      for (int u = 0; u < U; u++) load<N>(source + j + u * step, g + u * N, aligned);
+#pragma unroll
+      for (int i = 0; i < N * U; i++) g[i] = gradient(t, s, c, ON_CHIP ? g[i] : to_z(g[i], j + i / N * step + i % N), 0.0f);
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) store<N>(out + j + u * step, g + u * N);
+  });
+  if (!c.live) return;
+  __syncthreads();
+
+  // The columns of targets once more, by the block whose slice they are in; entries of one target add up in their order.
+  for (int64_t k = entries.begin + threadIdx.x; k < entries.end; k += blockDim.x) {
+    const int64_t y = rows.targets[k];
+    if (y < slice.begin || y >= slice.end) continue;
+    bool earlier = false;
+    for (int64_t i = entries.begin; i < k; i++) earlier |= rows.targets[i] == y;
+    if (earlier) continue;
+    float own = 0;
+    for (int64_t i = k; i < entries.end; i++)
+      if (rows.targets[i] == y) own += entry(i, false).coef;
+    out[y] = narrow(gradient(t, s, c, to_z(x[y], y), own), Out());
+  }
+}
+
+// ---- host
+
+struct Launch {
+  int threads, cluster, on_chip;
+  bool valid() const {
+    return threads >= WARP && threads <= MAX_THREADS && threads % WARP == 0 && cluster >= 1 && cluster <= MAX_CLUSTER &&
+           (cluster & (cluster - 1)) == 0;
+  }
+};
+
+template <Mode MODE, bool ON_CHIP, class Out>
+cudaError_t launch(const Job& job, const Launch& how, cudaStream_t stream) {
+  const bool plain = !job.rows.bias && job.rows.softcap == 0;
+  const auto kernel = plain ? row_kernel<MODE, ON_CHIP, true, Out> : row_kernel<MODE, ON_CHIP, false, Out>;
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = how.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.gridDim = dim3(static_cast<unsigned>(job.rows.rows * how.cluster));
+  config.blockDim = dim3(how.threads);
+  config.stream = stream;
+  if (how.cluster > 1) {
+    cudaFuncAttributes compiled;
+    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
+    if (compiled.ptxVersion < 90) return cudaErrorInvalidClusterSize;  // this code would take each block for a whole cluster
+    config.attrs = &cluster, config.numAttrs = 1;
+  }
+  if (ON_CHIP) {
+    config.dynamicSmemBytes = (columns_of(job.rows.vocab, how.cluster) + 4) * sizeof(float);
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes)))
+      return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, job);
+}
+
+template <Mode MODE, bool ON_CHIP>
+cudaError_t launch(const Job& job, int out_type, const Launch& how, cudaStream_t stream) {
+  if constexpr (MODE == STATS) return launch<MODE, false, float>(job, how, stream);
+  else if (!job.out) return launch<MODE, false, float>(job, how, stream);
+  else switch (out_type) {
+    case FP32: return launch<MODE, ON_CHIP, float>(job, how, stream);
+    case BF16: return launch<MODE, ON_CHIP, __nv_bfloat16>(job, how, stream);
+    case FP16: return launch<MODE, ON_CHIP, __half>(job, how, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// run() on `device`, and the device that was current back afterwards.
+template <class F>
+int on_device(int device, F run) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (!error && before != device) error = cudaSetDevice(device);
+  if (error) return error;
+  error = run();
+  if (error) cudaGetLastError();  // it is reported here; nobody else shall find it
+  if (before == device) return error;
+  const cudaError_t back = cudaSetDevice(before);
+  return error ? error : back;
+}
+
+template <Mode MODE>
+int enqueue(int device, void* stream, const Job& job, int out_type, const Launch& how) {
+  const Rows& r = job.rows;
+  const bool sizes = r.rows >= 0 && r.vocab > 0 && r.stride >= r.vocab && r.rows * how.cluster <= INT32_MAX;
+  const bool output = !job.out || (job.out_stride >= r.vocab && job.out != r.logits);
+  if (!sizes || !output || !how.valid() || (r.rows && !(r.logits && (r.targets || r.row_ptr)))) return cudaErrorInvalidValue;
+  if (r.rows == 0) return cudaSuccess;
+  return on_device(device, [&] {
+    const auto s = static_cast<cudaStream_t>(stream);
+    if constexpr (MODE == POLICY)
+      if (how.on_chip) return launch<MODE, true>(job, out_type, how, s);
+    return launch<MODE, false>(job, out_type, how, s);
+  });
+}
+
+}  // namespace
+}  // namespace drift
+
+using namespace drift;
+
+// Each entry enqueues on `stream` of `device` and returns a cudaError_t. Structs are those of rows.h: the caller compares layout().
+
+DRIFT_EXPORT uint64_t drift_cuda_layout() { return layout(); }
+
+DRIFT_EXPORT int drift_cuda_row_stats(int device, void* stream, const Rows* rows, const Stats* stats, int threads, int cluster) {
+  Job job{*rows, *stats, {}, {}};
+  return enqueue<STATS>(device, stream, job, FP32, {threads, cluster, 0});
+}
+
+DRIFT_EXPORT int drift_cuda_grad_logits(int device, void* stream, const Rows* rows, const Coefs* coefs, int raw, void* out,
+                                        int64_t out_stride, int out_type, uint8_t* live, int threads, int cluster) {
+  Job job{*rows, {}, *coefs, {}, raw != 0, out, out_stride, live};
+  return out ? enqueue<GRAD>(device, stream, job, out_type, {threads, cluster, 0}) : cudaErrorInvalidValue;
+}
+
+DRIFT_EXPORT int drift_cuda_fused_policy(int device, void* stream, const Rows* rows, const Stats* stats, const Policy* policy,
+                                         void* out, int64_t out_stride, int out_type, uint8_t* live, int threads, int cluster,
+                                         int on_chip) {
+  Job job{*rows, *stats, {}, *policy, true, out, out_stride, live};
+  return enqueue<POLICY>(device, stream, job, out_type, {threads, cluster, on_chip});
+}
+
+// How many devices there are, and of one of them: shared memory a block may have, and whether this build runs clusters on it.
+DRIFT_EXPORT int drift_cuda_device_count(int* count) { return cudaGetDeviceCount(count); }
+
+DRIFT_EXPORT int drift_cuda_limits(int device, int* shared_bytes, int* clusters) {
+  return on_device(device, [&] {
+    cudaFuncAttributes compiled;
+    cudaError_t error = cudaDeviceGetAttribute(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!error) error = cudaDeviceGetAttribute(clusters, cudaDevAttrClusterLaunch, device);
+    if (!error) error = cudaFuncGetAttributes(&compiled, row_kernel<STATS, false, true, float>);
+    if (!error && compiled.ptxVersion < 90) *clusters = 0;
+    return error;
+  });
+}
+
+DRIFT_EXPORT const char* drift_cuda_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+DRIFT_EXPORT const char* drift_cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

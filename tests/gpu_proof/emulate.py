@@ -1,0 +1,97 @@
+"""The .cu kernels as a shared library for the CPU: their own text, on the headers of `simt/` instead of CUDA's.
+
+`__shared__` declarations are the one thing that the headers cannot express, so they are rewritten; nothing else is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import re
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from drift_kernels.backends import cuda
+
+ROOT = Path(__file__).parents[2]
+SIMT = Path(__file__).parent / "simt"
+ORDERS = (0, 1, 2, 3)  # warps and blocks forwards or backwards, lanes forwards or backwards
+FLAGS = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
+SANITIZED = "SIMT_SANITIZED"  # environment: build under the sanitizers, with these changes (JSON)
+H100_SHARED = 232_448  # bytes a block may have
+
+
+def translate(text: str, counter) -> str:
+    """CUDA text with each __shared__ variable as a reference into its block's memory."""
+    text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = simt::dynamic_shared<\1>();", text)
+
+    def static(match: re.Match) -> str:
+        kind, name, extent = match.groups()
+        return f"auto& {name} = simt::static_shared<{kind}{extent}>({next(counter)});"
+
+    return re.sub(r"__shared__ (\w+) (\w+)((?:\[\w+\])*);", static, text)
+
+
+def build(folder: Path, *, sanitize: bool = False, changes: tuple[tuple[str, str, str], ...] = (), level: str = "-O1"):
+    """Compiles csrc/cuda into `folder`. `changes` are (file below csrc, text, its replacement), each found exactly once."""
+    counter = itertools.count(1)
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cu") and p.parent.name in ("csrc", "cuda")]
+    texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources}
+    for name, old, new in changes:
+        assert texts[name].count(old) == 1, f"{name} has {texts[name].count(old)} times: {old}"
+        texts[name] = texts[name].replace(old, new)
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(translate(text, counter))
+    library = folder / "emulated.so"
+    optimise = [level, *SANITIZE] if sanitize else [level]
+    command = ["g++", *FLAGS, *optimise, f"-I{SIMT}", "-x", "c++", str(folder / "cuda/rows.cu"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def build_as_asked(folder: Path) -> Path:
+    """As they are, or as the environment asks."""
+    changes = os.environ.get(SANITIZED)
+    if changes is None:
+        return build(folder)
+    return build(folder, sanitize=True, changes=tuple(tuple(change) for change in json.loads(changes)), level="-O0")
+
+
+@contextmanager
+def running(library: Path, monkeypatch):
+    """`drift_kernels.backends.cuda` on CPU tensors, through the emulated library; yields set(order, shared, clusters)."""
+    call, settings = cuda.bind(library), ctypes.CDLL(str(library)).simt_set
+    limits = {"shared": H100_SHARED, "clusters": True}
+
+    def choose(order: int = 0, shared: int = H100_SHARED, clusters: bool = True) -> None:
+        limits.update(shared=shared, clusters=clusters)
+        settings(order, shared, int(clusters))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "library", lambda: call)
+        patch.setattr(cuda, "_limits", lambda device: (limits["shared"], limits["clusters"]))
+        patch.setattr(cuda, "_device_and_stream", lambda device: (0, 0))
+        choose()
+        yield choose
+
+
+def launches(monkeypatch, **fixed):
+    """Makes every launch `fixed` threads, cluster, on_chip; what is left out follows the rule."""
+    rule = cuda.choose.__wrapped__
+    monkeypatch.setattr(cuda, "choose", lambda *a: cuda.Launch(**{**vars(rule(*a)), **fixed}))
+
+
+def padded(rows: int, columns: int, dtype: torch.dtype, lead: int, gap: int) -> torch.Tensor:
+    """NaN-filled [rows, columns] whose first row starts `lead` elements past a 16-byte boundary, `gap` between rows."""
+    stride = columns + gap
+    storage = torch.full((lead + rows * stride + 16,), float("nan"), dtype=dtype)
+    assert storage.data_ptr() % 16 == 0
+    return storage[lead : lead + rows * stride].view(rows, stride)[:, :columns]

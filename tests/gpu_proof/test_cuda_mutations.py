@@ -1,0 +1,229 @@
+"""Tests of the tests: known mistakes, written into the kernels' text, must each turn a check red."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import test_cuda_values as values
+import torch
+from emulate import ORDERS, SANITIZED, build, launches, padded, running
+
+# name: (file below csrc, text, replacement, what the failure says)
+MISTAKES = {
+    "no barrier before the slope is read": (
+        "cuda/rows.cu",
+        "return;\n  __syncthreads();\n\n  const Slope c",
+        "return;\n\n  const Slope c",
+        "error|differ",
+    ),
+    "no barrier before targets are written": (
+        "cuda/rows.cu",
+        "if (!c.live) return;\n  __syncthreads();",
+        "if (!c.live) return;",
+        "error|differ",
+    ),
+    "no cluster barrier before partial sums are read": (
+        "cuda/device.h",
+        "partial[warp()] = s;\n  cluster.sync();",
+        "partial[warp()] = s;\n  __syncthreads();",
+        "error|differ|ended",
+    ),
+    "no cluster barrier after partial sums are read": (
+        "cuda/rows.cu",
+        "shared_stats = finish(sums, rows.vocab);\n    cluster.sync();",
+        "shared_stats = finish(sums, rows.vocab);\n    __syncthreads();",
+        "read after that block has ended",
+    ),
+    "a barrier that one lane alone reaches": (
+        "cuda/device.h",
+        "if (lane() == 0) partial[warp()] = s;",
+        "if (lane() == 0) { partial[warp()] = s; __syncthreads(); }",
+        "barrier",
+    ),
+    "a tail one column short": ("cuda/device.h", "if (tail < s.end)", "if (tail + 1 < s.end)", "error|padding"),
+    "a tail one column long": ("cuda/device.h", "if (tail < s.end)", "if (tail <= s.end)", "error|padding"),
+    "clip bounds swapped": (
+        "policy.h",
+        "const R clip = below ? low : (above ? high : r);",
+        "const R clip = below ? high : (above ? low : r);",
+        "loss: error",
+    ),
+    "ignored targets not masked": (
+        "cuda/rows.cu",
+        "const float w = ignored ? 0.0f : at(o.weights, k, 1.0f);",
+        "const float w = at(o.weights, k, 1.0f);",
+        "error",
+    ),
+    "a maximum that does not rescale": (
+        "cuda/device.h",
+        "if (top > max) rescale(top);",
+        "if (top > max) max = top;",
+        "error",
+    ),
+    "a reduction one step short": (
+        "cuda/device.h",
+        "d /= 2) {\n    Sums o;",
+        "d /= 2) {\n    if (d == 1) break;\n    Sums o;",
+        "error|differ",
+    ),
+    "shared targets added once each": (
+        "cuda/rows.cu",
+        "if (rows.targets[i] == y) own +=",
+        "if (i == k) own +=",
+        "gradient: error",
+    ),
+    "softcap without its slope": (
+        "cuda/rows.cu",
+        "if (PLAIN || softcap == 0) return flat;",
+        "return flat;",
+        "gradient: error",
+    ),
+    "an entropy that forgets its maximum": (
+        "cuda/device.h",
+        "ed = k * fmaf(fmaxf(shift, FLOOR), e, ed);",
+        "ed = k * ed;",
+        "entropy: error",
+    ),
+}
+
+
+def verify(library: Path, monkeypatch) -> None:
+    """A short form of the value tests: every launch in every order, values, padding, repetition."""
+    with running(library, monkeypatch) as choose:
+        for head in ("plain", "everything"):
+            case = values.Case(4, 1001, head, "csr", seed=3)
+            own, exact = (case.policy(x, values.SPEC) for x in (case.x, case.x.double()))
+            dx_own, dx = (
+                values.gradient_of(lambda x: case.policy(x, values.SPEC)["loss"].sum(), x)  # noqa: B023
+                for x in (case.x, case.x.double())
+            )
+            for launch in values.LAUNCHES.values():
+                found = []
+                for order in ORDERS:
+                    choose(order)
+                    out = padded(case.C, case.V, torch.float32, 3, 1)
+                    with monkeypatch.context() as patch:
+                        launches(patch, **launch)
+                        outputs, _ = case.fused(values.SPEC, out)
+                    values.check_statistics(case, outputs)
+                    for name in values.POLICY:
+                        values.check(name, outputs[name], own[name], exact[name], 30.0)
+                    values.check("gradient", out, dx_own, dx, case.scale)
+                    assert values.padding_is_nan(out), "padding was written, or a column was not"
+                    found.append(out)
+                assert all(torch.equal(found[0], other) for other in found), "orders of warps and lanes differ"
+
+
+def outcome(library: Path) -> str:
+    """ "" where `verify` passes in a process of its own, else what it says or the signal that ended it."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child starts none
+        child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                verify(library, patch)
+        except BaseException:
+            said = traceback.format_exc()
+        os.write(write, said[-8000:].encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    status = os.waitpid(child, 0)[1]
+    return f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """The kernels as they are, and with each mistake; compiled two at a time, without optimisation."""
+    folder = tmp_path_factory.mktemp("mutants")
+
+    def make(item):
+        name, change = item
+        return name, build(folder / re.sub(r"\W", "_", name), changes=(change[:3],) if change else (), level="-O0")
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(make, [("as they are", None), *MISTAKES.items()]))
+
+
+def test_the_kernels_as_they_are_pass(libraries):
+    assert outcome(libraries["as they are"]) == ""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_seen(libraries, name):
+    said = outcome(libraries[name])
+    assert said, "not seen"
+    assert re.search(MISTAKES[name][3], said), said
+
+
+def sanitized(chosen: str, *changes: tuple[str, str, str]) -> subprocess.CompletedProcess:
+    """The `chosen` value tests with the kernels under the address and alignment sanitizers."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    options = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", SANITIZED: json.dumps(changes)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        values.__file__,
+        "-k",
+        chosen,
+    ]
+    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
+
+
+HEAD, SIZES = "everything", "4096-csr-everything or 33-csr-everything or 1-csr-everything"
+SANITIZED_RUNS = {  # name: (value tests, change, what it says)
+    "as they are": (
+        f"row_stats and {HEAD} or fused_policy and ({SIZES}) or grad_logits and {HEAD} or order or finite",
+        (),
+        "",
+    ),
+    "too little shared memory": (
+        "fused_policy and 4096-one-plain",
+        ("columns_of(job.rows.vocab, how.cluster) + 4)", "columns_of(job.rows.vocab, how.cluster))"),
+        "overflow",
+    ),
+    "a vector load off its boundary": (
+        "fused_policy and 4096-one-plain",
+        ("source + slice.begin + out_lead) == 0", "source + slice.begin + out_lead) >= 0"),
+        "misaligned",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sanitized_runs():
+    """The runs of `SANITIZED_RUNS`, side by side."""
+
+    def run(item):
+        name, (chosen, change, _) = item
+        return name, sanitized(chosen, *([("cuda/rows.cu", *change)] if change else []))
+
+    with ThreadPoolExecutor(len(SANITIZED_RUNS)) as pool:
+        return dict(pool.map(run, SANITIZED_RUNS.items()))
+
+
+@pytest.mark.parametrize("name", SANITIZED_RUNS)
+def test_values_under_the_sanitizers(sanitized_runs, name):
+    done, says = sanitized_runs[name], SANITIZED_RUNS[name][2]
+    output = done.stdout[-4000:] + done.stderr[-4000:]
+    assert (done.returncode == 0) == (name == "as they are"), output
+    assert says in done.stdout + done.stderr, output
