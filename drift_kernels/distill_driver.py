@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import backends, divergences, driver, exploration, formulas, products, rows
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.driver import Grads, Inputs, Piece, Sweep
 from drift_kernels.exploration import Side
@@ -278,7 +278,7 @@ def fused(
         head.reserve(min(sweep.limit, plan.count))
     policy_weights = driver.weights_of(tokens, plan.pick(x.targets), normalizer) if call.policy else None
     divergence_of = Divergence(sweep, teacher, head, call)
-    known = {**kernels.ROW_OUTPUTS, **kernels.ENTRY_OUTPUTS}
+    known = {**ROW_OUTPUTS, **ENTRY_OUTPUTS}
     want = tuple(dict.fromkeys((*STATS, *(name for name in call.call.outputs if name in known))))
     last = (torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype))
     collected: dict[str, list[Tensor]] = {}
