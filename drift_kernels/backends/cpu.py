@@ -10,9 +10,27 @@ from torch import Tensor
 
 from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 from drift_kernels.backends import structs
-from drift_kernels.backends.params import ROW_OUTPUTS as ROW_OUTPUTS
-from drift_kernels.backends.params import Chunk as Chunk
+from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
 from drift_kernels.spec import PolicySpec
+
+__all__ = [  # with what drivers read of every backend
+    "ENTRY_OUTPUTS",
+    "ROW_OUTPUTS",
+    "Chunk",
+    "bucket_logprobs",
+    "compact",
+    "fused_distill",
+    "fused_policy",
+    "gemm_nn",
+    "gemm_nt",
+    "gemm_scratch_bytes",
+    "gemm_tn",
+    "grad_buckets",
+    "grad_logits",
+    "has_bf16_gemm",
+    "row_stats",
+    "top_k",
+]
 
 CPU = torch.device("cpu")
 GEMM_ALIGNMENT = 64  # bytes, of the scratch

@@ -2,7 +2,7 @@
 
 The kernels are a library of their own, which loads on first use and also where there is no driver. They are enqueued on
 torch's current stream of the logits' device; nothing here waits for them. Left out: float64 (the cpu backend), squeezing out
-rows whose gradient is zero (their rows of `out` are zero).
+rows whose gradient is zero (their rows of `out` are zero), and distillation.
 """
 
 from __future__ import annotations

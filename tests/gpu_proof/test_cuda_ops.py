@@ -1,0 +1,46 @@
+"""Whole ops through the GPU's chunk loop on the emulated CUDA kernels, against `reference` in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulate import build_as_asked, running
+from test_losses import SPECS
+
+import drift_kernels as dk
+from drift_kernels import backends
+from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build_as_asked(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_loss_in_bf16(library, monkeypatch, name):
+    spec, case = SPECS[name], make_case(70, 33, 1001, dtype=torch.bfloat16, seed=2)
+    exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, temperature=0.7).logprobs
+    edges = (0.8, 1.2, 1.28, 1.4, 1.5, 3.0)
+    data = {"old_logprobs": off_the_edges(exact + case.noise, exact, edges), "ref_logprobs": exact + 0.1}
+    data |= {"rollout_logprobs": exact - 0.1, "cu_seqlens": torch.tensor([0, 11, 12, 30, 70], dtype=torch.int32)}
+
+    def loss(hidden, weight, bias, backend):
+        config = dk.KernelConfig(backend=backend, workspace_bytes=1 << 18)
+        head = {"bias": bias, "temperature": 0.7}
+        return dk.policy_loss(
+            hidden, weight, case.targets, case.advantages, **data, **head, spec=spec, config=config
+        ).loss
+
+    def all_of(backend, dtype):
+        torch.manual_seed(0)  # of clip_cov's choice
+        return gradients(lambda *leaves: loss(*leaves, backend), case.leaves(dtype))
+
+    own, oracle = all_of("reference", torch.bfloat16), all_of("reference", torch.float64)
+    monkeypatch.setattr(backends, "resolve", lambda name, device: name)
+    with running(library, monkeypatch):
+        actual = all_of("cuda", torch.bfloat16)
+    for what, a, o, e in zip(("loss", "hidden", "weight", "bias"), actual, own, oracle):
+        dtype, scale = (torch.float32, 20.0) if what == "loss" else (torch.bfloat16, None)
+        ok, line = within_budget(a, o, e, dtype, scale)
+        assert ok, f"{what}: {line}"
