@@ -28,10 +28,10 @@ test-adapters: $(ADAPTERS)/.installed
 	$(ADAPTERS)/bin/python -m pytest tests/adapters -q --adapters-report=docs/adapters.md
 
 # verl and torchtitan without their requirements: each asks for versions that the others do not have, for parts not used here
-$(ADAPTERS)/.installed: $(SOURCES)
+$(ADAPTERS)/.installed: $(SOURCES) Makefile
 	$(MAKE) VENV=$(ADAPTERS) $(ADAPTERS)/.torch
 	$(ADAPTERS)/bin/pip install -e ".[lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
-	  codetiming torchdata requests einops tyro triton
+	  codetiming torchdata requests einops tyro triton orjson
 	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
 	@touch $@
 
