@@ -1,4 +1,4 @@
-# make run · make test · make test-peers · make test-adapters · make lint · make bench · make study
+# make run · make test · make test-peers · make test-adapters · make gpu-proof · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-peers test-adapters lint bench study clean
+.PHONY: run test test-peers test-adapters gpu-proof lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
@@ -34,6 +34,10 @@ $(ADAPTERS)/.installed: $(SOURCES)
 	  codetiming torchdata requests einops tyro triton
 	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
 	@touch $@
+
+# The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
+gpu-proof: $(VENV)/.gpu-proof
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -81,6 +85,10 @@ $(VERL)/.installed: $(VERL)/.torch $(SOURCES)
 	$(VERL)/bin/pip install numpy transformers omegaconf ray==2.60.0 tensordict==0.15.3 codetiming orjson \
 	  pytest pytest-timeout hypothesis
 	$(VERL)/bin/pip install --no-deps -e .
+	@touch $@
+
+$(VENV)/.gpu-proof: $(VENV)/.dev
+	$(BIN)/pip install -e ".[lora,dev,triton]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

@@ -73,23 +73,23 @@ def given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads.flat())
 
 
-@torch.library.impl("drift_kernels::fused", "CPU")
-def _fused_cpu(*args):
+@torch.library.impl("drift_kernels::fused", ("CPU", "CUDA"))
+def _fused(*args):
     head, (*tokens, normalizer, text) = args[: HEAD_SIZE + REST_SIZE], args[HEAD_SIZE + REST_SIZE :]
     call = Call.decode(text)
     loss, grads, outputs = driver.fused(inputs(head, call, Tokens(*tokens)), call, normalizer)
     return (loss, *given(grads, loss), outputs)
 
 
-@torch.library.impl("drift_kernels::score", "CPU")
-def _score_cpu(*args):
+@torch.library.impl("drift_kernels::score", ("CPU", "CUDA"))
+def _score(*args):
     *head, text = args
     call = Call.decode(text)
     return driver.score(inputs(tuple(head), call), call)
 
 
-@torch.library.impl("drift_kernels::logprob_backward", "CPU")
-def _logprob_backward_cpu(*args):
+@torch.library.impl("drift_kernels::logprob_backward", ("CPU", "CUDA"))
+def _logprob_backward(*args):
     *head, grad_logprobs, grad_entropy, lse, entropy, text = args
     call = Call.decode(text)
     return given(driver.backward(inputs(tuple(head), call), call, grad_logprobs, grad_entropy, lse, entropy), lse)
@@ -97,7 +97,13 @@ def _logprob_backward_cpu(*args):
 
 def fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
     hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
-    dtypes = (dtype, gradient_dtype(head[1].dtype, dtype) if call.need_weight else dtype, dtype, dtype, dtype)
+    dtypes = (
+        dtype,
+        gradient_dtype(head[1].dtype, dtype, head[1].device) if call.need_weight else dtype,
+        dtype,
+        dtype,
+        dtype,
+    )
     shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
     return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes))
 

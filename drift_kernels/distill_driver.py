@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from drift_kernels import backends, divergences, driver, exploration, formulas, products, rows
-from drift_kernels.backends.cpu import Chunk
+from drift_kernels.backends.params import Chunk
 from drift_kernels.divergences import Lessons, Teacher
-from drift_kernels.driver import Grads, Inputs, Piece, Sweep
+from drift_kernels.driver import Sweep
 from drift_kernels.exploration import Side
 from drift_kernels.formulas import Tokens
+from drift_kernels.pieces import Grads, Inputs, Piece
 from drift_kernels.products import LoRAHead, LowRank
 from drift_kernels.spec import Call, DistillCall
 
@@ -307,7 +308,7 @@ def fused(
             collected.setdefault(name, []).append(values)
         if live is not None:
             sweep.add_gradients(piece, live)
-    total = driver.total_of(collected.get("loss", []), dtype)
+    total = driver.total_of(collected.get("loss", []), sweep)
     return total, sweep.finish(), sweep.scatter(collected, call.call.outputs)
 
 

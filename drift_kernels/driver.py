@@ -13,88 +13,36 @@ The normaliser is folded into the token weights, so gradients come out final. No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from drift_kernels import backends, formulas, products, rows
-from drift_kernels.backends.cpu import Chunk
-from drift_kernels.formulas import NO_TOKENS, Tokens
-from drift_kernels.products import LoRAHead, LowRank
+from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
+from drift_kernels.formulas import Tokens
+from drift_kernels.pieces import WORKSPACE_BYTES, Grads, Inputs, Piece, compute_dtype
+from drift_kernels.products import LowRank
 from drift_kernels.spec import Call
-
-WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """T hidden rows, N entries, vocabulary V, width D. Per-entry floats are in the compute dtype."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    targets: Tensor  # [N] int64
-    rows: Tensor | None  # [N] int64 sorted; None = entry i is of hidden row i
-    active: Tensor | None  # [A] int64, the entries that may count
-    temperature: Tensor | None  # [T]
-    tokens: Tokens = NO_TOKENS
-    lora: LoRAHead | None = None
-    weight_grad: Tensor | None = None  # [V, D], what dweight is added to in place of a fresh one
-
-
-@dataclass
-class Grads:
-    """Gradients in the compute dtype, dweight as `products.gradient_dtype` has it; None where nobody asked."""
-
-    hidden: Tensor | None  # [T, D]
-    weight: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None = None  # [r, D]
-    lora_b: Tensor | None = None  # [V, r]
-
-    def flat(self) -> tuple[Tensor | None, ...]:
-        """In the order of the ops' results."""
-        return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One chunk on its way: `logits` [C, V] of `hidden` [C, D] rows, entries [first, last) of the plan's."""
-
-    plan: rows.Plan
-    start: int
-    stop: int
-    first: int
-    last: int
-    hidden: Tensor
-    logits: Tensor
-    chunk: Chunk
-    final: bool  # no chunk adds to the gradients after this one
-
-    def pick(self, values: Tensor | None) -> Tensor | None:
-        """Of the plan's entries [M] those of this chunk."""
-        return None if values is None else values[self.first : self.last]
-
-    def per_row(self, values: Tensor | None) -> Tensor | None:
-        """This chunk's entries' values added up for each of its rows [C]."""
-        if values is None or self.chunk.row_ptr is None:
-            return values
-        return torch.segment_reduce(values, "sum", offsets=self.chunk.row_ptr, initial=0)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for the rest: what logits, losses and sums are held in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from drift_kernels.staging import Staging
 
 
 class Sweep:
-    """Passes over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias."""
+    """Passes over the rows that count: products chunk by chunk, and gradients back into hidden, weight and bias.
+
+    `Staging` is the same on a GPU.
+    """
+
+    overwritten = True  # statistics leave logits where products were
+    undivided = 1.0  # what the loss is yet to be divided by
 
     def __init__(self, x: Inputs, call: Call, plan: rows.Plan, beside: tuple[int, int] = (0, 0)) -> None:
         """`beside`: bytes of the workspace that the caller takes once and for each row of a chunk."""
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
+        if (backend := _backend(x, call)) != "cpu":
+            raise NotImplementedError(
+                f"backend={backend!r} has no kernels for this loss; 'reference' has, and 'cpu' for CPU tensors"
+            )
         self.kernels = backends.load("cpu")
         rows.check_targets(plan.pick(x.targets), x.weight.shape[0], call.head.ignore_index)
         V, D = x.weight.shape
@@ -189,6 +137,10 @@ class Sweep:
             self.grads.weight = self.dweight.result()
         return self.grads
 
+    def divisor(self, normalizer: Tensor) -> Tensor:
+        """What losses are divided by before they are differentiated."""
+        return normalizer
+
     def scatter(self, collected: dict[str, list[Tensor]], names: tuple[str, ...]) -> Tensor:
         """Per-chunk outputs as one [len(names), N] tensor, 0 where an entry took no part."""
         x = self.x
@@ -202,25 +154,39 @@ class Sweep:
 
 def _collect(collected: dict[str, list[Tensor]], outputs: dict[str, Tensor], chunk: Chunk) -> None:
     """Adds a chunk's outputs, those of rows repeated for each of the row's entries."""
-    row_outputs = backends.load("cpu").ROW_OUTPUTS
     for name, values in outputs.items():
-        if name in row_outputs and chunk.row_ptr is not None:
-            values = values.repeat_interleave(chunk.row_ptr.diff())
+        if name in ROW_OUTPUTS and chunk.row_ptr is not None:
+            values = values.repeat_interleave(chunk.row_ptr.diff(), output_size=chunk.targets.numel())
         collected.setdefault(name, []).append(values)
 
 
-def total_of(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+def total_of(parts: list[Tensor], sweep: Sweep | Staging) -> Tensor:
     """The sum of per-chunk losses (0-d), added up in fp64."""
-    return sum((part.double().sum() for part in parts), torch.zeros((), dtype=torch.float64)).to(dtype)
+    total = torch.zeros((), dtype=torch.float64, device=sweep.x.hidden.device)
+    for part in parts:
+        total += part.double().sum()
+    return total.to(sweep.dtype) / sweep.undivided
 
 
-def _start(x: Inputs, call: Call) -> tuple[Sweep, Tokens]:
+def _backend(x: Inputs, call: Call) -> str:
+    return backends.resolve(call.config.backend, x.hidden.device)
+
+
+def _sweep(x: Inputs, call: Call, plan: rows.Plan, backend: str) -> Sweep | Staging:
+    return Sweep(x, call, plan) if backend == "cpu" else Staging(x, call, plan, backend)
+
+
+def _start(x: Inputs, call: Call) -> tuple[Sweep | Staging, Tokens]:
     """The pass over the rows that count, and the per-token data of their entries."""
-    plan = rows.plan(rows.counting(x.targets, x.active, x.tokens, call), x.rows)
+    backend = _backend(x, call)
+    if x.active is not None and rows.takes_active_as_it_is(x.rows, call, backend):
+        plan = rows.Plan(x.active.numel(), x.active, x.active, None)
+    else:
+        plan = rows.plan(rows.counting(x.targets, x.active, x.tokens, call), x.rows)
     tokens = x.tokens if plan.entries is None else x.tokens.pick(plan.entries)
     if call.config.check_finite:
         rows.check_finite(tokens)
-    return Sweep(x, call, plan), tokens
+    return _sweep(x, call, plan, backend), tokens
 
 
 def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
@@ -228,7 +194,7 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
     if call.spec.scope != "token":
         return scoped(x, call, normalizer)
     sweep, tokens = _start(x, call)
-    weights = weights_of(tokens, sweep.plan.pick(x.targets), normalizer)
+    weights = weights_of(tokens, sweep.plan.pick(x.targets), sweep.divisor(normalizer))
     want = tuple(dict.fromkeys((*call.outputs, "loss")))
     collected: dict[str, list[Tensor]] = {}
     for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
@@ -239,11 +205,12 @@ def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Ten
             *(piece.pick(v) for v in (tokens.advantages, tokens.old, tokens.ref, weights)),
             want,
             gradient=call.need_grad,
+            **piece.into,
         )
         _collect(collected, outputs, piece.chunk)
         if call.need_grad:
             sweep.add_gradients(piece, live)
-    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
 def weights_of(tokens: Tokens, targets: Tensor, normalizer: Tensor) -> Tensor:
@@ -259,7 +226,7 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
     from the logits that are there; else those of rows with a gradient are computed again.
     """
     sweep, tokens = _start(x, call)
-    plan, weights = sweep.plan, weights_of(tokens, sweep.plan.pick(x.targets), normalizer)
+    plan, weights = sweep.plan, weights_of(tokens, sweep.plan.pick(x.targets), sweep.divisor(normalizer))
     segments = tokens.segments if call.spec.scope == "sequence" else None
     spec = call.spec
     read = ("logprobs", "lse", "entropy") if spec.entropy_coef else ("logprobs", "lse")
@@ -289,7 +256,7 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
             _add_from_logits(sweep, piece, stats, slopes)
         else:
             _add_again(sweep, slice(first, last), stats, slopes, final=final)
-    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
 def differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -319,7 +286,7 @@ def terms_of(logprobs: Tensor, tokens: Tokens, weights: Tensor, call: Call) -> d
     return out
 
 
-def _add_from_logits(sweep: Sweep, piece: Piece, stats: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
+def _add_from_logits(sweep: Sweep | Staging, piece: Piece, stats: dict[str, Tensor], slopes: dict[str, Tensor]) -> None:
     """Gradients of one chunk whose logits are still there; `stats` and `slopes` hold its entries' values."""
     per_row = {name: piece.per_row(slopes.get(name)) for name in ("entropy", "lse")}
     row = slice(None) if piece.chunk.row_ptr is None else piece.chunk.row_ptr[:-1]
@@ -331,16 +298,21 @@ def _add_from_logits(sweep: Sweep, piece: Piece, stats: dict[str, Tensor], slope
         per_row["entropy"],
         stats["entropy"][row] if per_row["entropy"] is not None else None,
         per_row["lse"],
-        raw=False,
+        raw=not sweep.overwritten,
+        **piece.into,
     )
     sweep.add_gradients(piece, live)
 
 
-def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dict[str, Tensor], *, final: bool) -> None:
+def _add_again(
+    sweep: Sweep | Staging, where: slice, stats: dict[str, Tensor], slopes: dict[str, Tensor], *, final: bool
+) -> None:
     """Gradients of the plan's entries at `where` (their `stats` and `slopes`), of which those without any are dropped."""
     x, plan = sweep.x, sweep.plan
     everywhere = {}
-    entries = torch.arange(x.targets.numel())[where] if plan.entries is None else plan.entries[where]
+    entries = (
+        torch.arange(x.targets.numel(), device=x.targets.device)[where] if plan.entries is None else plan.entries[where]
+    )
     for name, values in (
         *slopes.items(),
         *((f"at {name}", stats[name]) for name in ("lse", "entropy") if name in stats),
@@ -360,6 +332,8 @@ def _add_again(sweep: Sweep, where: slice, stats: dict[str, Tensor], slopes: dic
 def score(x: Inputs, call: Call) -> Tensor:
     """`call.outputs` [K, N] without any gradient: one GEMM over the rows that count."""
     sweep, _ = _start(x, call)
+    if isinstance(sweep, Staging) and sweep.without_logits():
+        return sweep.scatter(sweep.score(), call.outputs)
     collected: dict[str, list[Tensor]] = {}
     for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         _collect(collected, sweep.kernels.row_stats(piece.logits, piece.chunk, call.outputs), piece.chunk)
@@ -379,7 +353,7 @@ def backward(
     grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
     grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
     nonzero = _any_nonzero(grad_logprobs, grad_entropy)
-    sweep = Sweep(x, call, rows.plan(nonzero, x.rows))
+    sweep = _sweep(x, call, rows.plan(nonzero, x.rows), _backend(x, call))
     _add_gradients_of(sweep, grad_logprobs, grad_entropy, None, lse, entropy, final=True)
     return sweep.finish()
 
@@ -390,7 +364,7 @@ def _any_nonzero(*values: Tensor | None) -> Tensor:
 
 
 def _add_gradients_of(
-    sweep: Sweep,
+    sweep: Sweep | Staging,
     logprobs: Tensor | None,
     entropy: Tensor | None,
     lse: Tensor | None,
@@ -415,6 +389,7 @@ def _add_gradients_of(
             None if entropy is None else of_rows[1],
             piece.per_row(piece.pick(lse)),
             raw=True,
+            **piece.into,
         )
         sweep.add_gradients(piece, live)
 
@@ -424,6 +399,7 @@ def pointwise(
 ) -> tuple[Tensor, Grads, Tensor]:
     """As `fused`, for a token loss fn(logprobs, *tensors) in torch: its derivative by autograd, chunk by chunk."""
     sweep, _ = _start(x, call)
+    divisor = sweep.divisor(normalizer)
     tensors = tuple(sweep.plan.pick(t) for t in tensors)
     want = tuple(dict.fromkeys((*call.outputs, "logprobs", "lse")))
     collected: dict[str, list[Tensor]] = {}
@@ -431,13 +407,12 @@ def pointwise(
         outputs = sweep.kernels.row_stats(piece.logits, piece.chunk, want)
         some = tuple(piece.pick(t) for t in tensors)
         token, slopes = differentiate(
-            lambda logprobs, some=some: fn(logprobs, *some) / normalizer, {"logprobs": outputs["logprobs"]}
+            lambda logprobs, some=some: fn(logprobs, *some) / divisor, {"logprobs": outputs["logprobs"]}
         )
         coefs = slopes.get("logprobs", torch.zeros_like(token))
         _collect(collected, outputs | {"loss": token}, piece.chunk)
         if call.need_grad:
-            live = sweep.kernels.grad_logits(
-                piece.logits, piece.chunk, coefs.to(sweep.dtype).contiguous(), outputs["lse"], raw=False
-            )
+            coefs, raw = coefs.to(sweep.dtype).contiguous(), not sweep.overwritten
+            live = sweep.kernels.grad_logits(piece.logits, piece.chunk, coefs, outputs["lse"], raw=raw, **piece.into)
             sweep.add_gradients(piece, live)
-    return total_of(collected.get("loss", []), sweep.dtype), sweep.finish(), sweep.scatter(collected, call.outputs)
+    return total_of(collected.get("loss", []), sweep), sweep.finish(), sweep.scatter(collected, call.outputs)

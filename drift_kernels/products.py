@@ -146,7 +146,7 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, into: Tensor | None, scale: float) -> None:
         self.sums = torch.empty(weight.shape, dtype=dtype) if into is None else into
-        self.dtype = gradient_dtype(weight.dtype, dtype)
+        self.dtype = gradient_dtype(weight.dtype, dtype, weight.device)
         self.scale, self.started = scale, into is not None
 
     def add(self, dlogits: Tensor, hidden: Tensor, *, final: bool) -> None:
@@ -182,9 +182,9 @@ class NativeWeightGradient:
         return torch.zeros(self.shape, dtype=torch.bfloat16) if self.sums is None else self.sums.bfloat16()
 
 
-def gradient_dtype(weight: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """What dtype a weight's gradient leaves an op in."""
-    return weight if weight == torch.bfloat16 else compute
+def gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """What dtype a weight's gradient leaves an op in. On a GPU backward rounds it while it scales it, in one pass."""
+    return weight if weight == torch.bfloat16 and device.type == "cpu" else compute
 
 
 def is_native(hidden: Tensor, weight: Tensor) -> bool:

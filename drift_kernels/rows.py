@@ -29,6 +29,7 @@ class Plan:
     index: Tensor | None  # [R] int64, which hidden rows; None = all T of them
     entries: Tensor | None  # [M] int64, which entries; None = all N of them
     row_ptr: Tensor | None  # [R + 1] int64, entries of each kept row (CSR); None = one each
+    edges: Tensor | None = None  # row_ptr on the CPU
 
     @overload
     def pick(self, values: Tensor) -> Tensor: ...
@@ -43,9 +44,9 @@ class Plan:
 
     def entries_of(self, start: int, stop: int) -> tuple[int, int]:
         """[first, last) of the kept entries that belong to rows [start, stop) of the plan."""
-        if self.row_ptr is None:
+        if self.edges is None:
             return start, stop
-        return int(self.row_ptr[start]), int(self.row_ptr[stop])
+        return int(self.edges[start]), int(self.edges[stop])
 
     def pick_rows(self, values: Tensor | None) -> Tensor | None:
         """Of [T] values those of the kept hidden rows [R]."""
@@ -81,16 +82,36 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
 
 
 def plan(mask: Tensor, rows: Tensor | None) -> Plan:
-    """The plan for the entries in `mask` [N]; `rows` [N] int64 sorted, or None where entry i is of hidden row i."""
+    """The plan for the entries in `mask` [N]; `rows` [N] int64 sorted, or None where entry i is of hidden row i.
+
+    One read from a GPU.
+    """
     total = mask.numel()
-    entries = mask.nonzero().squeeze(1)
-    everything = entries.numel() == total
     if rows is None:
+        entries = mask.nonzero().squeeze(1)
+        everything = entries.numel() == total
         return Plan(entries.numel(), None, None, None) if everything else Plan(entries.numel(), entries, entries, None)
+    device = rows.device
+    if device.type != "cpu":
+        mask, rows = torch.stack((mask.to(torch.int64), rows)).cpu()
+        mask = mask != 0
+    entries = mask.nonzero().squeeze(1)
     index, counts = torch.unique_consecutive(rows[entries], return_counts=True)
-    row_ptr = torch.zeros(index.numel() + 1, dtype=torch.int64, device=rows.device)
+    row_ptr = torch.zeros(index.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=row_ptr[1:])
-    return Plan(index.numel(), index, None if everything else entries, row_ptr)
+    kept = None if entries.numel() == total else entries.to(device, non_blocking=True)
+    on_device = [values.to(device, non_blocking=True) for values in (index, row_ptr)]
+    return Plan(index.numel(), on_device[0], kept, on_device[1], row_ptr)
+
+
+def takes_active_as_it_is(rows: Tensor | None, call: Call, backend: str) -> bool:
+    """Whether `active` is the plan, so that a GPU is not waited for. It is not where
+
+    - the backend is "cpu": looking costs nothing there, and entries that are masked after all are dropped;
+    - entries share hidden rows: how many rows there are must be read;
+    - the loss reads several tokens: a masked one among them would count.
+    """
+    return backend != "cpu" and rows is None and call.spec.scope == "token"
 
 
 def check_targets(kept: Tensor, vocabulary: int, ignore_index: int) -> None:

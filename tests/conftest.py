@@ -13,4 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+
+
+def pytest_configure():
+    """After the conftests of folders, since it imports Triton, and gpu_proof says how Triton is to run."""
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
-MODULES = {"cpu": "drift_kernels.backends.cpu"}
-MISSING = {
-    "triton": "this release has no Triton row kernels",
-    "cuda": "this release has no CUDA row kernels",
-}
+MODULES = {"cpu": "drift_kernels.backends.cpu", "triton": "drift_kernels.backends.triton"}
+MISSING = {"cuda": "this release has no CUDA row kernels"}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -22,6 +20,8 @@ def available_backends() -> dict[str, str | None]:
 def _reason(name: str) -> str | None:
     if name in MISSING:
         return MISSING[name]
+    if name == "triton":
+        return _triton_reason()
     try:
         importlib.import_module(MODULES[name])
     except ImportError as error:
@@ -32,6 +32,23 @@ def _reason(name: str) -> str | None:
 # The same for the life of a process, which keeps imports out of compiled graphs: all that torch.compiler.assume_constant_result
 # does, but that one imports the compiler, and triton with it.
 _reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _triton_reason() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it with: pip install 'drift-rl[triton]'"
+    if not torch.cuda.is_available() and not interpreted():
+        return (
+            "no CUDA device is visible; run where nvidia-smi and torch.cuda.is_available() see one, or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on a CPU"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors. Loads Triton."""
+    triton = importlib.import_module("triton")
+    return triton.knobs.runtime.interpret
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -48,7 +65,7 @@ def resolve(name: str, device: torch.device) -> str:
         raise RuntimeError(
             f"backend={wanted!r} cannot run: {reason}. backend='reference' runs anywhere, with full logits"
         )
-    if (wanted == "cpu") != (device.type == "cpu"):
+    if (wanted == "cpu") != (device.type == "cpu") and not (wanted == "triton" and interpreted()):
         raise RuntimeError(f"backend={wanted!r} does not run on device {device}; use backend='auto'")
     return wanted
 

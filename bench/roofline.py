@@ -1,0 +1,82 @@
+"""Bytes, FLOPs and the time that an H100 could do them in, counted on paper: `python -m bench.roofline`.
+
+Predictions, not measurements: no GPU has run these kernels. A stage takes as long as its products at the share of the peak
+that such products reach, or as its bytes at a share of the memory's bandwidth, whichever is longer; stages follow one
+another, since they share both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drift_kernels.staging import capacity, padded
+
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # H100 SXM, dense bf16 and HBM3, by its data sheet
+GEMM_SHARE = 0.73  # of the peak: 42 ms for the three products of 8192 × 4096 × 151,936, as TRL's maintainers publish
+COPY_SHARE = 0.85  # of the peak: assumed
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of kernel over all rows."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """At these shares of the peaks."""
+        return max(self.flops / (PEAK_FLOPS * GEMM_SHARE), self.bytes / (PEAK_BYTES * COPY_SHARE))
+
+
+def training(T: int, D: int, V: int, workspace: int) -> list[Stage]:
+    """A policy loss with all its gradients, bf16, through `drift_kernels.staging`."""
+    staged, room = capacity(workspace, V, D, 2, True)
+    product, width = 2.0 * T * V * D, padded(V)
+    blocks, buffers = -(-T // staged), -(-T // (room // staged * staged))
+    weight = 2 * V * D
+    return [
+        Stage("logits = h·Wᵀ, fp32 out", product, 4 * T * width + blocks * weight),
+        Stage("fused_policy: read twice, write bf16", 0, (4 + 4 + 2) * T * width),
+        Stage("dh = dlogits·W", product, 2 * T * width + buffers * weight + 4 * T * D),
+        Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
+        Stage("dW times the incoming gradient, to bf16", 0, 6 * V * D),
+    ]
+
+
+def scoring(T: int, D: int, V: int, workspace: int) -> dict[str, list[Stage]]:
+    """Log-probs alone, by the scorer and through logits in memory."""
+    product, weight = 2.0 * T * V * D, 2 * V * D
+    blocks = -(-T // capacity(workspace, V, D, 2, False)[0])
+    return {
+        "score kernel": [Stage("h·Wᵀ, sums in registers", product, weight + 2 * T * D)],
+        "staged": [
+            Stage("logits = h·Wᵀ, fp32 out", product, 4 * T * padded(V) + blocks * weight),
+            Stage("row_stats: read once", 0, 4 * T * padded(V)),
+        ],
+    }
+
+
+def table(title: str, stages: list[Stage]) -> str:
+    """Markdown."""
+    lines = [f"**{title}**\n", "| stage | TFLOP | GB | predicted ms | limit |", "|---|---|---|---|---|"]
+    for s in stages:
+        limit = "products" if s.flops / (PEAK_FLOPS * GEMM_SHARE) >= s.bytes / (PEAK_BYTES * COPY_SHARE) else "memory"
+        lines.append(f"| {s.name} | {s.flops / 1e12:.1f} | {s.bytes / 1e9:.1f} | {1e3 * s.seconds:.1f} | {limit} |")
+    total, bare = sum(s.seconds for s in stages), sum(s.flops for s in stages) / (PEAK_FLOPS * GEMM_SHARE)
+    lines.append(f"| all | | | {1e3 * total:.1f} | {total / bare:.2f} × bare products ({1e3 * bare:.1f} ms) |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the tables that docs/gpu.md quotes."""
+    T, D, V, workspace = 8192, 4096, 151_936, 1 << 30
+    print(table(f"Training, {T} × {D} × {V:,}, bf16, workspace 1 GiB", training(T, D, V, workspace)), end="\n\n")
+    print(table("The same, workspace 256 MiB", training(T, D, V, workspace >> 2)), end="\n\n")
+    for name, stages in scoring(T, D, V, workspace).items():
+        print(table(f"Scoring, {name}", stages), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

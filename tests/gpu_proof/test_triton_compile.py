@@ -1,0 +1,80 @@
+"""Every Triton kernel compiled for sm_80, sm_90a and sm_100a: nothing spills, shared memory fits, tensor cores and 16-byte
+accesses are used. The table goes to build/triton_kernels.json, which the documentation quotes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90a": 227 << 10,
+    "sm_100a": 227 << 10,
+}  # bytes a block may have; the compiler lets more pass
+MULTIPLIES = {"sm_80": "mma.sync", "sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma"}
+REGISTERS = 65_536  # of a multiprocessor
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """The lines of `aot.py`, compiled afresh in a process without the interpreter."""
+    path = ROOT / "build" / "triton_kernels.json"
+    path.parent.mkdir(exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("aot.py")), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = json.loads(path.read_text())
+    print(f"\n{'variant':26} {'kernel':20} {'target':8} registers  spilled  shared")
+    for line in lines:
+        print("{variant:26} {kernel:20} {target:8} {registers:9} {spilled:8} {shared:7}".format(**line))
+    return lines
+
+
+def name(line) -> str:
+    return f"{line['variant']}, {line['kernel']}, {line['target']}"
+
+
+def test_every_kernel_is_there_for_every_architecture(table):
+    kernels = {"row_stats_kernel", "grad_logits_kernel", "fused_policy_kernel", "score_kernel"}
+    assert {(line["kernel"], line["target"]) for line in table} == {(k, t) for k in kernels for t in SHARED}
+
+
+def test_nothing_spills_and_blocks_fit_the_multiprocessor(table):
+    for line in table:
+        assert line["spilled"] == 0, name(line)
+        assert line["shared"] <= SHARED[line["target"]], name(line)
+        assert line["registers"] * 32 * line["warps"] <= REGISTERS, name(line)
+
+
+def test_common_row_kernels_leave_room_for_two_blocks(table):
+    for line in table:
+        if line["variant"] in ("stats", "gradient", "policy", "policy, no gradient"):
+            assert line["registers"] <= 128, name(line)
+
+
+def test_rows_are_read_and_written_sixteen_bytes_at_a_time(table):
+    for line in table:
+        if line["kernel"] == "score_kernel":
+            continue
+        writes = line["kernel"] == "grad_logits_kernel" or line["variant"] in ("policy", "policy, all, odd V")
+        assert line["loads"].get("16", 0) >= 8, name(line)
+        assert line["stores"].get("16", 0) >= (2 if writes else 0), name(line)
+        if "odd V" not in line["variant"]:  # whose last block alone has a mask
+            assert line["loads"].get("4", 0) <= 8, name(line)
+
+
+def test_the_scorer_multiplies_on_tensor_cores(table):
+    for line in table:
+        if line["kernel"] != "score_kernel":
+            continue
+        exact = line["variant"] == "score, fp32"
+        assert (MULTIPLIES[line["target"]] in line["instructions"]) != exact, name(line)
+        described = line["target"] != "sm_80" and line["variant"] != "score, odd width"
+        assert ("cp.async.bulk.tensor" in line["instructions"]) == described, name(line)

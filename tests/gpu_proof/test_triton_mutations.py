@@ -1,0 +1,162 @@
+"""A test of the tests: each mutation of a kernel's text, loaded in the kernel's place, must turn a check red."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import test_triton_ops as ops
+import test_triton_rows as row_tests
+import test_triton_score as score_tests
+import torch
+from row_oracle import make_rows
+
+import drift_kernels as dk
+from drift_kernels import driver, staging
+from drift_kernels.backends import triton as backend
+from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.triton import scorer
+from drift_kernels.spec import HeadOptions
+from drift_kernels.testing import make_case
+
+PACKAGE = Path(backend.__file__).parent
+ROOM = "drift_kernels.backends.triton."
+
+
+def everything():
+    rows = make_rows(3, 4099, seed=21, bias=True, head=row_tests.CAPPED)
+    row_tests.check_policy(rows, row_tests.SPECS["everything"])
+
+
+def clipping():
+    row_tests.check_policy(make_rows(40, 50, seed=22), row_tests.SPECS["ppo"])
+
+
+def kl():
+    row_tests.check_policy(make_rows(20, 50, seed=23), row_tests.SPECS["kl k3"])
+
+
+def several():
+    row_tests.check_policy(make_rows(3, 300, seed=24, several=True), row_tests.SPECS["everything"])
+
+
+def small_probabilities():
+    rows = make_rows(3, 9001, seed=25)
+    rows.x[:, :5000] -= 40.0  # the running maximum comes late
+    row_tests.check_statistics(rows, backend.row_stats(rows.x, rows.chunk, row_tests.STATISTICS))
+
+
+def blocks():
+    rows = make_rows(3, 9001, seed=29)
+    row_tests.check_statistics(rows, backend.row_stats(rows.x, rows.chunk, row_tests.STATISTICS))
+
+
+def scores():
+    """With the vocabulary in several spans, and in one."""
+    for dtype, programs in ((torch.float32, scorer.PROGRAMS), (torch.bfloat16, 1)):
+        case = make_case(70, 40, 515, dtype=dtype, masked=0.1, seed=26)
+        targets = torch.where(case.targets < 0, -1, case.targets)
+        targets[3] = 514
+        chunk = Chunk(targets, None, None, None, HeadOptions())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scorer, "PROGRAMS", programs)
+            found = backend.score(case.hidden.to(dtype), case.weight.to(dtype), chunk, row_tests.STATISTICS)
+        score_tests.check(found, case, chunk, dtype)
+
+
+def pointers():
+    """An odd width, which descriptors do not take; NaN behind each row."""
+    case = make_case(70, 33, 515, masked=0.0, seed=27)
+    wide = torch.full((70, 40), float("nan"))
+    wide[:, :33] = case.hidden
+    chunk = Chunk(case.targets, None, None, None, HeadOptions())
+    found = backend.score(wide[:, :33], case.weight.float(), chunk, row_tests.STATISTICS)
+    score_tests.check(found, case, chunk, torch.float32)
+
+
+def staged():
+    case = make_case(ops.T, ops.D, ops.V, seed=28)
+
+    def loss(h, w, b, config):
+        return dk.weighted_cross_entropy(h, w, case.targets, case.token_weights, bias=b, config=config).loss
+
+    ops.close(ops.NAMES, *ops.three(loss, case, torch.float32), torch.float32)
+
+
+MUTATIONS = [
+    ("rows", "inside = cols < V\n", "inside = cols < V + 1\n", everything),  # a mask one column too wide
+    ("rows", "if whole < V:", "if whole > V:", everything),  # no last block
+    ("rows", "mask=cols < V)", "mask=cols < V + 1)", everything),
+    ("rows", "whole = V // BLOCK * BLOCK", "whole = V // BLOCK * BLOCK - BLOCK", everything),
+    ("rows", "tl.where(cols == y, coef, 0.0)", "tl.where(cols == y + 1, coef, 0.0)", everything),
+    ("rows", "g -= tl.where(p != 0, E * p", "g += tl.where(p != 0, E * p", everything),
+    ("rows", "tl.load(row_ptr + row + 1)", "tl.load(row_ptr + row)", several),
+    ("rows", "for k in range(begin, end):\n            g +=", "for k in range(begin, begin + 1):\n            g +=", several),
+    ("online", "s0 = tl.where(up, s0 * e + 1.0", "s0 = tl.where(up, s0 + 1.0", small_probabilities),
+    ("online", "e * (s1 - d * s0)", "e * s1", blocks),
+    ("online", "tl.sum(k * s0, axis=0)", "tl.sum(s0, axis=0)", everything),
+    ("online", "slope = slope * (1.0 - t * t)", "slope = slope * (1.0 - t)", everything),
+    ("policy", "(below, low, tl.where(above, high, r))", "(below, high, tl.where(above, low, r))", clipping),
+    ("policy", "free <= bound", "free >= bound", clipping),
+    ("policy", "tl.where(unbound, capped, below | above)", "tl.where(unbound, capped, above)", clipping),
+    ("policy", "value = 1.0 - tl.exp(-d)", "value = tl.exp(-d) - 1.0", kl),
+    ("scorer", "return top, k * s0 + tl.sum(e, axis=1)", "return top, s0 + tl.sum(e, axis=1)", scores),
+    ("scorer", "inside = (cols < V)[None, :]", "inside = (cols < V + 1)[None, :]", scores),
+    ("scorer", "first = split * tiles * BLOCK", "first = (split * tiles + 1) * BLOCK", scores),
+    ("scorer", "y < tl.minimum(col0 + BLOCK, V)", "y < tl.minimum(col0 + BLOCK, V) - 1", scores),
+    ("scorer", "(cols < D)[None, :]", "(cols < D + 1)[None, :]", pointers),
+    ("partials", "(k * s0).sum(0)", "s0.sum(0)", score_tests.test_a_part_without_the_largest_logit_is_scaled_down),
+    ("staging", "add=self.weight_started", "add=False", staged),
+    ("staging", "grads.bias += dlogits", "grads.bias = dlogits", staged),
+    ("staging", "index_copy_(0, where, dhidden)", "index_copy_(0, where.flip(0), dhidden)", staged),
+]  # fmt: skip
+
+
+def load(name, text, folder, monkeypatch):
+    """A module of this text; a file, since Triton reads the source of its kernels."""
+    path = folder / f"mutant_{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mutate(room, old, new, folder, monkeypatch):
+    """Puts the mutated room, and those that import it, in the backend's place."""
+    path = Path(staging.__file__) if room == "staging" else PACKAGE / f"{room}.py"
+    text = path.read_text()
+    assert text.count(old) >= 1, f"{room}.py has no {old!r} any more: mutate what it has now"
+    mutant = load(room, text.replace(old, new), folder, monkeypatch)
+    if room == "staging":
+        monkeypatch.setattr(driver, "Staging", mutant.Staging)
+        return
+    for user in ("rows", "scorer"):
+        text = (PACKAGE / f"{user}.py").read_text()
+        module = mutant
+        if user != room:
+            module = load(user, text.replace(f"from {ROOM}{room} ", f"from mutant_{room} "), folder, monkeypatch)
+        if user == "rows":
+            monkeypatch.setattr(backend, "kernels", module)
+        else:
+            monkeypatch.setattr(scorer, "score_kernel", module.score_kernel)
+    if room == "partials":
+        monkeypatch.setattr(backend, "merge", mutant.merge)
+
+
+CHECKS = {check.__name__: check for *_, check in MUTATIONS}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_the_checks_pass_without_a_mutation(check):
+    check()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[0]}: {m[2].strip()}")
+def test_a_mutation_turns_its_check_red(mutation, tmp_path, monkeypatch):
+    *change, check = mutation
+    mutate(*change, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

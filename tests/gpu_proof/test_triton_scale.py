@@ -1,0 +1,92 @@
+"""The GPU's whole path at full size on tensors without memory: any read by the host raises there, and what would be
+allocated at once is counted.
+"""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import drift_kernels as dk
+from drift_kernels import driver
+from drift_kernels.formulas import Tokens
+from drift_kernels.spec import Call
+
+T, D, V = 8192, 4096, 151_936
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still held, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = op(*args, **(kwargs or {}))
+        self.held = {key: entry for key, entry in self.held.items() if not entry[0].expired()}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in before:
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return result
+
+
+def inputs(dtype, active, lora=False):
+    def make(*shape, kind=dtype):
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    def per_token():
+        return make(T, kind=torch.float32)
+
+    tokens = Tokens(*(per_token() for _ in range(4)))
+    low_rank = dk.LoRAHead(make(16, D), make(V, 16), 2.0) if lora else None
+    targets, index = make(T, kind=torch.int64), make(active, kind=torch.int64)
+    return driver.Inputs(make(T, D), make(V, D), make(V), targets, None, index, per_token(), tokens, low_rank)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace", [1 << 30, 256 << 20])
+@pytest.mark.parametrize("active", [T, 3001])
+def test_a_policy_loss_reads_nothing_back_and_keeps_to_its_workspace(dtype, workspace, active):
+    config = dk.KernelConfig(backend="triton", workspace_bytes=workspace)
+    needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), True)
+    x, call = inputs(dtype, active), Call(config=config, outputs=("logprobs", "clipped"), **needs)
+    normalizer = torch.empty((), device="meta")
+    with Allocations() as allocations:
+        loss, grads, outputs = driver.fused(x, call, normalizer)
+    assert loss.shape == ()
+    assert outputs.shape == (2, T)
+    by_right = sum(g.nbytes for g in grads.flat() if g is not None) + outputs.nbytes
+    small = 64 * 4 * (T + V)  # some vectors
+    assert workspace // 2 < allocations.peak - by_right < workspace + small
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_read_nothing_back_and_need_no_logits(dtype):
+    x, config = inputs(dtype, 3001), dk.KernelConfig(backend="triton")
+    with Allocations() as allocations:
+        scores = driver.score(x, Call(config=config, outputs=("logprobs", "entropy")))
+    assert scores.shape == (2, T)
+    assert allocations.peak < 4 * 3001 * D + (32 << 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_lora_head_reads_nothing_back(dtype):
+    needs = dict.fromkeys(("need_hidden", "need_lora_a", "need_lora_b"), True)
+    call = Call(config=dk.KernelConfig(backend="triton"), lora_scale=2.0, **needs)
+    _, grads, _ = driver.fused(inputs(dtype, T, lora=True), call, torch.empty((), device="meta"))
+    shapes = [None if g is None else tuple(g.shape) for g in grads.flat()]
+    assert shapes == [(T, D), None, None, (16, D), (V, 16)]
+
+
+def test_the_check_can_fail():
+    """Without `active` the rows that count are looked up, which no tensor without memory can tell."""
+    x = inputs(torch.bfloat16, T)
+    everything = driver.Inputs(x.hidden, x.weight, x.bias, x.targets, None, None, None, x.tokens)
+    call = Call(config=dk.KernelConfig(backend="triton"), need_hidden=True)
+    with pytest.raises(NotImplementedError):
+        driver.fused(everything, call, torch.empty((), device="meta"))
