@@ -17,9 +17,10 @@ from torch import Tensor
 from drift_kernels import backends, divergences, driver, exploration, formulas, products, rows
 from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
 from drift_kernels.divergences import Lessons, Teacher
-from drift_kernels.driver import Grads, Inputs, Piece, Sweep
+from drift_kernels.driver import Sweep
 from drift_kernels.exploration import Side
 from drift_kernels.formulas import Tokens
+from drift_kernels.pieces import Grads, Inputs, Piece
 from drift_kernels.products import LoRAHead, LowRank
 from drift_kernels.spec import Call, DistillCall
 
