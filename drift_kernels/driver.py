@@ -39,6 +39,10 @@ class Sweep:
         """`beside`: bytes of the workspace that the caller takes once and for each row of a chunk."""
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
+        if (backend := _backend(x, call)) != "cpu":
+            raise NotImplementedError(
+                f"backend={backend!r} has no kernels for this loss; 'reference' has, and 'cpu' for CPU tensors"
+            )
         self.kernels = backends.load("cpu")
         rows.check_targets(plan.pick(x.targets), x.weight.shape[0], call.head.ignore_index)
         V, D = x.weight.shape
