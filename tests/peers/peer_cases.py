@@ -97,13 +97,13 @@ def batches(draw: st.DrawFn, per_token: bool | None = None) -> Batch:
 
 
 def settle(batch: Batch, name: str, *edges: tuple[Callable[[Batch], Tensor], tuple[float | None, ...]]) -> Batch:
-    """`batch` with its `name` log-probs moved until no fn(batch) [B, L] or [B, 1] is within a margin of one of its edges."""
+    """`batch` with its `name` log-probs moved until no fn(batch) [B, L] or [B, 1] is within a share of one of its edges."""
     for _ in range(50):
         near = torch.zeros_like(batch.mask)
         for fn, places in edges:
             for edge in places:
                 if edge is not None:
-                    near |= (fn(batch) - edge).abs() < MARGIN * max(1.0, abs(edge))
+                    near |= (fn(batch) - edge).abs() < MARGIN * (abs(edge) or 1.0)
         if not near.any():
             return batch
         moved = getattr(batch, name) - 3.7 * MARGIN * near
