@@ -36,7 +36,7 @@ $(ADAPTERS)/.installed: $(SOURCES) Makefile
 	@touch $@
 
 # The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
-gpu-proof: $(VENV)/.gpu-proof
+gpu-proof: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof
 
 lint: $(VENV)/.dev
@@ -85,10 +85,6 @@ $(VERL)/.installed: $(VERL)/.torch $(SOURCES)
 	$(VERL)/bin/pip install numpy transformers omegaconf ray==2.60.0 tensordict==0.15.3 codetiming orjson \
 	  pytest pytest-timeout hypothesis
 	$(VERL)/bin/pip install --no-deps -e .
-	@touch $@
-
-$(VENV)/.gpu-proof: $(VENV)/.dev
-	$(BIN)/pip install -e ".[lora,dev,triton]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
