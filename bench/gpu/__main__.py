@@ -48,16 +48,20 @@ def run_tests(dry: bool, seconds: float) -> dict[str, Any]:
         environment = os.environ | ({REHEARSAL: "1"} if dry else {})
         try:
             done = subprocess.run(
-                [*command, f"--junitxml={path}"], cwd=ROOT, env=environment, stdout=sys.stderr, timeout=seconds
+                [*command, f"--junitxml={path}"],
+                cwd=ROOT,
+                env=environment,
+                stdout=2,
+                timeout=seconds,  # stderr
             )
         except subprocess.TimeoutExpired:
             return {"summary": f"not done within {seconds:.0f} s", "failed": [], "status": -1}
         if not path.exists():
             return {"summary": f"pytest ended with status {done.returncode}", "failed": [], "status": done.returncode}
-        return _summary(ElementTree.parse(path), done.returncode)
+        return _summary(ElementTree.parse(path).getroot(), done.returncode)
 
 
-def _summary(tree: ElementTree.ElementTree, status: int) -> dict[str, Any]:
+def _summary(tree: ElementTree.Element, status: int) -> dict[str, Any]:
     cases, failed, skipped = list(tree.iter("testcase")), [], {}
     for case in cases:
         for trouble in (*case.findall("failure"), *case.findall("error")):
@@ -93,7 +97,9 @@ def whole(results: dict[str, Any]) -> bool:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Tests, benchmark and tuning on a GPU.")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU: tiny sizes, a clock that only ticks")
-    parser.add_argument("--out", type=Path, help="folder for the report (default bench/results; a new one for a dry run)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the report (default bench/results; a new one for a dry run)"
+    )
     parser.add_argument("--seconds", type=float, default=560.0, help="for all of it (default 560)")
     parser.add_argument("--rounds", type=int, default=7, help="of timing (default 7)")
     parser.add_argument("--no-tests", action="store_true", help="leave out the tests")
@@ -108,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     machine = machines.stand_in() if args.dry_run else machines.gpu()
     if args.worker is not None:
-        return work(machine, json.loads(args.worker), lambda said: print(json.dumps(said), flush=True))
+        return work(machine, json.loads(args.worker), lambda said: print("\n" + json.dumps(said), flush=True))
     known = [contender.name for contender in contenders(machine.backends)]
     if unknown := set(args.contenders) - set(known):
         raise SystemExit(f"no contender is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -129,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["tests"] = run_tests(machine.dry, args.seconds / 2)
         save(results, stem)
     order = {"tasks": [*args.cases, TUNING], "skip": {}, "rounds": args.rounds, "only": args.contenders}
-    found = supervise(order, ["--dry-run"] if machine.dry else [], until - time.monotonic(), say)
+    worker = [sys.executable, "-m", "bench.gpu", *(["--dry-run"] if machine.dry else []), "--worker"]
+    found = supervise(order, worker, until - time.monotonic(), say)
     results["tuning"] = found.pop(TUNING)
     results["cases"] = [found[name] for name in args.cases]
     save(results, stem)

@@ -143,7 +143,9 @@ def stand_in() -> Machine:
     roles = {"triton": "cpu", "cuda": "reference"}
     found = {"python": platform.python_version(), "clock": "counts; no time is real", "CUDA backend": "not asked for"}
     clock, meter = Ticks(), NoMeter()
-    return Machine("stand-in", "cpu", clock, meter, roles, lambda role: _out_of_place(), lambda: True, found, H100, True)
+    return Machine(
+        "stand-in", "cpu", clock, meter, roles, lambda role: _out_of_place(), lambda: True, found, H100, True
+    )
 
 
 def _answers() -> bool:

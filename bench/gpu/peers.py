@@ -44,7 +44,7 @@ def _liger(sums: torch.dtype | None) -> Loss:
 
     def loss(p: Problem) -> Any:
         reduction = "mean" if p.case.loss == "mean" else "none"
-        out = liger_fused_linear_cross_entropy(
+        out: Any = liger_fused_linear_cross_entropy(
             p.hidden, p.weight, p.targets, ignore_index=IGNORED, reduction=reduction, accum_dtype=sums
         )
         return out if reduction == "mean" else p.loss(-out.float())
@@ -123,10 +123,6 @@ def _all(units: float) -> Callable[[Case, Shares], float]:
     return lambda case, shares: units
 
 
-def _trained(case: Case, shares: Shares) -> float:
-    return 6 * shares.trained
-
-
 def _mean_only(case: Case) -> str | None:
     return None if case.loss == "mean" else "a mean cross-entropy only"
 
@@ -145,8 +141,15 @@ def contenders(roles: dict[str, str]) -> list[Contender]:
         Contender("quack", "quack", "quack-kernels", _all(6), _quack, _mean_only),
         Contender("quack-logits", "quack, all logits", "quack-kernels", _all(6), _quack_whole),
         Contender("verl-triton", "verl, Triton", "verl", _all(8), _verl),
-        Contender("unsloth", "unsloth", "unsloth_zoo", _trained, _unsloth, _mean_only),
-        Contender("liger-grpo-triton", "Liger GRPO, Triton", "liger-kernel", _all(6), _liger_triton_grpo, known["liger-grpo"].refuses),
-    ]  # fmt: skip
+        Contender("unsloth", "unsloth", "unsloth_zoo", lambda c, s: 6 * s.trained, _unsloth, _mean_only),
+        Contender(
+            "liger-grpo-triton",
+            "Liger GRPO, Triton",
+            "liger-kernel",
+            _all(6),
+            _liger_triton_grpo,
+            known["liger-grpo"].refuses,
+        ),
+    ]
     shared = ("eager", "eager-picked", "torch", "torch-512", "torch-auto", "trl", "liger", "liger-grpo", "verl")
     return [*ours, *(known[name] for name in shared), *theirs]

@@ -25,7 +25,7 @@ def case_lines(case: dict[str, Any]) -> list[str]:
     caption = (
         f"T {shape['T']:,}, D {shape['D']:,}, V {shape['V']:,}, {case['dtype']}, loss: {case['loss']}. "
         f"{shares['trained']:.0%} of rows trained, {shares['read']:.0%} read, {shares['live']:.0%} with a gradient. "
-        f"Gradients alone: {case['gradient_bytes'] / 2**20:,.0f} MiB. TFLOP/s count {case['flops'] / 1e12:.1f} TFLOP for everyone."
+        f"Gradients alone: {case['gradient_bytes'] / 2**20:,.0f} MiB. TFLOP/s count {case['flops'] / 1e12:.1f} TFLOP for all."
     )
     rows = [[f"bare GEMMs, {gemms['chunk']} rows", number(1e3 * gemms["seconds"], ".2f"), "–", "1.00", "–", "–", "–"]]
     for entry in sorted(case["contenders"], key=lambda e: (e["seconds"] is None, e["seconds"] or 0.0)):
@@ -71,5 +71,10 @@ def markdown(results: dict[str, Any]) -> str:
     out += ["## Benchmark", "Forward and backward; medians of interleaved rounds. How: docs/gpu.md.", ""]
     for case in results["cases"]:
         out += case_lines(case)
-    out += ["## Launch choices", "", *(tuning_lines(results["tuning"]) if results["tuning"] else ["Not yet tried."]), ""]
+    out += [
+        "## Launch choices",
+        "",
+        *(tuning_lines(results["tuning"]) if results["tuning"] else ["Not yet tried."]),
+        "",
+    ]
     return "\n".join(out)

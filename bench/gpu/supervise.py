@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,16 +50,18 @@ def work(machine: Machine, order: dict[str, Any], out: Callable[[dict], None]) -
 
 
 def supervise(
-    order: dict[str, Any], flags: Sequence[str], seconds: float, report: Callable[[str], None]
+    order: dict[str, Any], worker: Sequence[str], seconds: float, report: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Each task's result; of those that could not be had, {"name": …, "reason": …}. `flags` are the worker's."""
+    """Each task's result; of those that could not be had, {"name": …, "reason": …}. `worker` is its command, which the order
+    follows.
+    """
     results: dict[str, dict[str, Any]] = {}
     until = time.monotonic() + seconds
     while left := [task for task in order["tasks"] if task not in results]:
         if time.monotonic() >= until:
             results |= {task: {"name": task, "reason": "left out: the time was over"} for task in left}
             break
-        task, step, reason, status = _watch(order | {"tasks": left}, flags, until, results, report)
+        task, step, reason, status = _watch(order | {"tasks": left}, worker, until, results, report)
         if all(task in results for task in left):
             break
         task = task if task in left and task not in results else next(name for name in left if name not in results)
@@ -74,13 +75,14 @@ def supervise(
 
 
 def _watch(
-    order: dict[str, Any], flags: Sequence[str], until: float, results: dict[str, Any], report: Callable[[str], None]
+    order: dict[str, Any], worker: Sequence[str], until: float, results: dict[str, Any], report: Callable[[str], None]
 ) -> tuple[str, str, str, int]:
     """Runs a worker to its end; the last task, step and reason that it named, and its exit status."""
-    command = [sys.executable, "-m", "bench.gpu", "--worker", json.dumps(order), *flags]
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
-    last = ("", "", "")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+    last: tuple[str, str, str] = ("", "", "")
+    with subprocess.Popen(
+        [*worker, json.dumps(order)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout is not None
         watch = _timer(process, until)
         for text in process.stdout:
@@ -97,7 +99,7 @@ def _watch(
                 report(f"{said['task']}: {said['step']} {said['reason']}".rstrip())
         watch.cancel()
         status = process.wait()
-    return *last, status
+    return last[0], last[1], last[2], status
 
 
 def _timer(process: subprocess.Popen, until: float) -> threading.Timer:

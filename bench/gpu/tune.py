@@ -89,12 +89,13 @@ class Rows:
     def __init__(self, machine: Machine, role: str) -> None:
         count, V = (8, 515) if machine.dry else (STAGED_ROWS, VOCABULARY)
         device = torch.device(machine.device)
-        g, here = torch.Generator(device).manual_seed(0), {"device": device}
+        g = torch.Generator(device).manual_seed(0)
         self.kernels = machine.kernels(role)
         self.logits = aligned(count, V, torch.float32, device).normal_(generator=g)
         self.out = aligned(count, V, torch.bfloat16, device)
-        self.chunk = Chunk(torch.arange(count, **here) % V, None, None, None, HeadOptions())
-        self.ones, self.old = torch.ones(count, **here), torch.full((count,), -12.0, **here)
+        self.chunk = Chunk(torch.arange(count, device=device) % V, None, None, None, HeadOptions())
+        self.ones = torch.ones(count, device=device)
+        self.old = -12.0 * self.ones
         self.lse = self.logits.logsumexp(1)
 
     def run(self, kernel: str) -> Tensor:
@@ -121,7 +122,9 @@ def try_all(machine: Machine, skip: dict[str, str], say: Say) -> dict[str, Any]:
             name = " ".join((group.role, *group.kernels, json.dumps(numbers)))
             say(name, "")
             lines.append({"role": group.role, "kernels": group.kernels, "numbers": numbers})
-            lines[-1] |= {"seconds": None, "reason": skip[name]} if name in skip else _try(rows, group, numbers, machine)
+            lines[-1] |= (
+                {"seconds": None, "reason": skip[name]} if name in skip else _try(rows, group, numbers, machine)
+            )
             if lines[-1]["reason"] and not machine.healthy():
                 say(name, lines[-1]["reason"])
                 raise BrokenError(lines[-1]["reason"])

@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.filterwarnings("default"))  # torch's own, of prototypes and compilers
             if not torch.cuda.is_available() and not REHEARSAL:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device is visible to torch"))
 

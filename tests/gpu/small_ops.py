@@ -12,7 +12,20 @@ REFERENCE = dk.KernelConfig(backend="reference")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("loss", "hidden", "weight", "bias")
 T, D, V, BLOCK = 90, 40, 1003, 10
-EDGES = (0.8, 0.9, 0.95, 1.05, 1.1, 1.2, 1.28, 1.4, 1.5, 3.0, math.exp(-0.2), math.exp(0.1))  # of SPECS; gmpo's are logs
+EDGES = (
+    0.8,
+    0.9,
+    0.95,
+    1.05,
+    1.1,
+    1.2,
+    1.28,
+    1.4,
+    1.5,
+    3.0,
+    math.exp(-0.2),
+    math.exp(0.1),
+)  # of SPECS; gmpo's are logs
 STARTS = [0, 9, 10, 40, T]  # of sequences
 
 

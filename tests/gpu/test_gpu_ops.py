@@ -23,7 +23,9 @@ def test_every_objective(backend, device, name, dtype, monkeypatch):
     case = case_on(device, dtype=dtype, seed=1)
     data = policy_data(case, dtype)
     chance = torch.rand(T, generator=torch.Generator().manual_seed(0)).to(device)
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: chance.to(options["dtype"]))  # clip_cov's choice, for all
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, **options: chance.to(options["dtype"])
+    )  # clip_cov's choice, for all
 
     def loss(h, w, b, config):
         advantages = case.advantages.to(h.dtype if h.dtype == torch.float64 else torch.float32)
@@ -84,7 +86,9 @@ def test_scoring_without_gradients(backend, device, dtype):
     with torch.no_grad():
         h, w, b = (t.to(dtype) for t in (case.hidden, case.weight, case.bias))
         found = dk.linear_logprob(h, w, case.targets, bias=b, outputs=OUTPUTS, config=config(backend, dtype))
-        exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, outputs=OUTPUTS, config=REFERENCE)
+        exact = dk.linear_logprob(
+            case.hidden, case.weight, case.targets, bias=case.bias, outputs=OUTPUTS, config=REFERENCE
+        )
     for name in OUTPUTS:
         torch.testing.assert_close(found.outputs[name].double(), exact.outputs[name], rtol=3e-5, atol=3e-5)
 

@@ -124,7 +124,6 @@ def test_a_cuda_graph_replays_the_same_numbers(backend, device, cuda):
         assert all(torch.equal(a, b) for a, b in zip(made, want))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_a_step_compiles_as_one_graph(backend, device, cuda):
     (h, w, b), data = inputs_of(device, torch.float32)
     projection = torch.eye(D, device=device).requires_grad_()

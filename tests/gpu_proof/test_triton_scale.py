@@ -45,7 +45,9 @@ def inputs(dtype, active, lora=False, head=None):
     tokens = Tokens(*(per_token() for _ in range(4)))
     low_rank = dk.LoRAHead(make(16, D), make(V, 16), 2.0) if lora else None
     targets, index = make(T, kind=torch.int64), make(active, kind=torch.int64)
-    return driver.Inputs(make(T, D), make(V, D, kind=head or dtype), make(V), targets, None, index, per_token(), tokens, low_rank)
+    return driver.Inputs(
+        make(T, D), make(V, D, kind=head or dtype), make(V), targets, None, index, per_token(), tokens, low_rank
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
