@@ -1,4 +1,4 @@
-# make run · make test · make test-peers · make test-adapters · make gpu-proof · make lint · make bench · make study
+# make run · make test · make test-peers · make test-adapters · make gpu-proof · make gpu · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-peers test-adapters gpu-proof lint bench study clean
+.PHONY: run test test-peers test-adapters gpu-proof gpu lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
@@ -38,6 +38,12 @@ $(ADAPTERS)/.installed: $(SOURCES) Makefile
 # The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
 gpu-proof: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof
+
+# The day a GPU is there: tests, benchmark and launch choices on it, and one report (docs/gpu.md). Without an index to install
+# from, `python -m bench.gpu` does the same in the environment at hand.
+GPU := .venv-gpu
+gpu: $(GPU)/.built $(GPU)/.with-peers
+	$(GPU)/bin/python -m bench.gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -87,11 +93,30 @@ $(VERL)/.installed: $(VERL)/.torch $(SOURCES)
 	$(VERL)/bin/pip install --no-deps -e .
 	@touch $@
 
+# For this GPU alone; where nvcc is missing or does not know it, without the CUDA library.
+GPU_NEEDS := -e ".[triton]" "pytest>=8" "pytest-timeout>=2.3" pytest-xdist
+$(GPU)/.built: $(SOURCES) Makefile
+	$(MAKE) VENV=$(GPU) $(GPU)/.torch
+	capability=$$($(GPU)/bin/python -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") && \
+	  { FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$capability $(GPU)/bin/pip install $(GPU_NEEDS) || { \
+	  echo "The CUDA library was not built for sm $$capability (above is why): going on with Triton alone." && \
+	  DRIFT_SKIP_CUDA_BUILD=1 $(GPU)/bin/pip install $(GPU_NEEDS); }; }
+	@touch $@
+
+# Whoever does not install keeps a line in the report that says so. verl's and unsloth's own requirements are not needed.
+$(GPU)/.with-peers: $(GPU)/.built
+	-$(GPU)/bin/pip install trl==1.16.0
+	-$(GPU)/bin/pip install liger-kernel==0.8.5
+	-$(GPU)/bin/pip install cut-cross-entropy==25.1.1
+	-$(GPU)/bin/pip install quack-kernels
+	-$(GPU)/bin/pip install --no-deps verl==0.9.1 unsloth_zoo
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install -e ".[lora,bench]"
 	-$(BIN)/pip install --no-deps verl==0.9.1  # its own requirements are not needed for its loss
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(ADAPTERS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) $(ADAPTERS) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete

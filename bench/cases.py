@@ -7,6 +7,7 @@ gate use the same few lines in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,35 +166,36 @@ def eager_loss(problem: Problem, rows: Tensor | None = None) -> Tensor:
     return problem.loss(logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), rows)
 
 
-def make(case: Case, seed: int = 0) -> Problem:
-    """The case's problem; the same values on every call."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(case.T, case.D, generator=g).to(case.dtype).requires_grad_()
-    weight = torch.randn(case.V, case.D, generator=g).mul_(case.D**-0.5).to(case.dtype).requires_grad_()
-    targets = torch.randint(0, case.V, (case.segments, case.length), generator=g)
+def make(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
+    """The case's problem on `device`, where its numbers are drawn; the same values on every call."""
+    g = torch.Generator(device).manual_seed(seed)
+    here: Any = {"generator": g, "device": device}
+    hidden = torch.randn(case.T, case.D, **here).to(case.dtype).requires_grad_()
+    weight = torch.randn(case.V, case.D, **here).mul_(case.D**-0.5).to(case.dtype).requires_grad_()
+    targets = torch.randint(0, case.V, (case.segments, case.length), **here)
     if case.mask == "prompt":
         targets[:, : case.length // 4] = IGNORED
     elif case.mask == "share":
         targets[:, : case.length - max(1, round(case.share * case.length))] = IGNORED
     elif case.mask == "turns":
         turn = case.length // 4
-        answers = turn * (0.2 + 0.2 * torch.rand(case.segments, 4, 1, generator=g))  # 20–40 % of each turn
-        within = torch.arange(turn).expand(case.segments, 4, turn)
+        answers = turn * (0.2 + 0.2 * torch.rand(case.segments, 4, 1, **here))  # 20–40 % of each turn
+        within = torch.arange(turn, device=device).expand(case.segments, 4, turn)
         targets[(within < turn - answers.round()).flatten(1)] = IGNORED
     targets = targets.flatten()
-    ends = torch.arange(0, case.T + 1, case.length, dtype=torch.int32)
+    ends = torch.arange(0, case.T + 1, case.length, dtype=torch.int32, device=device)
     weights = advantages = old = None
     if case.loss == "weighted":
-        weights = (0.2 + torch.rand(case.segments, generator=g)).repeat_interleave(case.length)
+        weights = (0.2 + torch.rand(case.segments, **here)).repeat_interleave(case.length)
     elif case.loss == "clip":
-        advantages = torch.randn(case.segments, generator=g)
+        advantages = torch.randn(case.segments, **here)
         if case.group:
-            groups = torch.arange(case.segments) // case.group
+            groups = torch.arange(case.segments, device=device) // case.group
             advantages[groups % 5 < 2] = 0
         trained = (targets != IGNORED).nonzero().squeeze(1)
         own = log_probs(hidden, weight, targets, trained)
-        noisy = own + case.noise * torch.randn(len(trained), generator=g)
+        noisy = own + case.noise * torch.randn(len(trained), **here)
         margin = 1e-3 if case.dtype == torch.float32 else 2e-2
-        old = torch.zeros(case.T)
+        old = torch.zeros(case.T, device=device)
         old[trained] = off_the_edges(noisy, own, (1 - CLIP, 1 + CLIP), margin)
     return Problem(case, hidden, weight, targets, weights, advantages, old, ends)

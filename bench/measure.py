@@ -50,27 +50,44 @@ class Entry:
         self.status, self.reason, self.times = status, reason, {}
 
 
+def wall(work: Callable[[], None]) -> float:
+    """Seconds that `work` takes by the wall clock."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 class GemmLimit:
     """The case's GEMMs alone: logits of the a·T rows read, dhidden and dweight of the a′·T live ones, into ready buffers."""
 
-    def __init__(self, problem: Problem, shares: Shares, dtype: torch.dtype) -> None:
-        case = problem.case
+    def __init__(
+        self,
+        problem: Problem,
+        shares: Shares,
+        dtype: torch.dtype,
+        chunks: Sequence[int] = CHUNKS,
+        timed: Callable[[Callable[[], None]], float] = wall,
+    ) -> None:
+        case, self.timed = problem.case, timed
         self.title = f"GEMMs, {'fp32' if dtype == torch.float32 else 'bf16'}"
         self.read, self.live = round(shares.read * case.T), round(shares.live * case.T)
         self.hidden = problem.hidden.detach()[: self.read].to(dtype)
         self.weight = problem.weight.detach().to(dtype)
         self.dweight = torch.zeros_like(self.weight)
-        largest = min(max(CHUNKS), self.read)
+        largest = min(max(chunks), self.read)
         self.logits = self.weight.new_zeros(largest, case.V)
         self.dhidden = self.weight.new_zeros(largest, case.D)
         self.times: dict[int, float] = {}
-        sizes = sorted({min(chunk, self.read) for chunk in CHUNKS})
+        sizes = sorted({min(chunk, self.read) for chunk in chunks})
         self.chunk = min(sizes, key=self.run) if sizes else 0
 
     def run(self, chunk: int | None = None) -> float:
         """Seconds of one sweep in chunks of about `chunk` rows, all equally long."""
-        pieces = -(-self.read // max(chunk or self.chunk, 1))
-        began = time.perf_counter()
+        return self.timed(lambda: self.sweep(chunk or self.chunk))
+
+    def sweep(self, chunk: int) -> None:
+        """The products themselves."""
+        pieces = -(-self.read // max(chunk, 1))
         for i in range(pieces):
             first, last = (self.read * k // pieces for k in (i, i + 1))
             alive = self.live * (i + 1) // pieces - self.live * i // pieces
@@ -79,7 +96,6 @@ class GemmLimit:
             torch.mm(logits[:alive], self.weight, out=self.dhidden[:alive])
             rows = self.hidden[first : first + alive]
             torch.addmm(self.dweight, logits[:alive].t(), rows, beta=int(i > 0), out=self.dweight)
-        return time.perf_counter() - began
 
 
 def _timed(problem: Problem, loss: Loss) -> tuple[float, torch.Tensor]:

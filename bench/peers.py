@@ -34,11 +34,11 @@ class Contender:
     once: bool = False  # several times slower than all others by what it is: one run, and no memory
 
 
-def drift(workspace_bytes: int | None = None) -> Loss:
-    """Our own, with the default workspace or another."""
+def drift(workspace_bytes: int | None = None, backend: str = "auto") -> Loss:
+    """Our own, with the default workspace and backend or others."""
     from drift_kernels import KernelConfig, policy_loss, weighted_cross_entropy
 
-    config = KernelConfig(workspace_bytes=workspace_bytes)
+    config = KernelConfig(backend=backend, workspace_bytes=workspace_bytes)
 
     def loss(p: Problem) -> Tensor:
         if p.case.loss != "clip":

@@ -1,4 +1,4 @@
-"""Bytes, FLOPs and the time that an H100 could do them in, counted on paper: `python -m bench.roofline`.
+"""Bytes, FLOPs and the time that a GPU could do them in, counted on paper: `python -m bench.roofline`.
 
 Predictions, not measurements: no GPU has run these kernels. A stage takes as long as its products at the share of the peak
 that such products reach, or as its bytes at a share of the memory's bandwidth, whichever is longer; stages follow one
@@ -11,9 +11,35 @@ from dataclasses import dataclass
 
 from drift_kernels.staging import capacity, padded
 
-PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12  # H100 SXM, dense bf16 and HBM3, by its data sheet
 GEMM_SHARE = 0.73  # of the peak: 42 ms for the three products of 8192 × 4096 × 151,936, as TRL's maintainers publish
 COPY_SHARE = 0.85  # of the peak: assumed
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of a GPU, by its data sheet: dense bf16 FLOP/s and bytes/s of its memory."""
+
+    flops: float
+    bytes: float
+
+
+H100 = Peaks(989e12, 3.35e12)  # SXM
+KNOWN = {  # by what torch calls the device; the first whose words are all in the name
+    "H100 PCIe": Peaks(756e12, 2.0e12),
+    "H100": H100,
+    "GH200": Peaks(989e12, 4.0e12),
+    "H200": Peaks(989e12, 4.8e12),
+    "B200": Peaks(2250e12, 8.0e12),
+    "A100 80GB PCIe": Peaks(312e12, 1.935e12),
+    "A100 80GB": Peaks(312e12, 2.039e12),
+    "A100": Peaks(312e12, 1.555e12),
+}
+
+
+def peaks_of(device: str) -> Peaks | None:
+    """Of the device that torch calls `device`; None for one that is not known here."""
+    named = device.replace("-", " ").split()
+    return next((peaks for words, peaks in KNOWN.items() if set(words.split()) <= set(named)), None)
 
 
 @dataclass(frozen=True)
@@ -24,21 +50,25 @@ class Stage:
     flops: float
     bytes: float
 
-    @property
-    def seconds(self) -> float:
-        """At these shares of the peaks."""
-        return max(self.flops / (PEAK_FLOPS * GEMM_SHARE), self.bytes / (PEAK_BYTES * COPY_SHARE))
+    def limits(self, peaks: Peaks = H100) -> tuple[float, float]:
+        """Seconds that its products and its bytes take at these shares of the peaks."""
+        return self.flops / (peaks.flops * GEMM_SHARE), self.bytes / (peaks.bytes * COPY_SHARE)
+
+    def seconds(self, peaks: Peaks = H100) -> float:
+        """The longer of the two."""
+        return max(self.limits(peaks))
 
 
-def training(T: int, D: int, V: int, workspace: int) -> list[Stage]:
-    """A policy loss with all its gradients, bf16, through `drift_kernels.staging`."""
+def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list[Stage]:
+    """A loss with all its gradients over T rows that count, bf16, through `drift_kernels.staging`; a kernel that keeps a
+    row on chip does not read it `twice`."""
     staged, room = capacity(workspace, V, D, 2, True)
     product, width = 2.0 * T * V * D, padded(V)
     blocks, buffers = -(-T // staged), -(-T // (room // staged * staged))
     weight = 2 * V * D
     return [
         Stage("logits = h·Wᵀ, fp32 out", product, 4 * T * width + blocks * weight),
-        Stage("fused_policy: read twice, write bf16", 0, (4 + 4 + 2) * T * width),
+        Stage(f"fused_policy: read {'twice' if twice else 'once'}, write bf16", 0, (4 + 4 * twice + 2) * T * width),
         Stage("dh = dlogits·W", product, 2 * T * width + buffers * weight + 4 * T * D),
         Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
         Stage("dW times the incoming gradient, to bf16", 0, 6 * V * D),
@@ -62,9 +92,10 @@ def table(title: str, stages: list[Stage]) -> str:
     """Markdown."""
     lines = [f"**{title}**\n", "| stage | TFLOP | GB | predicted ms | limit |", "|---|---|---|---|---|"]
     for s in stages:
-        limit = "products" if s.flops / (PEAK_FLOPS * GEMM_SHARE) >= s.bytes / (PEAK_BYTES * COPY_SHARE) else "memory"
-        lines.append(f"| {s.name} | {s.flops / 1e12:.1f} | {s.bytes / 1e9:.1f} | {1e3 * s.seconds:.1f} | {limit} |")
-    total, bare = sum(s.seconds for s in stages), sum(s.flops for s in stages) / (PEAK_FLOPS * GEMM_SHARE)
+        products, memory = s.limits()
+        limit = "products" if products >= memory else "memory"
+        lines.append(f"| {s.name} | {s.flops / 1e12:.1f} | {s.bytes / 1e9:.1f} | {1e3 * s.seconds():.1f} | {limit} |")
+    total, bare = sum(s.seconds() for s in stages), sum(s.limits()[0] for s in stages)
     lines.append(f"| all | | | {1e3 * total:.1f} | {total / bare:.2f} × bare products ({1e3 * bare:.1f} ms) |")
     return "\n".join(lines)
 

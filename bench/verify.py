@@ -35,7 +35,7 @@ def sampled_rows(problem: Problem) -> Tensor:
     """Rows of dweight that are compared."""
     V = problem.case.V
     named = problem.targets[problem.targets != IGNORED]
-    return torch.cat([named, torch.arange(0, V, STRIDE), torch.tensor([V - 1])]).unique()
+    return torch.cat([named, torch.arange(0, V, STRIDE, device=named.device), named.new_tensor([V - 1])]).unique()
 
 
 def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Tensor:

@@ -72,13 +72,19 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     other_terms = (tokens.ref is not None and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
     other_terms |= spec.objective == "dro"  # whose penalty stands without an advantage
     if tokens.advantages is not None and not other_terms:
-        counts = counts & (tokens.advantages != 0)
+        some = mask & (tokens.advantages != 0)
+        counts = counts & (_of_a_sequence(some, tokens) if spec.objective == "gmpo" else some)  # which reads their mean
     if spec.scope == "token":
         return counts
+    return mask & _of_a_sequence(counts, tokens)
+
+
+def _of_a_sequence(some: Tensor, tokens: Tokens) -> Tensor:
+    """Entries of sequences that hold one of `some` [N] bool."""
     assert tokens.segments is not None
     assert tokens.lengths is not None
-    alive = torch.zeros_like(tokens.lengths, dtype=torch.bool).index_put_((tokens.segments[counts],), mask.new_ones(()))
-    return mask & alive[tokens.segments]
+    alive = torch.zeros_like(tokens.lengths, dtype=torch.bool)
+    return alive.index_put_((tokens.segments[some],), some.new_ones(()))[tokens.segments]
 
 
 def plan(mask: Tensor, rows: Tensor | None) -> Plan:

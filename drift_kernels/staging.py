@@ -33,9 +33,10 @@ ALIGNMENT = 16  # elements that every row begins at a multiple of, so that loads
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, scale: float = 1.0) -> Tensor:
     """out [M, N] fp32 (+)= scale · a [M, K] · b [K, N], operands as they are and sums in fp32.
 
-    A CPU has no such product of 16-bit operands: there, under Triton's interpreter, they are widened first.
+    Of two types the narrower is widened (hidden rows, under an fp32 head). A CPU has no such product of 16-bit operands:
+    there, under Triton's interpreter, they are widened first.
     """
-    if a.device.type == "cpu" or a.dtype == torch.float32:
+    if a.device.type == "cpu" or torch.float32 in (a.dtype, b.dtype):
         return torch.addmm(out, a.float(), b.float(), beta=int(add), alpha=scale, out=out)
     if not add and scale == 1.0:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -83,7 +84,8 @@ class Staging:
         self.undivided: Tensor | float = 1.0  # what the loss is yet to be divided by
         V, D = x.weight.shape
         self.workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cuda"]
-        self.limit, self.room = capacity(self.workspace, V, D, x.hidden.element_size(), call.need_grad)
+        self.operand = torch.promote_types(x.hidden.dtype, x.weight.dtype)  # of products, and of the gradients in them
+        self.limit, self.room = capacity(self.workspace, V, D, self.operand.itemsize, call.need_grad)
         self.limit = min(self.limit, max(plan.count, 1))
         self.room = min(self.room, max(plan.count, 1))
         self.logits: Tensor | None = None
@@ -101,7 +103,7 @@ class Staging:
         if not need.need_grad:
             self.grads = Grads(None, None, None)
             return
-        self.gradients = aligned(self.room, x.weight.shape[0], x.hidden.dtype, self.device)
+        self.gradients = aligned(self.room, x.weight.shape[0], self.operand, self.device)
         written = self.plan.index is None and need.spec.scope == "token"  # all of it
         make = torch.empty if written else torch.zeros
         wants = {"bias": (x.bias, need.need_bias)}
@@ -258,12 +260,13 @@ class Staging:
         """Whether scores are computed tile by tile, without logits in memory. They are not where
 
         - the backend has no such kernel;
+        - hidden states and head are of two types;
         - a row has several targets, or the head a low-rank part: the kernel takes neither;
         - the elements of a row do not lie side by side.
         """
         x = self.x
         plain = self.plan.row_ptr is None and x.lora is None and x.hidden.stride(1) == x.weight.stride(1) == 1
-        return hasattr(self.kernels, "score") and plain
+        return hasattr(self.kernels, "score") and plain and x.hidden.dtype == x.weight.dtype
 
     def score(self) -> dict[str, list[Tensor]]:
         """`call.outputs` of the plan's rows by that kernel, as `scatter` takes them."""

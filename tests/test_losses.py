@@ -420,3 +420,16 @@ def test_clip_metrics_do_not_depend_on_what_else_is_asked_for(objective, backend
         found.append({name: (int(total), int(count)) for name, (total, count) in out.metrics.items()})
     assert found[0] == found[1] == found[2]
     assert found[0]["clip_ratio/region_mean"][0] > 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gmpo_reads_the_mean_advantage_also_where_no_weighted_token_has_one(backend):
+    """The advantage sits on a token of weight 0: the other one's loss is −mean(A)·exp(mean of log-ratios) all the same."""
+    case = make_case(4, 9, 61, seed=9, masked=0.0)
+    advantages, weights = torch.tensor([3.0, 0.0, 0.0, 0.0]).double(), torch.tensor([0.0, 1.0, 1.0, 1.0]).double()
+    logp = torch.log_softmax(case.hidden @ case.weight.t(), -1).gather(1, case.targets[:, None])[:, 0]
+    options = {"old_logprobs": logp - 0.05, "token_weights": weights, "cu_seqlens": torch.tensor([0, 2, 4])}
+    options |= {"spec": dk.PolicySpec.preset("gmpo"), "config": dk.KernelConfig(backend=backend)}
+    loss = dk.policy_loss(case.hidden, case.weight, case.targets, advantages, **options).loss
+    mean_log_ratio = (0.05 + 0.0) / 2  # of sign(A)·min(…): a token without an advantage has none
+    torch.testing.assert_close(loss, torch.tensor(-1.5 * math.exp(mean_log_ratio) / 2 / 2).double())

@@ -337,3 +337,21 @@ def test_products_run_once_a_buffer(monkeypatch):
     weight = [shape for shape in calls if shape[0] == V]
     assert [shape[1] for shape in weight] == [40, 40, 10]
     assert driver.Staging is staging.Staging
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_fp32_head_under_narrower_hidden_states(dtype):
+    """Master weights: products and gradients in fp32."""
+    case = make_case(T, D, V, seed=17)
+
+    def run(kinds, chosen):
+        h, w = (t.to(dtype).to(kind).requires_grad_() for t, kind in zip((case.hidden, case.weight), kinds))
+        loss = dk.weighted_cross_entropy(h, w, case.targets, softcap=3.0, config=chosen).loss
+        scores = dk.linear_logprob(h, w, case.targets, config=chosen).logprobs
+        return (loss.detach(), *torch.autograd.grad(loss - scores.mean(), (h, w)))
+
+    exact = run((torch.float64, torch.float64), REFERENCE)
+    found = run((dtype, torch.float32), config(dtype))
+    for a, e in zip(found, exact):
+        tolerance = torch.finfo(a.dtype).eps if a.dtype == dtype else 1e-5
+        torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))

@@ -35,7 +35,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def inputs(dtype, active, lora=False):
+def inputs(dtype, active, lora=False, head=None):
     def make(*shape, kind=dtype):
         return torch.empty(shape, dtype=kind, device="meta")
 
@@ -45,7 +45,9 @@ def inputs(dtype, active, lora=False):
     tokens = Tokens(*(per_token() for _ in range(4)))
     low_rank = dk.LoRAHead(make(16, D), make(V, 16), 2.0) if lora else None
     targets, index = make(T, kind=torch.int64), make(active, kind=torch.int64)
-    return driver.Inputs(make(T, D), make(V, D), make(V), targets, None, index, per_token(), tokens, low_rank)
+    return driver.Inputs(
+        make(T, D), make(V, D, kind=head or dtype), make(V), targets, None, index, per_token(), tokens, low_rank
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,6 +83,18 @@ def test_a_lora_head_reads_nothing_back(dtype):
     _, grads, _ = driver.fused(inputs(dtype, T, lora=True), call, torch.empty((), device="meta"))
     shapes = [None if g is None else tuple(g.shape) for g in grads.flat()]
     assert shapes == [(T, D), None, None, (16, D), (V, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_fp32_head_is_multiplied_in_fp32(dtype):
+    needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), True)
+    call = Call(config=dk.KernelConfig(backend="triton"), outputs=("logprobs",), **needs)
+    x = inputs(dtype, 3001, head=torch.float32)
+    with Allocations() as allocations:
+        _, grads, outputs = driver.fused(x, call, torch.empty((), device="meta"))
+    by_right = sum(g.nbytes for g in grads.flat() if g is not None) + outputs.nbytes
+    assert allocations.peak - by_right < (1 << 30) + 4 * 3001 * D + 64 * 4 * (T + V)  # hidden rows in both types
+    driver.score(x, Call(config=call.config, outputs=("logprobs",)))
 
 
 def test_the_check_can_fail():
