@@ -26,6 +26,7 @@ from bench.report import RESULTS, machine, progress
 DRAWN = ("drift", "eager")
 WORKSPACES = (64, 128, 256, 512, 1024)  # MiB
 PICTURE = Path(__file__).parent.parent / "docs" / "benchmarks.svg"
+TICKS = (1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 4, 8, 16, 32, 64)  # of times
 AXES = {"T": "rows T", "V": "vocabulary V", "active": "active rows, %", "workspace": "workspace, MiB"}
 SHAPES = {
     "T": "V 8,192, D 256",
@@ -85,6 +86,7 @@ def workspace_curve(smoke: bool, sizes: bool, say: Callable[[str], None]) -> lis
 def draw(results: dict[str, Any], picture: Path) -> None:
     """Time over the limit above, memory below; one column a curve."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(
@@ -112,7 +114,10 @@ def draw(results: dict[str, Any], picture: Path) -> None:
                 ax.axhline(1.0, color="#d0d7de", linewidth=1, zorder=0)
                 ax.set_title(SHAPES[name], fontsize=8)
                 ax.set_yscale("log", base=2)
+                low, high = ax.get_ylim()
+                ax.set_yticks([y for y in TICKS if low <= y <= high and (high < 3 or y == int(y))])
                 ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+                ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
             else:
                 ax.set_xlabel(AXES[name])
                 ax.set_ylim(bottom=0)
