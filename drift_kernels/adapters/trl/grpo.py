@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
 from drift_kernels.adapters._common import Head, run_inside_forward, unwrap_peft

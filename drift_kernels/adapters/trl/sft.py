@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import SFTTrainer
+from trl import SFTTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
 from drift_kernels.adapters._common import Head, WeightedCollator, run_inside_forward, shifted, unwrap_peft
