@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import tiny
 import torch
+import torch.distributed as dist
 import trl
 from test_transformers import Rows, pad
 from test_trl_trainers import SGD, common, weighted
@@ -42,7 +43,6 @@ def trainer(path: str, size: int):
 
 def sharded(path: str, size: int):
     """A model under FSDP2, by hand: each rank half the rows, gradients of the mean."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -69,6 +69,9 @@ def main(what: str, path: str, size: int) -> None:
         made = tiny.weights_of(made.accelerator.unwrap_model(made.model))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(made, Path(path) / "end.pt")
+    if dist.is_initialized():  # nobody leaves while another still talks to it
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
