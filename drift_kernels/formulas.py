@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from drift_kernels.spec import DIVERGENCES, PolicySpec
+from drift_kernels.spec import DIVERGENCES, NOT_LINEAR, PolicySpec
 
 LOG_RATIO_BOUND = 20.0
 LOG_WEIGHT_FLOOR = math.log(1e-8)  # of vespo's sequence weight, as its authors have it
@@ -272,3 +272,15 @@ def correction(tokens: Tokens, spec: PolicySpec) -> Tensor:
     if spec.correction.endswith("truncate"):
         return ratio.clamp(low, high)
     return torch.where((ratio < low) | (ratio > high), 0.0, ratio)
+
+
+def corrected(tokens: Tokens, factor: Tensor, spec: PolicySpec) -> Tokens:
+    """`tokens` with the correction's `factor` [N] where the objective takes it.
+
+    On the advantages where it is linear in them, else on the weights; "vespo" reads the log-probs themselves.
+    """
+    if spec.objective == "vespo":
+        return tokens
+    if spec.objective in NOT_LINEAR:
+        return replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
+    return replace(tokens, advantages=factor if tokens.advantages is None else tokens.advantages * factor)

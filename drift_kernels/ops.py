@@ -32,7 +32,7 @@ from drift_kernels.inputs import (
 )
 from drift_kernels.products import LoRAHead
 from drift_kernels.rows import check_finite, check_targets, counting
-from drift_kernels.spec import NOT_LINEAR, Call, HeadOptions, KernelConfig, PolicySpec
+from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -403,16 +403,11 @@ def folded_tokens(
     if spec.correction:
         known = (None if v is None else torch.where(mask, v, 0.0) for v in (given.old, given.rollout))
         factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), known))), spec)
-        if spec.objective in NOT_LINEAR:
-            given = replace(given, weights=factor if given.weights is None else given.weights * factor)
-            tokens = replace(tokens, weights=given.weights)
-        elif spec.objective != "vespo":
-            assert given.advantages is not None
-            tokens = replace(tokens, advantages=given.advantages * factor)
+        tokens = formulas.corrected(tokens, factor, spec)
     if spec.aggregation == "sequence_mean_token_mean":
         assert whole.lengths is not None
         share = 1 / whole.lengths.to(flat.dtype)[segments]
-        tokens = replace(tokens, weights=share if given.weights is None else given.weights * share)
+        tokens = replace(tokens, weights=share if tokens.weights is None else tokens.weights * share)
     if spec.scope == "sequence":
         reads_rollout = spec.objective == "vespo" or spec.off_policy_threshold is not None
         rollout = given.rollout if reads_rollout else None

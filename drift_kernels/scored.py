@@ -73,12 +73,12 @@ def policy_token_loss(
             0, segments, torch.ones_like(segments)
         )
         tokens = replace(tokens, segments=segments, lengths=lengths.clamp(min=1), rollout=flat["rollout_logprobs"])
-    if spec.correction is not None and spec.objective != "vespo":
-        assert tokens.advantages is not None
+    if spec.correction is not None:
         factor = formulas.correction(replace(tokens, rollout=flat["rollout_logprobs"]), spec)
-        tokens = replace(tokens, advantages=tokens.advantages * factor)
+        tokens = formulas.corrected(tokens, factor, spec)
+    loss = formulas.token_loss(picked, tokens, None, None, spec)
     terms = {
-        "loss": formulas.token_loss(picked, tokens, None, None, spec),
+        "loss": loss if tokens.weights is None else loss * tokens.weights,
         "ratio": formulas.ratio_of(picked, tokens, spec).detach(),
         "clipped": formulas.clipped(picked, tokens, spec).detach(),
     }

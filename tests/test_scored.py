@@ -20,6 +20,9 @@ SPECS |= {
     "dual": dk.PolicySpec(dual_clip=1.5),
     "token-correction": dk.PolicySpec(correction="token_mask", correction_bounds=(0.8, 1.2)),
     "sequence-correction": dk.PolicySpec(correction="sequence_truncate", correction_bounds=(0.5, 1.1)),
+    "dro-correction": dk.PolicySpec(
+        objective="dro", dro_beta=0.3, correction="token_mask", correction_bounds=(0.8, 1.2)
+    ),
     "vespo-correction": dk.PolicySpec(objective="vespo", correction="token_truncate", correction_bounds=(0.5, 1.5)),
     "off-policy": dk.PolicySpec(off_policy_threshold=0.01),
 }
