@@ -97,13 +97,8 @@ def _logprob_backward(*args):
 
 def fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
     hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
-    dtypes = (
-        dtype,
-        gradient_dtype(head[1].dtype, dtype, head[1].device) if call.need_weight else dtype,
-        dtype,
-        dtype,
-        dtype,
-    )
+    of_weight = gradient_dtype(head[1].dtype, dtype, head[1].device) if call.need_weight else dtype
+    dtypes = (dtype, of_weight, dtype, dtype, dtype)
     shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
     return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes))
 
@@ -165,7 +160,7 @@ class FusedLoss(torch.autograd.Function):
         if call.accumulate_scale is not None:  # writes into weight.grad: not an op that a graph may move or repeat
             x = inputs((*head, *rest.flat()), call, tokens, weight.grad)
             loss, grads, outputs = driver.fused(x, call, normalizer)
-            loss, *made, outputs = loss, *given(replace(grads, weight=None), loss), outputs
+            made = given(replace(grads, weight=None), loss)
         else:
             out = torch.ops.drift_kernels.fused(*head, *rest.flat(), *tokens.flat(), normalizer, call.encode())
             loss, *made, outputs = out

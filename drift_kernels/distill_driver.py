@@ -29,9 +29,7 @@ STATS = ("logprobs", "entropy", "lse")
 
 def reads(x: Inputs, lessons: Lessons, call: DistillCall) -> tuple[Tensor, Tensor]:
     """Which rows need the student's logits, and which of them the teacher's too [T] bool each."""
-    mask = x.targets != call.call.head.ignore_index
-    if x.active is not None:
-        mask &= torch.zeros_like(mask).index_fill_(0, x.active, True)
+    mask = rows.unmasked(x.targets, x.active, call.call.head.ignore_index)
     teacher = mask if lessons.taught is None else mask & lessons.taught
     if not (call.teach_all or call.exploration) and lessons.weights is not None:
         teacher = teacher & (lessons.weights != 0)
@@ -322,10 +320,7 @@ def _beside(teacher: Teacher, head: TeacherLogits | None, call: DistillCall, dty
 def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [T, k] int64, log-probs [T, k] and the log-prob of the rest [T] of each row's likeliest tokens; 0 outside `active`."""
     T, dtype = x.targets.numel(), driver.compute_dtype(x.hidden.dtype)
-    mask = torch.ones(T, dtype=torch.bool)
-    if x.active is not None:
-        mask = torch.zeros(T, dtype=torch.bool).index_fill_(0, x.active, True)
-    plan = rows.plan(mask, None)
+    plan = rows.plan(rows.unmasked(x.targets, x.active, call.head.ignore_index), None)
     sweep = Sweep(x, call, plan, (0, (k + 1) * (16 + dtype.itemsize)))  # a thread sorts k pairs
     ids = torch.zeros((T, k), dtype=torch.int64)
     logprobs, rest = torch.zeros((T, k), dtype=dtype), torch.zeros(T, dtype=dtype)

@@ -347,9 +347,7 @@ def backward(
 
     Rows whose incoming gradients are all zero are not computed again.
     """
-    mask = x.targets != call.head.ignore_index
-    if x.active is not None:
-        mask &= torch.zeros_like(mask).index_fill_(0, x.active, True)
+    mask = rows.unmasked(x.targets, x.active, call.head.ignore_index)
     grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
     grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
     nonzero = _any_nonzero(grad_logprobs, grad_entropy)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from drift_kernels.driver import compute_dtype
 from drift_kernels.products import LoRAHead
+from drift_kernels.rows import unmasked
 from drift_kernels.spec import Call
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,10 +47,7 @@ class Flat:
 
     def mask(self, ignore_index: int) -> Tensor:
         """Which entries have a target and lie in `active` [N] bool."""
-        mask = self.targets != ignore_index
-        if self.active is not None:
-            mask = mask & torch.zeros_like(mask).index_fill(0, self.active, True)
-        return mask
+        return unmasked(self.targets, self.active, ignore_index)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -53,6 +53,12 @@ class Plan:
         return values if values is None or self.index is None else values[self.index]
 
 
+def unmasked(targets: Tensor, active: Tensor | None, ignore_index: int) -> Tensor:
+    """Which entries have a target and lie in `active` [N] bool."""
+    mask = targets != ignore_index
+    return mask if active is None else mask & torch.zeros_like(mask).index_fill(0, active, True)
+
+
 def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call) -> Tensor:
     """Which entries anything reads [N] bool.
 
@@ -60,10 +66,7 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     and its loss is zero whatever its log-prob (weight 0; advantage 0 without another term). Where a loss reads
     other tokens, an entry is read for as long as any of those counts.
     """
-    mask = targets != call.head.ignore_index
-    if active is not None:
-        mask &= torch.zeros_like(mask).index_fill_(0, active, True)
-    spec = call.spec
+    mask, spec = unmasked(targets, active, call.head.ignore_index), call.spec
     if DENSE_OUTPUTS.intersection(call.outputs) or spec.scope == "batch":
         return mask
     counts = mask
