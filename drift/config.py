@@ -157,6 +157,7 @@ class EvalConfig(Section):
     """Greedy multi-turn evaluation (A6)."""
 
     turns: Positive = 5
+    samples: Count = 0  # one-turn samples a problem at temperature 1, for mean@n and pass@n; 0 draws none
     max_new_tokens: Positive = 1024
     batch_size: Positive = 512
 

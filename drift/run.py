@@ -236,11 +236,12 @@ class _Job:
     def summarise(self) -> None:
         """summary.json and report.html, from the files of the stages."""
         config = self.config
-        multi = f"multi_at_{config.eval.turns}"
+        multi, n = f"multi_at_{config.eval.turns}", config.eval.samples
+        keys = (multi, "single", "by_turn", *((f"mean_at_{n}", f"pass_at_{n}") if n else ()))
         results: dict[str, dict[str, list[Any]]] = {}
         for arm in ("base", *config.trained):
             read = [_read_json(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
-            results[arm] = {key: [content[key] for content in read] for key in (multi, "single", "by_turn")}
+            results[arm] = {key: [content[key] for content in read] for key in keys}
         files = [] if config.online else [rollout_path(self.folder, config, seed) for seed in config.seeds]
         sampled = [store.read(file) for file in files]
         stats = [weigh(rows, config.weights)[1] for rows in sampled]

@@ -3,8 +3,8 @@
 A demonstration is a dialogue that ends in the right answer. Before it come wrong ones, `wrong_share` of all that are
 given, each followed by the feedback that a rollout gives and none given twice. Every assistant turn is trained, the
 wrong ones too: so the base errs now and then, and tries something else when told so. `taught_share` of them show the
-right answer in the first message, as a teacher's prompt does (`drift.reprompt`): a model that cannot read one has
-nothing to distil.
+right answer in the first message, as a teacher's prompt does (`drift.reprompt`), and train the last turn alone, which
+gives it: a model that cannot read a solution, or not after a wrong answer, has nothing to distil.
 
 The target is checked by playing problems that no demonstration is made of, and that are in neither of the other splits.
 Which demonstrations a step sees follows from the seed and the step's number; every check leaves a checkpoint.
@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -135,18 +135,17 @@ def demonstrations(
 ) -> list[Trajectory]:
     """`warm_start.batch_size` dialogues about problems drawn from `problems`, ready to pack; they follow from `seed`."""
     draw = np.random.default_rng(seed)
-    rows = []
-    for number in draw.integers(len(problems), size=config.warm_start.batch_size).tolist():
-        messages = _dialogue(problems[number], task, problems, config, draw)
-        if taught := config.warm_start.taught_share:  # nothing is drawn where it is off
-            told = Lesson(f"<{task.answer_tag}>{problems[number].answer}</{task.answer_tag}>")
-            messages = rewrite([messages[0], messages[-1]], told) if draw.random() < taught else messages
-        rows.append({"prompt_id": problems[number].id, "messages": messages})
-    return [
-        trajectory
-        for index, row in enumerate(rows)
-        for trajectory in chat.to_trajectories(policy, row, index=index, turns="assistant")
-    ]
+    made = []
+    for index, number in enumerate(draw.integers(len(problems), size=config.warm_start.batch_size).tolist()):
+        problem, share = problems[number], config.warm_start.taught_share
+        messages = _dialogue(problem, task, problems, config, draw)
+        taught = share > 0 and draw.random() < share  # nothing is drawn where it is off
+        if taught:
+            messages = rewrite(messages, Lesson(f"<{task.answer_tag}>{problem.answer}</{task.answer_tag}>"))
+        row = {"prompt_id": problem.id, "messages": messages}
+        [trajectory] = chat.to_trajectories(policy, row, index=index, turns="assistant")
+        made.append(replace(trajectory, turns=trajectory.turns[-1:]) if taught else trajectory)
+    return made
 
 
 def _dialogue(

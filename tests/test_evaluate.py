@@ -46,6 +46,17 @@ def test_turns_and_feedback_are_those_asked_for(policy):
     assert done.examples[3]["messages"][2]["content"] == feedback(task.made[3], 1, 2, "full")
 
 
+def test_samples_of_one_turn(policy):
+    task, engine = WordTask(4), ScriptedEngine(policy, LINES)
+    done = evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=3, samples=5, batch_size=6))
+    assert (done.solved_at, done.right) == ([1, 3, 0, 2], [5, 0, 0, 0])  # each sample says its first line
+    sampled = [call for call in engine.calls if call["temperature"] == 1.0]
+    assert len({call["seed"] for call in sampled}) == len(sampled) == 4  # 20 samples in batches of 6, each its own draw
+    saved = done.to_json()
+    assert (saved["mean_at_5"], saved["pass_at_5"]) == (0.25, 0.25)
+    assert "mean_at_0" not in evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=3)).to_json()
+
+
 def test_greedy_repeats(policy):
     task = WordTask(4)
     config = EvalConfig(turns=2, max_new_tokens=4)

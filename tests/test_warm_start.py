@@ -64,7 +64,7 @@ def test_wrong_answers_of_another_kind_come_from_other_problems(parts):
 
 
 def test_some_dialogues_begin_with_the_solution(parts):
-    """As a teacher's prompt shows it, and then the right answer at once; the others stay as they are."""
+    """As a teacher's prompt shows it; wrong answers may follow, and only the right one is trained."""
     config, task, policy = parts
     problems = {problem.id: problem for problem in task.problems("warm")}
     taught = config.model_copy(update={"warm_start": config.warm_start.model_copy(update={"taught_share": 0.4})})
@@ -75,7 +75,9 @@ def test_some_dialogues_begin_with_the_solution(parts):
         solution = f"<answer>{problem.answer}</answer>"
         assert text.count(solution) == 2
         assert f"{problem.prompt}\n\nCorrect solution:\n\n{solution}\n\nCorrectly solve" in text
-        assert len(trajectory.turns) == 1
+        [turn] = trajectory.turns
+        assert solution in policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop])
+    assert any("Incorrect" in text for _, text, _ in told)
     assert len(told) / len(made) == pytest.approx(0.4, abs=4 * np.sqrt(0.24 / len(made)))
 
 
