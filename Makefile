@@ -57,6 +57,7 @@ bench: $(VENV)/.bench
 
 study: $(VENV)/.installed
 	$(BIN)/drift study configs/study.yaml
+	$(BIN)/python -m bench.study
 
 # torch first: where there is no CUDA, its CPU build (a plain "torch" may be a CUDA build of several GB).
 define with_torch
