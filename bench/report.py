@@ -9,8 +9,10 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +23,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch._inductor import config as inductor
 
 from bench import memory
 from bench.cases import CASES
 from bench.measure import OURS, run_case
 from bench.peers import CONTENDERS
+from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 
 RESULTS = Path(__file__).parent / "results"
 # Memory costs a run more of everything; the cases left out hold what these hold, at other shares of rows.
 MEMORY_CASES = ("dense", "ppo")
+HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ISA = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 
 
@@ -106,9 +111,10 @@ def caption(case: dict) -> str:
 def markdown(results: dict) -> str:
     """The whole report."""
     where = results["machine"]
+    held = "; everything held to AVX2" if results.get("isa") == "avx2" else ""
     found = ", ".join(f"{name} {version or 'missing'}" for name, version in results["versions"].items())
     out = [
-        f"{where['cpu']} ({', '.join(where['isa']) or where['torch_isa']}), {where['threads']} threads, "
+        f"{where['cpu']} ({', '.join(where['isa']) or where['torch_isa']}{held}), {where['threads']} threads, "
         f"{results['date']}. {found}. Python {where['python']}.",
         "",
     ]
@@ -178,6 +184,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="at most, the first included (default 5)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it work at all")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument(
+        "--isa",
+        choices=["native", "avx2"],
+        default="native",
+        help="avx2: torch, its libraries and drift as on a CPU without AVX-512; memory is left out",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default bench/results)")
     return parser.parse_args(argv)
 
@@ -185,6 +197,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints, writes cpu.md and cpu.json (smoke.* with --smoke), and returns what the JSON holds."""
     args = _arguments(argv)
+    held = args.isa == "avx2"
+    if held and any(os.environ.get(name) != value for name, value in HELD.items()):  # libraries read them as they load
+        os.environ.update(HELD)
+        os.execv(sys.executable, [sys.executable, "-m", "bench.report", *(sys.argv[1:] if argv is None else argv)])
+    if held:
+        _cpu.limit_isa("avx2")
+        inductor.cpp.simdlen = 256  # bits, of what torch.compile makes for the contenders that use it
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -195,10 +214,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "versions": versions([contender.package for contender in contenders]),
         "rounds": args.rounds,
         "smoke": args.smoke,
-        "memory": memory.available() or ("not asked for" if args.no_memory else "measured"),
+        "isa": args.isa,
+        "memory": memory.available() or ("not asked for" if args.no_memory or held else "measured"),
         "cases": [],
     }
-    stem = args.out / ("smoke" if args.smoke else "cpu")
+    stem = args.out / (("smoke" if args.smoke else "cpu") + ("-avx2" if held else ""))
     with progress(len(args.cases) + 1) as (say, advance):
         for name in dict.fromkeys(args.cases):
             case = CASES[name].shrunk() if args.smoke else CASES[name]

@@ -1,6 +1,8 @@
 """The benchmark's own machinery at a size of milliseconds: its report's structure, and who is refused a time."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from bench import memory, report, sweeps
 from bench.cases import CASES, Problem, eager_loss, log_probs, make
 from bench.measure import run_case
 from bench.peers import CONTENDERS, Contender
+from drift_kernels import _cpu
+from drift_kernels.backends import cpu
 
 OFFLINE = ["drift", "eager", "eager-picked", "torch", "torch-512"]
 
@@ -124,3 +128,23 @@ def test_sweeps_have_every_curve_and_a_picture(tmp_path, capsys):
     assert json.loads((tmp_path / "sweeps-smoke.json").read_text())["curves"].keys() == found["curves"].keys()
     assert "<svg" in (tmp_path / "sweeps-smoke.svg").read_text()
     assert "| active rows, % |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif("avx2" not in _cpu.isas(), reason="needs a CPU with AVX2")
+def test_held_to_avx2_everything_is(tmp_path):
+    """In a process of its own, since libraries read what they may use as they load."""
+    asked = ["--smoke", "--isa", "avx2", "--cases", "turns-bf16", "--contenders", "torch", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "bench.report", *asked], check=True, capture_output=True)
+    found = json.loads((tmp_path / "smoke-avx2.json").read_text())
+    assert (found["isa"], found["machine"]["torch_isa"], found["memory"]) == ("avx2", "AVX2", "not asked for")
+    assert [entry["status"] for entry in found["cases"][0]["contenders"]] == ["ok", "ok"]
+
+
+def test_no_bf16_products_where_instructions_are_limited():
+    has, limits = cpu.has_bf16_gemm(), _cpu.isas()
+    try:
+        for name in limits:
+            _cpu.limit_isa(name)
+            assert cpu.has_bf16_gemm() == (has and name == "avx512")
+    finally:
+        _cpu.limit_isa(None)

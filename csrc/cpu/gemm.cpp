@@ -5,6 +5,8 @@
 // OpenMP regions stay outside functions with a target: an outlined body keeps the baseline's instructions.
 #include "gemm.h"
 
+#include "isa.h"
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -212,7 +214,7 @@ void any_tile(const pair* a, const pair* b, int64_t pairs, int64_t rows, int64_t
 bool has_bf16_gemm() {
   static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-  return has;
+  return has && simd() == Simd::avx512;
 }
 
 int64_t gemm_scratch_bytes(int64_t rows, int64_t width, int threads) { return shared_bytes(rows, width) + threads * own_bytes(width); }
