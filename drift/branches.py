@@ -47,6 +47,8 @@ class Sample:
     distill: float = 0.0  # weights by the router
     policy: float = 0.0
     rebellious: float = 0.0
+    pass_rate: float = 0.0  # of its problem, as the router believed it
+    row: dict[str, Any] = field(default_factory=dict)  # as it was sampled, in the names of `drift.store`
 
     @property
     def problem_id(self) -> str:

@@ -119,6 +119,8 @@ class WeightsConfig(Section):
     repetition: Weight = 0.5
     skip_unsolved_groups: bool = False
     min_weight: Weight = 0.0
+    off_policy: Literal["refuse", "correct"] = "refuse"  # rows that another policy sampled, by `drift train` (A1)
+    off_policy_clip: Rate = 5.0  # nats, of a trajectory's log π_ref − log μ
 
 
 EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}

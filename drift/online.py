@@ -1,7 +1,8 @@
 """The online method (B), synchronous: sample a batch, verify, route, teach, train one step, and again.
 
 What a step samples follows from the seed and its number; the router, the buffer, the running means and the teacher's
-weights are in the checkpoint: an interrupted training goes on to the same bits. Under torchrun every rank samples its
+weights are in the checkpoint: an interrupted training goes on to the same bits, and to the same file of trajectories,
+each row with the weights that the router gave it. Under torchrun every rank samples its
 share of the problems, all ranks see the whole batch and route it alike, and each trains its share of the trajectories.
 
     L = (Σ w_policy·policy_token + λ·Σ w_distill·divergence_token) / N
@@ -16,14 +17,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from drift import chat, checkpoint, distributed
+from drift import chat, checkpoint, distributed, store
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Measured, Sample
 from drift.buffer import SuccessBuffer
@@ -35,7 +37,7 @@ from drift.policy import Policy
 from drift.reprompt import Attempt, lessons, teacher_trajectory
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
-from drift.rollout import Episode, play
+from drift.rollout import play
 from drift.routing import DifficultyRouter
 from drift.tasks import Task
 from drift.teacher import Teacher
@@ -65,16 +67,20 @@ def train_online(
     seed: int,
     track: Track | None = None,
     checkpoint_dir: str | Path | None = None,
+    rollouts: str | Path | None = None,
     prefix: str = "online",
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
 
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
+    rollouts: a file that every step's trajectories are appended to (`drift.store`), with their step (as in the metrics),
+    staleness, advantage, pass_rate, had_teacher and routed weights; rows past the step that it goes on from are cut off.
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
     folder holds another training.
     """
     loop = _Loop(policy, engine, task, problems, config, seed)
-    track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
+    first = distributed.rank() == 0
+    track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
     job |= {"online": config.online.model_dump(mode="json") if config.online else None}
     job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
@@ -82,21 +88,33 @@ def train_online(
         _, state = checkpoint.load(path, loop.optimizer, job)
         loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
     stats, total = loop.stats, loop.online.steps
-    with track.progress(prefix, total) as bar:
+    with _rows(rollouts if first else None, stats.steps, track) as writer, track.progress(prefix, total) as bar:
         bar.advance(stats.steps)
         while stats.steps < total:
-            measured = loop.step(stats.steps)
+            measured = loop.step(stats.steps, writer)
             track.log(stats.steps, **{f"{prefix}/{key}": value for key, value in measured.items()})
             bar.advance(reward=measured["reward"], solved=measured["solved"])
             if measured["skipped"]:
                 track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
             every = config.train.save_every
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
-                if distributed.rank() == 0:
+                if first:
                     tensors = {"teacher": loop.teacher.state_dict()["shadow"]} if loop.teacher else {}
                     checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, loop.state_dict(), job, tensors)
                 distributed.barrier()
     return stats
+
+
+@contextmanager
+def _rows(path: str | Path | None, steps: int, track: Track) -> Iterator[store.Writer | None]:
+    """The file of trajectories, as it was after that many steps."""
+    if path is None:
+        yield None
+        return
+    if cut := store.rewind(path, steps):
+        track.say(f"{path}: cut off {cut} rows past step {steps}, which is where the training goes on")
+    with store.Writer(path) as writer:
+        yield writer
 
 
 class _Loop:
@@ -109,6 +127,7 @@ class _Loop:
             raise ValueError("config.online is missing; `online: {}` takes the published settings")
         self.policy, self.engine, self.task, self.problems = policy, engine, task, list(problems)
         self.config, self.online, self.seed = config, config.online, seed
+        self.base = policy.hash()
         self.algorithm = ALGORITHMS[config.online.algorithm]
         self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
         distributed.broadcast(self.optimizer.parameters)
@@ -123,11 +142,14 @@ class _Loop:
             self.teacher = Teacher(parameters, self.online.teacher, self.optimizer.masters)
         self.branches = Branches(policy, self.optimizer, config, self.algorithm, self.difference, self.entropy)
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         start, phase = time.perf_counter(), self.curriculum.at(number)
         samples = self._sample(number)
         self._route(samples, number)
+        if writer is not None:
+            for sample in samples:
+                writer.write(self._row(sample, number))
         sampled = time.perf_counter()
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
             measured = self.branches.accumulate(
@@ -147,6 +169,7 @@ class _Loop:
         self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
         return {
             **_outcomes(samples),
+            "staleness": sum(number - sample.row["policy_version"] for sample in samples) / len(samples),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "skipped": float(result.skipped),
@@ -166,23 +189,19 @@ class _Loop:
         """As JSON holds it; the teacher's tensors are saved apart."""
         states = {name: part.state_dict() for name, part in self._parts()}
         states.get("teacher", {}).pop("shadow", None)
-        return {**states, "stats": vars(self.stats)}
+        return {**states, "stats": vars(self.stats), "base": self.base}
 
     def load_state_dict(self, state: dict[str, Any], shadow: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave, in place."""
         for name, part in self._parts():
             part.load_state_dict(state[name] | ({"shadow": shadow} if name == "teacher" else {}))
         vars(self.stats).update(state["stats"])
+        self.base = state["base"]
 
     def _sample(self, number: int) -> list[Sample]:
         """The step's trajectories, of all ranks, in an order that all ranks share."""
-        chosen = distributed.share(_batch(len(self.problems), self.online.prompts, self.seed, number))
-        jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
-        seed = [self.seed, number, distributed.rank()]
-        episodes = play(self.policy, self.engine, self.task, jobs, self.config.rollout, seed=seed) if jobs else []
-        samples = distributed.gather([self._kept(episode) for episode in episodes])
-        for place, sample in enumerate(samples):
-            sample.trajectory.index = place
+        rows = distributed.gather(self._play(number, number))
+        samples = [self._read(row, place) for place, row in enumerate(rows)]
         groups: dict[str, list[Sample]] = {}
         for sample in samples:
             groups.setdefault(sample.problem_id, []).append(sample)
@@ -190,19 +209,50 @@ class _Loop:
             _set_advantages(group, self.online.scale_advantages)
         return samples
 
-    def _kept(self, episode: Episode) -> Sample:
-        row, weights = episode.row(self.config.rollout.format_penalty), self.config.weights
-        [trajectory] = chat.to_trajectories(self.policy, row, index=0, turns="assistant")
-        told = [m["content"] for m in episode.messages if m["role"] == "user"]
+    def _play(self, number: int, version: int) -> list[store.Row]:
+        """This rank's trajectories of a step, sampled from the weights after `version` steps."""
+        chosen = distributed.share(_batch(len(self.problems), self.online.prompts, self.seed, number))
+        jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
+        seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
+        episodes = play(self.policy, self.engine, self.task, jobs, settings, seed=seed) if jobs else []
+        return [{**episode.row(settings.format_penalty), "policy_version": version} for episode in episodes]
+
+    def _read(self, row: store.Row, place: int) -> Sample:
+        weights, messages = self.config.weights, row["messages"]
+        [trajectory] = chat.to_trajectories(self.policy, row, index=place, turns="assistant")
+        told = [message["content"] for message in messages if message["role"] == "user"]
         return Sample(
             trajectory,
-            episode.messages,
-            solved_at=episode.solved_at,
+            messages,
+            solved_at=row["t_star"] or 0,
             reward=trajectory_return(row, weights.gamma, weights.repetition),
             answers=row["answer_norms"],
-            unparsed=episode.answers.count(None),
+            unparsed=len(row["verifier"]) - len(row["answer_norms"]),
             feedback=told[-1] if len(told) > 1 else None,
+            row=row,
         )
+
+    def _row(self, sample: Sample, number: int) -> store.Row:
+        """What is stored: the trajectory as it was sampled, and what the step makes of it.
+
+        traj_idx is left to the file, where a problem may come again. The weights that sampled are the base's hash, and
+        the number of steps since.
+        """
+        version, rollout = sample.row["policy_version"], self.config.rollout
+        return {
+            **{key: value for key, value in sample.row.items() if key != "traj_idx"},
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "policy_hash": f"{self.base}+{version}" if version else self.base,
+            "step": number + 1,
+            "staleness": number - version,
+            "advantage": sample.trajectory.advantage,
+            "pass_rate": sample.pass_rate,
+            "had_teacher": sample.taught is not None,
+            "distill_weight": sample.distill,
+            "policy_weight": sample.policy,
+            "rebellious_weight": sample.rebellious,
+        }
 
     def _route(self, samples: Sequence[Sample], number: int) -> None:
         """Lessons from siblings and the buffer, then the weights; the buffer takes in this batch last."""
@@ -227,10 +277,9 @@ class _Loop:
             [sample.taught is not None for sample in samples],
             number,
         )
-        for sample, distill, policy, rebellious in zip(
-            samples, routes.distill.tolist(), routes.policy.tolist(), routes.rebellious.tolist()
-        ):
-            sample.distill, sample.policy, sample.rebellious = distill, policy, rebellious
+        columns = (routes.distill, routes.policy, routes.rebellious, routes.pass_rate)
+        for sample, *found in zip(samples, *(column.tolist() for column in columns)):
+            sample.distill, sample.policy, sample.rebellious, sample.pass_rate = found
         if self.buffer is not None:
             for sample in samples:
                 if sample.solved_at:

@@ -141,13 +141,13 @@ def weigh(
 
 
 def weigh_for_training(
-    rows: Sequence[dict[str, Any]], config: WeightsConfig
+    rows: Sequence[dict[str, Any]], config: WeightsConfig, log_ratios: Sequence[float] | None = None
 ) -> tuple[list[float | None], dict[str, float]]:
     """`weigh`, with None in place of the rows of skipped groups: those are left out of steps and denominators too.
 
     Raises ValueError for no rows, and where every group is skipped.
     """
-    weights, stats = weigh(rows, config)
+    weights, stats = weigh(rows, config, log_ratios)
     if not config.skip_unsolved_groups:
         return list(weights), stats
     solved = {row["prompt_id"] for row in rows if row["t_star"] is not None}

@@ -6,7 +6,8 @@ Everything lies in one folder, and each stage leaves a file there, so that a run
     config.yaml  metrics.jsonl  seconds.json  summary.json  report.html
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
-    seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl
+    seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl;
+                              trained online: rollouts.jsonl, every step's trajectories
     seed-K/eval-ARM.json      what it solved
 
 Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are
@@ -129,6 +130,7 @@ class _Job:
         engine = HFEngine(self.policy, self.config.rollout.batch_size)
         problems = self._asked(self.task.problems("train"))
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
+        options["rollouts"] = folder / "rollouts.jsonl"
         with self.clock("train"):
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])

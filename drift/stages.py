@@ -15,6 +15,7 @@ from drift import chat, distributed, store
 from drift.config import Config, ConfigError
 from drift.engines.hf import HFEngine
 from drift.evaluate import Evaluation, evaluate
+from drift.offpolicy import log_ratios
 from drift.policy import Policy, load_policy
 from drift.returns import weigh_for_training
 from drift.rollout import collect
@@ -38,14 +39,20 @@ def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0
 def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, seed: int = 0) -> TrainStats:
     """Trains on a rollout file with importance weights, and saves the model in `out`, metrics.jsonl beside it.
 
-    Raises StoreError for a bad row, and for one that another policy sampled.
+    Raises StoreError for a bad row, and for one that another policy sampled, unless `weights.off_policy` is correct.
     """
     with distributed.launched() as rank, Track(out if rank == 0 else None, config.track.sinks) as track:
         policy = _policy(config, model)
         rows = store.read(rollouts)
-        if unknown := store.check_policy(rows, policy.hash()):
+        ratios, corrected = None, {}
+        if config.weights.off_policy == "correct":
+            ratios, corrected = log_ratios(policy, rows, config.weights.off_policy_clip)
+        else:
+            store.check_policy(rows, policy.hash())
+        if unknown := sum("policy_hash" not in row for row in rows):
             track.say(f"{unknown} of {len(rows)} rows do not say which policy sampled them; taken to be this one")
-        weights, stats = weigh_for_training(rows, config.weights)
+        weights, stats = weigh_for_training(rows, config.weights, ratios)
+        stats |= corrected
         track.log(0, **{f"weights/{key}": value for key, value in stats.items()})
         trajectories = [
             trajectory

@@ -3,7 +3,9 @@
 The names are those of the public release of arXiv 2605.31455 (A1), so that its files load here and ours load there:
 prompt_id, messages, verifier, turn_rewards, answer_norms, format_penalty, t_star, traj_idx. Ours on top, all optional:
 temperature, top_p, policy_hash, policy_version, and per token token_ids, loss_mask, logprobs, turn_starts, which hold
-what was sampled; text is never tokenised again. Keys that this file does not know pass through untouched.
+what was sampled; text is never tokenised again. Online trainings add what became of a trajectory: step, staleness,
+advantage, pass_rate, had_teacher, distill_weight, policy_weight, rebellious_weight (`drift.online`), and episodes with
+tools tool_calls and tool_errors. Keys that this file does not know pass through untouched.
 """
 
 from __future__ import annotations
@@ -109,6 +111,10 @@ def _check_optional(row: Row) -> None:
         ("temperature", lambda value: _is_real(value) and value >= 0, "a number, at least 0"),
         ("top_p", lambda value: _is_real(value) and 0 < value <= 1, "a number above 0, at most 1"),
         ("policy_hash", lambda value: isinstance(value, str), "a string"),
+        ("step", lambda value: _is_count(value) and value > 0, "a whole number, at least 1"),
+        ("staleness", _is_count, "a whole number, at least 0"),
+        ("tool_calls", _is_count, "a whole number, at least 0"),
+        ("tool_errors", _is_count, "a whole number, at least 0"),
     ):
         if key in row:
             _require(row, key, fits(row[key]), should_be)
@@ -185,7 +191,7 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
     """Refuses rows that another policy sampled: their weights would be those of the wrong reference (A1).
 
     Returns how many rows do not say who sampled them (published files do not), for the caller to report. Raises
-    StoreError with the first offending row; `drift.returns.offpolicy_correction` is the way to use such rows.
+    StoreError with the first offending row; `drift.offpolicy` is the way to use such rows.
     """
     unknown = 0
     for row in rows:
@@ -195,7 +201,7 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
             raise StoreError(
                 f"prompt_id {row['prompt_id']!r}, traj_idx {row.get('traj_idx')} was sampled by policy "
                 f"{row['policy_hash']!r}, not by the reference {policy_hash!r}; sample again from the reference, or "
-                "correct the weights with drift.returns.offpolicy_correction"
+                "have `drift train` correct the weights by weights.off_policy=correct (drift.offpolicy)"
             )
     return unknown
 
@@ -271,6 +277,29 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def rewind(path: str | Path, step: int) -> int:
+    """Cuts off an online training's rows from the first one past `step` on; returns how many lines went.
+
+    For a training that goes on from a checkpoint of that step and will write those rows again. A torn last line goes
+    too. A missing file has nothing to lose. Raises StoreError where a row has no `step`: then another wrote the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    _mend(path)
+    kept = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        row = json.loads(line) if line.strip() else {"step": 0}
+        where = f"{path}:{number}: the row has no step, so no online training wrote it; move the file away"
+        _expect(isinstance(row, dict) and _is_count(row.get("step")), where)
+        if row["step"] > step:
+            os.truncate(path, kept)
+            return len(lines) - number + 1
+        kept += len(line)
+    return 0
 
 
 def _mend(path: Path) -> None:

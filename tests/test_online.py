@@ -11,16 +11,19 @@ import pytest
 import torch
 from scripted import ScriptedEngine, WordTask, quarters, say
 
-from drift import chat, checkpoint, distributed, online, rhythm, rollout, run
+from drift import chat, checkpoint, distributed, online, rhythm, rollout, run, stages, store
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Sample
 from drift.config import ConfigError, dump, load, parse
 from drift.curriculum import Phase
 from drift.engines.hf import HFEngine
+from drift.offpolicy import log_ratios
 from drift.optimizer import MasterAdamW
 from drift.policy import load_policy
 from drift.reprompt import Lesson, teacher_trajectory
+from drift.returns import trajectory_return
 from drift.rhythm import StepMean
+from drift.routing import DifficultyRouter
 from drift.teacher import Teacher
 from drift.track import Track
 
@@ -164,13 +167,12 @@ class Stops(Track):
             raise Interrupted
 
 
-def play_through(made, folder, track=None):
+def play_through(made, folder, track=None, rollouts=None):
     policy, task = load_policy(made.model, seed=0), WordTask(4)
     engine = HFEngine(policy)
     task.verify = lambda problem, answer: len(answer) % 2 == 0  # what an untrained model says is right now and then
-    stats = online.train_online(
-        policy, engine, task, task.problems("train"), made, seed=3, track=track, checkpoint_dir=folder
-    )
+    where = {"checkpoint_dir": folder, "rollouts": rollouts}
+    stats = online.train_online(policy, engine, task, task.problems("train"), made, seed=3, track=track, **where)
     return policy, stats
 
 
@@ -182,11 +184,15 @@ def talkative(monkeypatch):
 
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, talkative):
     made = config(tmp_path, train={"save_every": 2}, online={"steps": 5})
-    whole, stats = play_through(made, tmp_path / "whole")
+    files = [tmp_path / "whole.jsonl", tmp_path / "half.jsonl"]
+    whole, stats = play_through(made, tmp_path / "whole", rollouts=files[0])
     with pytest.raises(Interrupted):
-        play_through(made, tmp_path / "half", Stops(4))
+        play_through(made, tmp_path / "half", Stops(4), files[1])
     assert checkpoint.latest(tmp_path / "half").name == "checkpoint-2"
-    resumed, again = play_through(made, tmp_path / "half")
+    assert max(json.loads(line)["step"] for line in files[1].read_text().splitlines()) == 4
+    files[1].write_bytes(files[1].read_bytes()[:-99])  # and the last write was torn
+    resumed, again = play_through(made, tmp_path / "half", rollouts=files[1])
+    assert files[1].read_bytes() == files[0].read_bytes()
     assert resumed.hash() == whole.hash() != load_policy(made.model, seed=0).hash()
     assert again.rewards == stats.rewards
     assert len(set(stats.rewards)) > 1
@@ -282,6 +288,81 @@ def test_lessons_and_routes_of_a_scripted_batch(tmp_path):
     assert [e.text for e in loop.buffer.demonstrations("p1", 4)] == [say("a1")]
 
 
+def test_what_is_stored_of_a_step(tmp_path, talkative):
+    """Rows of every step, in the published format, with what the router said; enough to give its weights again."""
+    made = config(tmp_path, online={"steps": 6}, rollout={"temperature": 0.8})
+    path, logged = tmp_path / "rollouts.jsonl", []
+
+    class Keeps(Track):
+        def log(self, step, **metrics):
+            logged.append(metrics)
+
+    play_through(made, None, Keeps(None, progress=False), path)
+    rows = store.read(path)
+    assert [row["step"] for row in rows] == [step for step in range(1, 7) for _ in range(16)]
+    assert [row["traj_idx"] for row in rows if row["prompt_id"] == "p2"] == list(range(24))
+    base = load_policy(made.model, seed=0).hash()
+    assert {row["policy_hash"] for row in rows} == {base, *(f"{base}+{n}" for n in range(1, 6))}
+    router = DifficultyRouter(made.online.router, 3)
+    for step, metrics in enumerate(logged, 1):
+        batch = [row for row in rows if row["step"] == step]
+        assert all(row["staleness"] == 0 and row["policy_version"] == step - 1 for row in batch)
+        assert all((row["temperature"], row["top_p"]) == (0.8, 1.0) for row in batch)
+        solved, taught = [row["t_star"] is not None for row in batch], [row["had_teacher"] for row in batch]
+        assert sum(solved) / 16 == metrics["online/solved"]
+        assert sum(taught) / 16 == metrics["online/router/teacher"]
+        routes = router.update([row["prompt_id"] for row in batch], solved, taught, step - 1)
+        for key in ("distill", "policy", "rebellious"):
+            assert [row[f"{key}_weight"] for row in batch] == getattr(routes, key).tolist()
+        assert [row["pass_rate"] for row in batch] == routes.pass_rate.tolist()
+        for name in {row["prompt_id"] for row in batch}:
+            group = [row for row in batch if row["prompt_id"] == name]
+            returns = [trajectory_return(row) for row in group]
+            expected = [value - sum(returns) / len(returns) for value in returns]
+            assert [row["advantage"] for row in group] == pytest.approx(expected, abs=1e-12)
+    assert any(row["had_teacher"] for row in rows)
+    assert any(row["advantage"] for row in rows)
+
+
+def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talkative):
+    """`drift train` on the trajectories of an online run: the base's own are taken as they are, later ones corrected."""
+    made = config(tmp_path, online={"steps": 3}, train={"lr": 3e-3}, rollout={"turns": 2, "temperature": 0.8})
+    path = tmp_path / "rollouts.jsonl"
+    play_through(made, None, rollouts=path)
+    base, rows = load_policy(made.model, seed=0), store.read(path)
+    ratios, stats = log_ratios(base, rows, 50.0, max_tokens=100)
+    for row, ratio in zip(rows, ratios):
+        if row["step"] == 1:
+            assert ratio == 0
+            continue
+        ids = torch.tensor([row["token_ids"]])
+        with torch.no_grad():
+            logp = (base.model(input_ids=ids).logits[0, :-1].double() / 0.8).log_softmax(-1)
+        mask = torch.tensor(row["loss_mask"][1:]).bool()
+        gap = logp.gather(1, ids[0, 1:, None])[:, 0] - torch.tensor(row["logprobs"][1:], dtype=torch.float64)
+        assert ratio == pytest.approx(float(gap[mask].sum()), abs=1e-3)
+    assert max(map(abs, ratios)) > 0.1
+    assert stats["offpolicy_share"] == pytest.approx(2 / 3)
+    offline = parse({**made.model_dump(mode="json"), "online": None, "warm_start": {"enabled": False}})
+    with pytest.raises(store.StoreError, match=r"weights\.off_policy=correct"):
+        stages.fit(offline, path, tmp_path / "refused")
+    weights = {"off_policy": "correct", "off_policy_clip": 0.2}
+    offline = offline.model_copy(update={"weights": offline.weights.model_copy(update=weights)})
+    done = stages.fit(offline, path, tmp_path / "corrected")
+    assert done.steps == 3
+    [logged] = [
+        json.loads(line)
+        for line in (tmp_path / "corrected" / "metrics.jsonl").read_text().splitlines()
+        if "weights/offpolicy_share" in line
+    ]
+    clipped = sum(abs(ratio) > 0.2 for ratio in ratios) / 32
+    assert logged["weights/offpolicy_clipped_share"] == pytest.approx(clipped, abs=1 / 32)
+    assert 0 < clipped < 1
+    rows[-1].pop("logprobs")
+    with pytest.raises(store.StoreError, match="has no logprobs"):
+        log_ratios(base, rows, 5.0)
+
+
 def test_advantages():
     class Given:
         def __init__(self, reward):
@@ -319,6 +400,8 @@ def test_the_whole_job(tmp_path):
     assert any(row.get("seed-0/drift/router/teacher", 0) > 0 for row in ours)
     assert any(row.get("seed-0/drift/gate") is not None for row in ours)
     assert not (folder / "seed-0" / "drift" / "checkpoints").exists()
+    rows = store.read(folder / "seed-0" / "drift" / "rollouts.jsonl")
+    assert [len([row for row in rows if row["step"] == step]) for step in (1, 2, 3)] == [16, 16, 16]
     assert "trained online" in (folder / "report.html").read_text()
     before = (folder / "metrics.jsonl").read_text()
     assert run.run(made) == summary

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from drift.store import StoreError, Writer, check_policy, read, validate
+from drift.store import StoreError, Writer, check_policy, read, rewind, validate
 
 DROP = object()
 
@@ -287,3 +287,21 @@ def test_another_programs_file_is_refused_and_left_alone(tmp_path, content):
     assert path.read_text(encoding="utf-8") == content
     with pytest.raises(StoreError):
         read(path)
+
+
+def test_rewind_keeps_the_steps_that_count(tmp_path):
+    """Rows of an online training past a step go, a torn line with them; another program's file is left alone."""
+    path = write_lines(tmp_path / "r.jsonl", *(row(traj_idx=i, step=1 + i // 2) for i in range(6)))
+    whole = path.read_bytes()
+    assert rewind(path, 3) == 0
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-30])
+    assert rewind(path, 2) == 1  # and the torn one
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    assert rewind(path, 0) == 4
+    assert path.read_bytes() == b""
+    assert rewind(tmp_path / "none.jsonl", 0) == 0
+    write_lines(path, row())
+    with pytest.raises(StoreError, match=r"r.jsonl:1: the row has no step"):
+        rewind(path, 0)
+    assert path.read_bytes().count(b"\n") == 1
