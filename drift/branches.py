@@ -179,7 +179,8 @@ class Branches:
                 batch.targets,
                 teacher,
                 batch.advantages,
-                distill_weights=_spread(batch, [sample.distill * phase.distill for sample in side]),
+                distill_weights=self._sampled_by(batch, scored.logprobs)
+                * _spread(batch, [sample.distill * phase.distill for sample in side]),
                 policy_weights=policy,
                 distill_coef=self.online.distill.weight,
                 has_teacher=has_teacher,
@@ -198,6 +199,13 @@ class Branches:
         if batch.rollout_logprobs is not None:
             measured.add(sampler_kl=((batch.rollout_logprobs - scored.logprobs)[mask].sum(), count))
         measured.add(**{name.replace("/", "_"): pair for name, pair in out.metrics.items() if name != "taught_entropy"})
+
+    def _sampled_by(self, batch: PackedBatch, logprobs: Tensor) -> Tensor | float:
+        """The divergence's importance ratio where the sampler's weights are older, one step or more (B6)."""
+        clip = self.online.distill.importance_clip
+        if not self.online.ahead or clip is None or batch.rollout_logprobs is None:
+            return 1.0
+        return (logprobs - batch.rollout_logprobs).clamp(-20, 20).exp().clamp(max=clip)
 
     def _divergence(self) -> drift_kernels.DistillSpec:
         settings = self.online.distill

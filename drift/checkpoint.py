@@ -54,10 +54,12 @@ def save(
     stats: dict[str, Any],
     job: dict[str, Any],
     tensors: dict[str, dict[str, torch.Tensor]] | None = None,
+    rows: dict[str, list[dict[str, Any]]] | None = None,
 ) -> Path:
     """Writes `folder/checkpoint-STEP` and removes the one before. stats: the counts so far; job: what is trained.
 
-    tensors: name → what goes into NAME.safetensors; `load_tensors` gives it back.
+    tensors: name → what goes into NAME.safetensors; rows: name → what goes into NAME.jsonl. `load_tensors` and
+    `load_rows` give them back.
     """
     path = Path(folder) / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
@@ -67,6 +69,9 @@ def save(
     save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, partial / "optimizer.safetensors")
     for name, content in (tensors or {}).items():
         save_file({k: v.contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
+    for name, lines in (rows or {}).items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
     state = {"step": step, "stats": stats, "job": job}
     (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     older = [other for other in Path(folder).glob("checkpoint-*") if other != partial]
@@ -107,3 +112,9 @@ def load(path: Path, optimizer: MasterAdamW, job: dict[str, Any]) -> tuple[int, 
 def load_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
     """The tensors that were saved under `name`."""
     return load_file(path / f"{name}.safetensors")
+
+
+def load_rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """The rows that were saved under `name`."""
+    with (path / f"{name}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""The online method (B), synchronous: sample a batch, verify, route, teach, train one step, and again.
+"""The online method (B): sample a batch, verify, route, teach, train one step, and again.
 
 What a step samples follows from the seed and its number; the router, the buffer, the running means and the teacher's
 weights are in the checkpoint: an interrupted training goes on to the same bits, and to the same file of trajectories,
@@ -10,7 +10,10 @@ share of the problems, all ranks see the whole batch and route it alike, and eac
 with N all response tokens of the global batch (ours: the public code divides each micro-batch by its own). Presets whose
 policy loss is a mean over sequences (grpo, gspo) divide that branch by the number of sequences, global too.
 
-Left out: sampling while training (the two alternate), and several optimizer steps a batch.
+Sampling and training alternate, or with `online.ahead` the next batch is sampled while this one is trained on: by weights
+one step older, which the correction of sampler against trainer covers, and to the same bits whatever the threads do.
+
+Left out: several optimizer steps a batch.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from drift import chat, checkpoint, distributed, store
+from drift.ahead import Ahead, Still
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Measured, Sample
 from drift.buffer import SuccessBuffer
@@ -87,8 +92,14 @@ def train_online(
     if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir)) is not None:
         _, state = checkpoint.load(path, loop.optimizer, job)
         loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
+        loop.pending = checkpoint.load_rows(path, "pending") if config.online and config.online.ahead else None
     stats, total = loop.stats, loop.online.steps
-    with _rows(rollouts if first else None, stats.steps, track) as writer, track.progress(prefix, total) as bar:
+    with (
+        closing(loop),
+        _rows(rollouts if first else None, stats.steps, track) as writer,
+        track.progress(prefix, total) as bar,
+    ):
+        loop.engine.sync()
         bar.advance(stats.steps)
         while stats.steps < total:
             measured = loop.step(stats.steps, writer)
@@ -100,7 +111,9 @@ def train_online(
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
                 if first:
                     tensors = {"teacher": loop.teacher.state_dict()["shadow"]} if loop.teacher else {}
-                    checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, loop.state_dict(), job, tensors)
+                    rows = {"pending": loop.pending or []} if loop.ahead else {}
+                    state = loop.state_dict()
+                    checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, state, job, tensors, rows)
                 distributed.barrier()
     return stats
 
@@ -125,9 +138,12 @@ class _Loop:
     ) -> None:
         if config.online is None:
             raise ValueError("config.online is missing; `online: {}` takes the published settings")
-        self.policy, self.engine, self.task, self.problems = policy, engine, task, list(problems)
+        self.policy, self.task, self.problems = policy, task, list(problems)
         self.config, self.online, self.seed = config, config.online, seed
         self.base = policy.hash()
+        self.ahead = Ahead(policy.device) if config.online.ahead else None
+        self.engine = Still(engine, policy, self.ahead.stop) if self.ahead else engine
+        self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
         self.algorithm = ALGORITHMS[config.online.algorithm]
         self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
         distributed.broadcast(self.optimizer.parameters)
@@ -150,17 +166,27 @@ class _Loop:
         if writer is not None:
             for sample in samples:
                 writer.write(self._row(sample, number))
+        more = number + 1 < self.online.steps
+        if self.ahead and more:
+            self.ahead.start(partial(self._play, number + 1, number))
         sampled = time.perf_counter()
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
             measured = self.branches.accumulate(
                 distributed.share(samples), phase, self.teacher, _tokens(samples), len(samples)
             )
+        if self.ahead:
+            self.ahead.check()
         lr = learning_rate(number, self.online.steps, self.config.train)
         result = update(self.optimizer, measured.loss, self.config.train, lr)
         for mean in (self.difference, self.entropy):
             mean.advance(distributed.sum_values)
         if self.teacher:
             self.teacher.update(finite=not result.skipped)
+        trained = time.perf_counter()
+        if self.ahead and more:
+            self.pending = distributed.gather(self.ahead.result())
+        waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
+        self.engine.sync()
         seconds = time.perf_counter() - start
         self.stats.steps += 1
         self.stats.skipped += result.skipped
@@ -176,6 +202,7 @@ class _Loop:
             "lr": lr,
             **_means(measured),
             "seconds_sampling": sampled - start,
+            **waited,
             "step_time": seconds,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
         }
@@ -198,9 +225,16 @@ class _Loop:
         vars(self.stats).update(state["stats"])
         self.base = state["base"]
 
+    def close(self) -> None:
+        """Ends the thread, if there is one."""
+        if self.ahead:
+            self.ahead.close()
+
     def _sample(self, number: int) -> list[Sample]:
         """The step's trajectories, of all ranks, in an order that all ranks share."""
-        rows = distributed.gather(self._play(number, number))
+        rows, self.pending = self.pending, None
+        if rows is None:
+            rows = distributed.gather(self._play(number, number))
         samples = [self._read(row, place) for place, row in enumerate(rows)]
         groups: dict[str, list[Sample]] = {}
         for sample in samples:
@@ -210,11 +244,12 @@ class _Loop:
         return samples
 
     def _play(self, number: int, version: int) -> list[store.Row]:
-        """This rank's trajectories of a step, sampled from the weights after `version` steps."""
+        """This rank's trajectories of a step, sampled from the weights after `version` steps; no collective."""
         chosen = distributed.share(_batch(len(self.problems), self.online.prompts, self.seed, number))
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
-        episodes = play(self.policy, self.engine, self.task, jobs, settings, seed=seed) if jobs else []
+        policy = self.engine.policy if isinstance(self.engine, Still) else self.policy
+        episodes = play(policy, self.engine, self.task, jobs, settings, seed=seed) if jobs else []
         return [{**episode.row(settings.format_penalty), "policy_version": version} for episode in episodes]
 
     def _read(self, row: store.Row, place: int) -> Sample:

@@ -129,6 +129,7 @@ class OnlineConfig(Section):
     algorithm: Literal["grpo", "dapo", "gspo", "sdpo", "srpo", "drift"] = "drift"  # sets router.mode; see ALGORITHMS
     steps: Positive = 100  # rollout batches, with one optimizer step each
     prompts: Positive = 32  # problems a step, each sampled rollout.n times
+    ahead: Literal[0, 1] = 0  # steps that sampling is ahead of training; 1 samples the next batch meanwhile (ours)
     scale_advantages: bool = False  # divide by the group's standard deviation
     router: RouterConfig = RouterConfig()
     rhythm: RhythmConfig = RhythmConfig()

@@ -254,8 +254,12 @@ def main(folder):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
         assert gradients[0][1] == pytest.approx(gradients[1][1], rel=1e-5)
         assert distributed.gather([rank] * (rank + 1)) == [0, 1, 1]
-        policy, stats = play_through(made, folder / "checkpoints")
-        (folder / f"rank-{rank}.json").write_text(json.dumps([policy.hash(), stats.rewards]))
+        said = []
+        for ahead in (0, 1):
+            made = config(inside, online={"distill": {"top_k": None}, "ahead": ahead})
+            policy, stats = play_through(made, folder / f"checkpoints-{ahead}", rollouts=folder / f"{ahead}.jsonl")
+            said += [policy.hash(), stats.rewards]
+        (folder / f"rank-{rank}.json").write_text(json.dumps(said))
 
 
 def test_two_ranks(tmp_path):
@@ -265,6 +269,12 @@ def test_two_ranks(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     said = [(tmp_path / f"rank-{rank}.json").read_text() for rank in (0, 1)]  # their lines would mix on one stdout
     assert said[0] == said[1]
+    assert len({*json.loads(said[0])[::2]}) == 2  # sampling ahead is another training
+    for ahead in (0, 1):
+        rows = store.read(tmp_path / f"{ahead}.jsonl")
+        assert [(row["step"], row["staleness"]) for row in rows] == [
+            (step, ahead * (step > 1)) for step in (1, 2, 3, 4) for _ in range(16)
+        ]
 
 
 def test_lessons_and_routes_of_a_scripted_batch(tmp_path):

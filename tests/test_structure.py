@@ -30,7 +30,7 @@ TRAINER = [  # lowest first; rooms of one level never import each other
     | {"routing", "rhythm", "buffer", "curriculum", "teacher"},
     {"policy", "checkpoint", "meter", "records"},
     {"engines", "chat", "trainer", "report"},
-    {"rollout", "reprompt", "branches", "offpolicy"},
+    {"rollout", "reprompt", "branches", "offpolicy", "ahead"},
     {"evaluate", "warm_start", "online"},
     {"run", "doctor", "stages"},
     {"study"},

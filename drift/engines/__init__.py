@@ -18,6 +18,14 @@ class Sample:
 class Engine(Protocol):
     """What rollouts and evaluation ask of an engine."""
 
+    def sync(self) -> None:
+        """From here on, sample from the policy's weights as they are now.
+
+        Called after each change of the weights and before the next `generate`; an engine that shares the policy's
+        memory has nothing to do.
+        """
+        ...
+
     def generate(
         self,
         prompts: list[list[int]],
