@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from drift.policy import Policy
 from drift.types import Trajectory, Turn
 
@@ -64,6 +66,21 @@ def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
     if ids and added and ids[-1] in policy.eos_ids and added[0] in policy.eos_ids:
         added = added[1:]  # the model has ended its turn itself
     return [*ids, *added]
+
+
+def check_role(tokenizer: Any, role: str) -> None:
+    """Raises ValueError where the chat template refuses messages of this role, or leaves them out."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    try:
+        shown = text(tokenizer, [*messages, {"role": role, "content": _MARK}], add_generation_prompt=True)
+        why = None if _MARK in shown else "leaves it out"
+    except TemplateError as error:
+        why = f"says {str(error)!r}"
+    if why is not None:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot show a message of role {role!r}: it {why}; take a "
+            "model whose template does, or set tokenizer.chat_template to one"
+        )
 
 
 def preserves_prefix(tokenizer: Any, messages: Messages) -> bool:

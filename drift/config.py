@@ -109,6 +109,8 @@ class RolloutConfig(Section):
     history: Literal["keep", "template"] = "keep"
     batch_size: Positive = 512
     format_penalty: Annotated[float, Field(le=0)] = -0.1  # a turn whose answer cannot be parsed
+    tool: Literal["calculator"] | None = None  # that the model may call between its answers
+    tool_calls: Positive = 8  # in one trajectory
 
 
 class WeightsConfig(Section):

@@ -51,6 +51,8 @@ class _How:
     max_new_tokens: int
     feedback: Literal["simple", "full"]
     history: Literal["keep", "template"]
+    tool: str | None
+    tool_calls: int
     temperature: float
     top_p: float = 1.0
 
@@ -64,6 +66,8 @@ def evaluate(
     feedback: Literal["simple", "full"] = "simple",
     *,
     history: Literal["keep", "template"] = "keep",
+    tool: str | None = None,
+    tool_calls: int = 0,
     track: Track | None = None,
 ) -> Evaluation:
     """Plays each problem once, greedily, for up to `config.turns` turns, and samples `config.samples` one-turn answers.
@@ -75,7 +79,8 @@ def evaluate(
     track = track or Track(None, progress=False)
 
     def played(name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float) -> list[Episode]:
-        how, episodes = _How(turns, config.max_new_tokens, feedback, history, temperature), []
+        how = _How(turns, config.max_new_tokens, feedback, history, tool, tool_calls, temperature)
+        episodes = []
         with track.progress(name, len(jobs)) as bar:
             for first in range(0, len(jobs), config.batch_size):
                 chunk = jobs[first : first + config.batch_size]

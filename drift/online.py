@@ -37,12 +37,13 @@ from drift.buffer import SuccessBuffer
 from drift.config import Config
 from drift.curriculum import Curriculum
 from drift.engines import Engine
+from drift.environments import Environment
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.policy import Policy
 from drift.reprompt import Attempt, lessons, teacher_trajectory
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
-from drift.rollout import play
+from drift.rollout import play, tool_metrics
 from drift.routing import DifficultyRouter
 from drift.tasks import Task
 from drift.teacher import Teacher
@@ -73,6 +74,7 @@ def train_online(
     track: Track | None = None,
     checkpoint_dir: str | Path | None = None,
     rollouts: str | Path | None = None,
+    environment: Environment | None = None,
     prefix: str = "online",
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
@@ -80,10 +82,11 @@ def train_online(
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
     rollouts: a file that every step's trajectories are appended to (`drift.store`), with their step (as in the metrics),
     staleness, advantage, pass_rate, had_teacher and routed weights; rows past the step that it goes on from are cut off.
+    environment: in place of the one that `config.rollout` names (`drift.environments`).
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
     folder holds another training.
     """
-    loop = _Loop(policy, engine, task, problems, config, seed)
+    loop = _Loop(policy, engine, task, problems, config, seed, environment)
     first = distributed.rank() == 0
     track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
@@ -134,13 +137,20 @@ class _Loop:
     """The components of one algorithm, and what a step does with them."""
 
     def __init__(
-        self, policy: Policy, engine: Engine, task: Task, problems: Sequence[Problem], config: Config, seed: int
+        self,
+        policy: Policy,
+        engine: Engine,
+        task: Task,
+        problems: Sequence[Problem],
+        config: Config,
+        seed: int,
+        environment: Environment | None = None,
     ) -> None:
         if config.online is None:
             raise ValueError("config.online is missing; `online: {}` takes the published settings")
         self.policy, self.task, self.problems = policy, task, list(problems)
         self.config, self.online, self.seed = config, config.online, seed
-        self.base = policy.hash()
+        self.base, self.environment = policy.hash(), environment
         self.ahead = Ahead(policy.device) if config.online.ahead else None
         self.engine = Still(engine, policy, self.ahead.stop) if self.ahead else engine
         self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
@@ -195,6 +205,7 @@ class _Loop:
         self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
         return {
             **_outcomes(samples),
+            **self._tool_use(samples),
             "staleness": sum(number - sample.row["policy_version"] for sample in samples) / len(samples),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -206,6 +217,11 @@ class _Loop:
             "step_time": seconds,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
         }
+
+    def _tool_use(self, samples: Sequence[Sample]) -> dict[str, float]:
+        if self.environment is None and self.config.rollout.tool is None:
+            return {}
+        return tool_metrics([(s.row.get("tool_calls", 0), s.row.get("tool_errors", 0)) for s in samples])
 
     def _parts(self) -> list[tuple[str, Any]]:
         named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}
@@ -249,8 +265,11 @@ class _Loop:
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
         policy = self.engine.policy if isinstance(self.engine, Still) else self.policy
-        episodes = play(policy, self.engine, self.task, jobs, settings, seed=seed) if jobs else []
-        return [{**episode.row(settings.format_penalty), "policy_version": version} for episode in episodes]
+        options: dict[str, Any] = {"seed": seed, "environment": self.environment}
+        episodes = play(policy, self.engine, self.task, jobs, settings, **options) if jobs else []
+        rows = [episode.row(settings.format_penalty) for episode in episodes]
+        unparsed = [episode.answers.count(None) for episode in episodes]
+        return [{**row, "policy_version": version, "unparsed": count} for row, count in zip(rows, unparsed)]
 
     def _read(self, row: store.Row, place: int) -> Sample:
         weights, messages = self.config.weights, row["messages"]
@@ -262,7 +281,7 @@ class _Loop:
             solved_at=row["t_star"] or 0,
             reward=trajectory_return(row, weights.gamma, weights.repetition),
             answers=row["answer_norms"],
-            unparsed=len(row["verifier"]) - len(row["answer_norms"]),
+            unparsed=row["unparsed"],
             feedback=told[-1] if len(told) > 1 else None,
             row=row,
         )
@@ -354,7 +373,7 @@ def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:
         "reward": math.fsum(sample.reward for sample in samples) / count,
         "solved": sum(sample.solved_at > 0 for sample in samples) / count,
         "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
-        "turns": sum(len(sample.trajectory.turns) for sample in samples) / count,
+        "turns": sum(len(sample.row["verifier"]) for sample in samples) / count,
         "unparsed": sum(sample.unparsed for sample in samples) / count,
         "repeat_rate": 1 - distinct / answers if answers else 0.0,
         "response_tokens": _tokens(samples) / count,

@@ -1,4 +1,4 @@
-"""The multi-turn loop (A1): ask, verify, say "Incorrect.", ask again; and its rows, written as they are finished.
+"""The multi-turn loop (A1): ask, have the environment answer, ask again; and its rows, written as they are finished.
 
 Trajectories are played in chunks of `rollout.batch_size`, all live ones of a chunk in one call of the engine a turn. What a
 chunk samples follows from the seed and the chunk's number, so an interrupted collection, which plays the chunk that it
@@ -17,12 +17,13 @@ import numpy as np
 
 from drift import chat, store
 from drift.engines import Engine, Sample
+from drift.environments import FEEDBACK, TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment, feedback
 from drift.policy import Policy
 from drift.tasks import Task, normalise, parse_answer
 from drift.track import Bar, Track
 from drift.types import Problem
 
-FEEDBACK = "Incorrect. Please think again."
+__all__ = ["FEEDBACK", "Episode", "Settings", "collect", "feedback", "play"]
 
 
 class Settings(Protocol):
@@ -40,6 +41,10 @@ class Settings(Protocol):
     def feedback(self) -> Literal["simple", "full"]: ...
     @property
     def history(self) -> Literal["keep", "template"]: ...
+    @property
+    def tool(self) -> str | None: ...
+    @property
+    def tool_calls(self) -> int: ...  # an episode's, at most
 
 
 @dataclass(slots=True)
@@ -50,8 +55,22 @@ class Episode:
     index: int  # among the trajectories of its problem
     messages: list[dict[str, str]]
     samples: list[dict[str, Any]] = field(default_factory=list)  # token ids, loss mask, log-probs, turn starts
-    answers: list[str | None] = field(default_factory=list)  # of each turn, None where none could be parsed
-    solved_at: int = 0  # the turn of the right answer, 0 for none
+    answers: list[str | None] = field(default_factory=list)  # of each attempt, None where none could be parsed
+    rewards: list[float] = field(default_factory=list)  # of each attempt
+    solved_at: int = 0  # the attempt that was right first, 0 for none
+    tool_calls: int = 0  # turns of tool calls are no attempts
+    tool_errors: int = 0
+    ended: bool = False
+
+    @property
+    def reply(self) -> str:
+        """The last turn."""
+        return self.messages[-1]["content"]
+
+    @property
+    def turn(self) -> int:
+        """The number of the attempt that is being made, from 1."""
+        return len(self.rewards) + 1
 
     def prompt(self, policy: Policy, history: str) -> list[int]:
         """Ids of the next turn's prompt."""
@@ -74,21 +93,45 @@ class Episode:
         )
         self.messages.append({"role": "assistant", "content": said})
 
+    def answered(self, step: Step, turns: int) -> None:
+        """Adds what the environment says to the last turn; the attempt number `turns` is the last one.
+
+        Raises ValueError for a step that leaves nothing to go on from, or a turn of tool calls with an outcome.
+        """
+        if step.tool_calls:
+            if step.reward or step.done:
+                raise ValueError(
+                    f"environment: {step} is a turn of tool calls, which has no reward and ends no episode"
+                )
+            self.tool_calls += step.tool_calls
+            self.tool_errors += step.tool_errors
+        else:
+            self.answers.append(step.answer)
+            self.rewards.append(float(step.reward))
+            if step.reward >= 1 and not self.solved_at:
+                self.solved_at = len(self.rewards)
+        self.ended = step.done or len(self.rewards) == turns
+        if not self.ended and not step.messages:
+            raise ValueError(f"environment: {step} is not done and has no messages to go on from")
+        if not self.ended:
+            self.messages.extend(step.messages)
+
     def row(self, format_penalty: float) -> dict[str, Any]:
         """The published fields, then ours (see `drift.store`); earlier turns of a template history beside the last."""
-        keys = [f"t{turn}" for turn in range(1, len(self.answers) + 1)]
-        right = [int(turn == self.solved_at) for turn in range(1, len(self.answers) + 1)]
+        keys = [f"t{turn}" for turn in range(1, len(self.rewards) + 1)]
         row = {
             "prompt_id": self.problem.id,
             "traj_idx": self.index,
             "messages": self.messages,
-            "verifier": dict(zip(keys, right)),
-            "turn_rewards": dict(zip(keys, map(float, right))),
-            "answer_norms": [normalise(answer) for answer in self.answers if answer is not None],
+            "verifier": {key: int(reward >= 1) for key, reward in zip(keys, self.rewards)},
+            "turn_rewards": dict(zip(keys, self.rewards)),
+            "answer_norms": [normalise(answer) for answer in self.answers if answer],
             "format_penalty": format_penalty * self.answers.count(None) or 0.0,  # not -0.0
             "t_star": self.solved_at or None,
             **self.samples[-1],
         }
+        if self.tool_calls:
+            row |= {"tool_calls": self.tool_calls, "tool_errors": self.tool_errors}
         return row if len(self.samples) == 1 else {**row, "earlier_turns": self.samples[:-1]}
 
 
@@ -101,50 +144,54 @@ def play(
     *,
     seed: Sequence[int],
     bar: Bar | None = None,
+    environment: Environment | None = None,
 ) -> list[Episode]:
-    """Plays every (problem, trajectory index) to its first right answer or through `settings.turns`; in order.
+    """Plays every (problem, trajectory index) to its end: its environment's, or `settings.turns` attempts; in order.
 
-    seed: numbers that all samples follow from. The bar advances by the trajectories that end.
+    seed: numbers that all samples follow from. The bar advances by the trajectories that end. environment: default the
+    one that the settings name. Raises ValueError where it answers what nobody can go on from, and where the chat
+    template does not know tool messages.
     """
-    episodes = [Episode(problem, i, [{"role": "user", "content": problem.prompt}]) for problem, i in jobs]
+    if settings.tool is not None:
+        chat.check_role(policy.tokenizer, "tool")
+    environment = environment or _environment(task, settings)
+    episodes = [Episode(problem, index, list(environment.reset(problem))) for problem, index in jobs]
     live = episodes
-    for turn in range(1, settings.turns + 1):
+    for number in range(1, settings.turns + settings.tool_calls + 1):
         prompts = [episode.prompt(policy, settings.history) for episode in live]
         samples = engine.generate(
             prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            seed=int(np.random.SeedSequence([*seed, turn]).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]),
         )
         for episode, prompt, sample in zip(live, prompts, samples):
-            said = chat.decode(policy, sample.token_ids)
-            episode.take(prompt, sample, said, settings.history)
-            episode.answers.append(parse_answer(said, task.answer_tag))
-        _verify(task, live, turn)
-        still = [episode for episode in live if not episode.solved_at]
+            episode.take(prompt, sample, chat.decode(policy, sample.token_ids), settings.history)
+        steps = environment.step(live)
+        if len(steps) != len(live):
+            raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there should be one each")
+        for episode, step in zip(live, steps):
+            episode.answered(step, settings.turns)
+        still = [episode for episode in live if not episode.ended]
         if bar is not None:
-            bar.advance(len(live) - (len(still) if turn < settings.turns else 0))
+            bar.advance(len(live) - len(still))
         live = still
-        if turn == settings.turns or not live:
+        if not live:
             break
-        for episode in live:
-            said = feedback(episode.problem, turn, settings.turns, settings.feedback)
-            episode.messages.append({"role": "user", "content": said})
+    for episode in live:  # of an environment that takes more calls than the settings allow: the last turn stays last
+        while episode.messages[-1]["role"] != "assistant":
+            episode.messages.pop()
+    if bar is not None:
+        bar.advance(len(live))
     return episodes
 
 
-def _verify(task: Task, live: Sequence[Episode], turn: int) -> None:
-    parsed = [(episode, answer) for episode in live if (answer := episode.answers[-1]) is not None]
-    verdicts = task.verify_many([(episode.problem, answer) for episode, answer in parsed])
-    for (episode, _), right in zip(parsed, verdicts):
-        if right:
-            episode.solved_at = turn
-
-
-def feedback(problem: Problem, turn: int, turns: int, mode: str) -> str:
-    """What a wrong answer in this turn gets; `full` also says which turn it was and repeats the first message (A1)."""
-    return FEEDBACK if mode == "simple" else f"{FEEDBACK} This was turn {turn} of {turns}.\n\n{problem.prompt}"
+def _environment(task: Task, settings: Settings) -> Environment:
+    if settings.tool is None:
+        return VerifyEnvironment(task, settings.turns, settings.feedback, parse_answer)
+    options: dict[str, Any] = {"tool": TOOLS[settings.tool], "calls": settings.tool_calls}
+    return ToolEnvironment(task, settings.turns, settings.feedback, parse_answer, **options)
 
 
 def collect(
@@ -157,6 +204,7 @@ def collect(
     seed: int | Sequence[int],
     track: Track | None = None,
     prefix: str = "rollout",
+    environment: Environment | None = None,
 ) -> int:
     """`config.n` trajectories of each problem, appended to the rollout file `path`; returns how many were new.
 
@@ -178,11 +226,14 @@ def collect(
                 bar.advance(len(chunk))
                 continue
             start = time.perf_counter()
-            episodes = play(policy, engine, task, chunk, config, seed=[*numbers, number], bar=bar)
+            options: dict[str, Any] = {"seed": [*numbers, number], "bar": bar, "environment": environment}
+            episodes = play(policy, engine, task, chunk, config, **options)
             for episode in episodes:
                 if (episode.problem.id, episode.index) in missing:
                     writer.write({**episode.row(config.format_penalty), **who})
             measured = _metrics(episodes, time.perf_counter() - start)
+            if environment is not None or config.tool is not None:
+                measured |= tool_metrics([(episode.tool_calls, episode.tool_errors) for episode in episodes])
             track.log(number + 1, **{f"{prefix}/{key}": value for key, value in measured.items()})
         return len(writer.done) - before
 
@@ -195,4 +246,14 @@ def _metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
         "turns": sum(len(episode.answers) for episode in episodes) / len(episodes),
         "unparsed": sum(episode.answers.count(None) for episode in episodes) / len(episodes),
         "tokens_per_second": sampled / seconds,
+    }
+
+
+def tool_metrics(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Means over trajectories, each given as (calls, errors among them)."""
+    calls, errors = sum(calls for calls, _ in counts), sum(errors for _, errors in counts)
+    return {
+        "tool_calls": calls / len(counts),
+        "tool_errors": errors / len(counts),
+        "tool_users": sum(calls > 0 for calls, _ in counts) / len(counts),
     }

@@ -221,6 +221,8 @@ class _Job:
                     config.eval,
                     config.rollout.feedback,
                     history=config.rollout.history,
+                    tool=config.rollout.tool,
+                    tool_calls=config.rollout.tool_calls,
                     track=self.track,
                 )
             path.parent.mkdir(parents=True, exist_ok=True)

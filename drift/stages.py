@@ -8,6 +8,7 @@ else `model.path`, else the base of the config's own run; an embedded tiny model
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -81,7 +82,8 @@ def score(config: Config, *, model: str | None = None) -> Evaluation:
         with Track(None, progress=config.track.progress) as track:
             engine, asked = HFEngine(policy, config.eval.batch_size), _asked(config, task, "eval")
             how = config.rollout
-            return evaluate(policy, engine, task, asked, config.eval, how.feedback, history=how.history, track=track)
+            options: dict[str, Any] = {"history": how.history, "tool": how.tool, "tool_calls": how.tool_calls}
+            return evaluate(policy, engine, task, asked, config.eval, how.feedback, track=track, **options)
     finally:
         task.close()
 

@@ -1,15 +1,8 @@
-"""Environments that answer a model's turn with messages, and one real tool: a calculator that a model cannot break.
+"""A calculator that a model cannot break; `drift.environments` puts it into a conversation.
 
-    >>> from drift.tools import CalculatorEnvironment, calculate
+    >>> from drift.tools import calculate
     >>> calculate("(12 + 3) * 4 ** 2")
     '240'
-    >>> environment = CalculatorEnvironment(answer="240")
-    >>> messages = environment.reset("What is (12 + 3) · 4²?")
-    >>> environment.step("<tool_call>(12 + 3) * 4 ** 2</tool_call>").messages
-    [{'role': 'tool', 'content': '240'}]
-
-What an environment says is never trained: the loop appends it as a message of another role than the assistant's, and
-its ids come from the chat template, outside every `Turn`.
 
 Left out: running code. `calculate` walks a syntax tree of numbers, operators and a few functions: no names but theirs,
 no attributes, no text, no assignment; and it works out how large a result could be before it is made.
@@ -20,12 +13,10 @@ from __future__ import annotations
 import ast
 import math
 import operator
-import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 LONGEST = 500  # characters of an expression
 DEEPEST = 40  # levels of its tree
@@ -35,68 +26,6 @@ SECONDS = 0.25  # for one expression; the bounds above keep any far below it
 
 class ToolError(ValueError):
     """An expression that is not evaluated, and why; the text is fit to be shown to the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What an environment answers to one assistant message."""
-
-    messages: list[dict[str, str]] = field(default_factory=list)  # of other roles; empty where the episode is over
-    reward: float = 0.0
-    done: bool = False
-
-
-class Environment(Protocol):
-    """One episode's other side. `reset` before the first `step`; no `step` after one that was done."""
-
-    def reset(self, prompt: str) -> list[dict[str, str]]:
-        """The conversation's opening messages."""
-        ...
-
-    def step(self, reply: str) -> Step:
-        """Takes the assistant's message, as text without the token that ends it."""
-        ...
-
-
-class CalculatorEnvironment:
-    """A question, a calculator, and a check of the answer.
-
-    `<tool_call>EXPRESSION</tool_call>` is answered by a tool message with the value, or with the reason why there is
-    none. `<answer>…</answer>` ends the episode, reward 1.0 where it is right. A reply with neither gets `nudge`.
-    A reply with both is an answer. check: whether an answer is right, default equality with `answer` after stripping.
-    calls: how many tool calls there may be; the next one ends the episode.
-    """
-
-    nudge = "Call the calculator inside <tool_call> and </tool_call>, or answer inside <answer> and </answer>."
-
-    def __init__(self, answer: str, check: Callable[[str], bool] | None = None, calls: int = 8) -> None:
-        self.check = check or (lambda given: given == answer.strip())
-        self.calls, self.used = calls, 0
-
-    def reset(self, prompt: str) -> list[dict[str, str]]:
-        """The question as a user message."""
-        self.used = 0
-        return [{"role": "user", "content": prompt}]
-
-    def step(self, reply: str) -> Step:
-        """See the class."""
-        said = reply.rsplit("</think>", 1)[-1]
-        if answers := re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL):
-            return Step(reward=float(self.check(answers[-1].strip())), done=True)
-        calls = re.findall(r"<tool_call>(.*?)</tool_call>", said, re.DOTALL)
-        if not calls:
-            return Step([{"role": "user", "content": self.nudge}])
-        self.used += len(calls)
-        if self.used > self.calls:
-            return Step(done=True)
-        return Step([{"role": "tool", "content": _answer(call)} for call in calls])
-
-
-def _answer(call: str) -> str:
-    try:
-        return calculate(call)
-    except ToolError as error:
-        return f"Error: {error}"
 
 
 def calculate(expression: str) -> str:

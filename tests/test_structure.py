@@ -28,7 +28,7 @@ TRAINER = [  # lowest first; rooms of one level never import each other
     {"config"},
     {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
     | {"routing", "rhythm", "buffer", "curriculum", "teacher"},
-    {"policy", "checkpoint", "meter", "records"},
+    {"policy", "checkpoint", "meter", "records", "environments"},
     {"engines", "chat", "trainer", "report"},
     {"rollout", "reprompt", "branches", "offpolicy", "ahead"},
     {"evaluate", "warm_start", "online"},

@@ -1,4 +1,4 @@
-"""The calculator, and what a model might try to break it with; environments; and that a tool's words are not trained."""
+"""The calculator, and what a model might try to break it with."""
 
 import doctest
 import math
@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift import chat, tools
-from drift.config import ModelConfig
-from drift.engines import Sample
-from drift.packing import pack
-from drift.policy import load_policy
-from drift.rollout import Episode
-from drift.tools import CalculatorEnvironment, Step, ToolError, calculate
-from drift.types import Problem
+from drift import tools
+from drift.tools import ToolError, calculate
 
 
 @pytest.mark.parametrize(
@@ -147,45 +141,5 @@ def test_any_text_gives_a_value_or_a_tool_error(text):
     assert value in ("True", "False") or math.isfinite(float(value))
 
 
-def test_environment():
-    environment = CalculatorEnvironment("240", calls=3)
-    assert environment.reset("q") == [{"role": "user", "content": "q"}]
-    said = environment.step("<think><answer>1</answer></think><tool_call>15 * 16</tool_call>")
-    assert said == Step([{"role": "tool", "content": "240"}])
-    assert environment.step("Hm.").messages == [{"role": "user", "content": environment.nudge}]
-    assert environment.step("<tool_call>9**9**9</tool_call>").messages[0]["content"].startswith("Error: the result")
-    assert environment.step("<answer>\n240 </answer>") == Step(reward=1.0, done=True)
-    assert environment.step("<answer>241</answer>") == Step(done=True)
-    two = environment.step("<tool_call>1</tool_call><tool_call>2</tool_call>")
-    assert two == Step(done=True)  # the fourth call of three
-    environment.reset("q")
-    assert len(environment.step("<tool_call>1</tool_call><tool_call>2</tool_call>").messages) == 2
-    lenient = CalculatorEnvironment("240", check=lambda given: float(given) == 240)
-    lenient.reset("q")
-    assert lenient.step("<answer>240.0</answer>").reward == 1.0
-
-
-def test_a_tools_words_are_never_trained():
-    """An episode with two tool calls, as rollouts keep it, packed: targets are exactly what the model said."""
-    policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
-    environment = CalculatorEnvironment("240")
-    episode = Episode(Problem("p", "15 * 16 = ?", "240"), 0, environment.reset("15 * 16 = ?"))
-    lines = ["<tool_call>15 * 16</tool_call>", "<tool_call>1/0</tool_call>", "<answer>240</answer>"]
-    for line in lines:
-        prompt = episode.prompt(policy, "keep")
-        ids = chat.encode(policy.tokenizer, line + "<|im_end|>")
-        episode.take(prompt, Sample(ids, [-1.0] * len(ids), True), line, "keep")
-        step = environment.step(line)
-        episode.messages.extend(step.messages)
-    assert (step.done, step.reward) == (True, 1.0)
-    [trajectory] = chat.to_trajectories(policy, episode.row(0.0), index=0, turns="assistant")
-    [batch] = pack([trajectory], 4096, turns="assistant")
-    shown = policy.tokenizer.decode(batch.input_ids)
-    assert "tool\n240" in shown
-    assert "tool\nError: division by zero" in shown
-    trained = batch.targets[batch.targets != -100]
-    assert policy.tokenizer.decode(trained) == "".join(line + "<|im_end|>" for line in lines)
-
-
 def test_the_example_runs():
-    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=5)
+    assert doctest.testmod(tools) == doctest.TestResults(failed=0, attempted=2)
