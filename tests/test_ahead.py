@@ -87,7 +87,10 @@ class Sequential(online._Loop):
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         settings = self.config.rollout
         episodes = play(self.policy, HFEngine(self.policy), self.task, jobs, settings, seed=[self.seed, number, 0])
-        return [{**episode.row(settings.format_penalty), "policy_version": version} for episode in episodes]
+        return [
+            {**e.row(settings.format_penalty), "policy_version": version, "unparsed": e.answers.count(None)}
+            for e in episodes
+        ]
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "drift"])
