@@ -49,6 +49,12 @@ class Sample:
     rebellious: float = 0.0
     pass_rate: float = 0.0  # of its problem, as the router believed it
     row: dict[str, Any] = field(default_factory=dict)  # as it was sampled, in the names of `drift.store`
+    earlier: list[Sample] = field(default_factory=list)  # with history: template, its turns before the last one
+
+    @property
+    def parts(self) -> list[Sample]:
+        """Every token sequence of the trajectory: itself, after those of earlier turns."""
+        return [*self.earlier, self]
 
     @property
     def problem_id(self) -> str:

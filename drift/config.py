@@ -199,14 +199,6 @@ class Config(Section):
         """What is trained from the base, by name: the arms, or the online algorithm."""
         return [self.online.algorithm] if self.online else list(self.arms)
 
-    @model_validator(mode="after")
-    def _online_keeps_history(self) -> Config:
-        if self.online and self.rollout.history != "keep":
-            raise ValueError(
-                f"rollout.history {self.rollout.history!r}: the online method needs 'keep', one sample a trajectory"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:

@@ -8,7 +8,8 @@ share of the problems, all ranks see the whole batch and route it alike, and eac
     L = (Σ w_policy·policy_token + λ·Σ w_distill·divergence_token) / N
 
 with N all response tokens of the global batch (ours: the public code divides each micro-batch by its own). Presets whose
-policy loss is a mean over sequences (grpo, gspo) divide that branch by the number of sequences, global too.
+policy loss is a mean over sequences (grpo, gspo) divide that branch by the number of sequences, global too. With
+`history: template` a turn is a sequence, under the weights and the advantage of its trajectory.
 
 Sampling and training alternate, or with `online.ahead` the next batch is sampled while this one is trained on: by weights
 one step older, which the correction of sampler against trainer covers, and to the same bits whatever the threads do.
@@ -181,8 +182,9 @@ class _Loop:
             self.ahead.start(partial(self._play, number + 1, number))
         sampled = time.perf_counter()
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
+            parts = [part for sample in samples for part in sample.parts]
             measured = self.branches.accumulate(
-                distributed.share(samples), phase, self.teacher, _tokens(samples), len(samples)
+                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts)
             )
         if self.ahead:
             self.ahead.check()
@@ -251,7 +253,9 @@ class _Loop:
         rows, self.pending = self.pending, None
         if rows is None:
             rows = distributed.gather(self._play(number, number))
-        samples = [self._read(row, place) for place, row in enumerate(rows)]
+        samples = [self._read(row) for row in rows]
+        for place, part in enumerate(part for sample in samples for part in sample.parts):
+            part.trajectory.index = place
         groups: dict[str, list[Sample]] = {}
         for sample in samples:
             groups.setdefault(sample.problem_id, []).append(sample)
@@ -271,19 +275,24 @@ class _Loop:
         unparsed = [episode.answers.count(None) for episode in episodes]
         return [{**row, "policy_version": version, "unparsed": count} for row, count in zip(rows, unparsed)]
 
-    def _read(self, row: store.Row, place: int) -> Sample:
+    def _read(self, row: store.Row) -> Sample:
         weights, messages = self.config.weights, row["messages"]
-        [trajectory] = chat.to_trajectories(self.policy, row, index=place, turns="assistant")
+        *earlier, last = chat.to_trajectories(self.policy, row, index=0, turns="assistant")
         told = [message["content"] for message in messages if message["role"] == "user"]
+        ends = [place for place, message in enumerate(messages, 1) if message["role"] == "assistant"]
+        result: dict[str, Any] = {
+            "solved_at": row["t_star"] or 0,
+            "reward": trajectory_return(row, weights.gamma, weights.repetition),
+            "answers": row["answer_norms"],
+            "unparsed": row["unparsed"],
+        }
         return Sample(
-            trajectory,
+            last,
             messages,
-            solved_at=row["t_star"] or 0,
-            reward=trajectory_return(row, weights.gamma, weights.repetition),
-            answers=row["answer_norms"],
-            unparsed=row["unparsed"],
             feedback=told[-1] if len(told) > 1 else None,
             row=row,
+            earlier=[Sample(turn, messages[:end], **result) for turn, end in zip(earlier, ends)],
+            **result,
         )
 
     def _row(self, sample: Sample, number: int) -> store.Row:
@@ -322,9 +331,9 @@ class _Loop:
                 epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
             )
             for sample, lesson in zip(samples, found):
-                if lesson is not None:
-                    tokenizer, own = self.policy.tokenizer, sample.trajectory
-                    sample.taught = teacher_trajectory(tokenizer, own, sample.messages, lesson)
+                for part in sample.parts if lesson is not None else ():
+                    tokenizer, own = self.policy.tokenizer, part.trajectory
+                    part.taught = teacher_trajectory(tokenizer, own, part.messages, lesson)
         routes = self.router.update(
             [sample.problem_id for sample in samples],
             [sample.solved_at > 0 for sample in samples],
@@ -333,7 +342,8 @@ class _Loop:
         )
         columns = (routes.distill, routes.policy, routes.rebellious, routes.pass_rate)
         for sample, *found in zip(samples, *(column.tolist() for column in columns)):
-            sample.distill, sample.policy, sample.rebellious, sample.pass_rate = found
+            for part in sample.parts:
+                part.distill, part.policy, part.rebellious, part.pass_rate = found
         if self.buffer is not None:
             for sample in samples:
                 if sample.solved_at:
@@ -357,11 +367,12 @@ def _set_advantages(group: Sequence[Sample], scale: bool) -> None:
     spread = math.sqrt(math.fsum((sample.reward - mean) ** 2 for sample in group) / len(group))
     flat = max(sample.reward for sample in group) == min(sample.reward for sample in group)
     for sample in group:
-        sample.trajectory.advantage = 0.0 if flat else (sample.reward - mean) / (spread if scale else 1.0)
+        for part in sample.parts:
+            part.trajectory.advantage = 0.0 if flat else (sample.reward - mean) / (spread if scale else 1.0)
 
 
 def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(turn.stop - turn.start for sample in samples for turn in sample.trajectory.turns)
+    return sum(turn.stop - turn.start for sample in samples for part in sample.parts for turn in part.trajectory.turns)
 
 
 def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:

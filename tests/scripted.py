@@ -85,5 +85,5 @@ def quarters(folder: Path, **sections) -> Config:
         "track": {"progress": False},
     }
     for name, changed in sections.items():
-        base[name] = {**base[name], **changed} if isinstance(changed, dict) else changed
+        base[name] = {**base.get(name, {}), **changed} if isinstance(changed, dict) else changed
     return parse(base)
