@@ -89,6 +89,7 @@ class WarmStartConfig(Section):
     lr: LearningRate = 2e-3
     wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
     taught_share: BelowOne = 0.0  # share of dialogues that begin with a correct solution, so that reading one is learnt
+    tool_share: BelowOne = 0.0  # share of dialogues that let rollout.tool work out the problem's expression
 
     @model_validator(mode="after")
     def _low_below_high(self) -> WarmStartConfig:
@@ -198,6 +199,14 @@ class Config(Section):
     def trained(self) -> list[str]:
         """What is trained from the base, by name: the arms, or the online algorithm."""
         return [self.online.algorithm] if self.online else list(self.arms)
+
+    @model_validator(mode="after")
+    def _tool_to_show(self) -> Config:
+        if self.warm_start.tool_share and self.rollout.tool is None:
+            raise ValueError(
+                f"warm_start.tool_share {self.warm_start.tool_share} shows a tool, and rollout.tool names none"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

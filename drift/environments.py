@@ -30,10 +30,7 @@ from drift.types import Problem
 
 FEEDBACK = "Incorrect. Please think again."
 TOOLS: dict[str, Callable[[str], str]] = {"calculator": calculate}
-CALCULATOR = (
-    "You may use a calculator first: write a Python expression inside <tool_call> and </tool_call> and end your turn; "
-    "its value comes back."
-)
+CALCULATOR = "If you like, first have a Python expression calculated: write it inside <tool_call> and </tool_call>."
 Messages = list[dict[str, str]]
 
 

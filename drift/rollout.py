@@ -23,7 +23,7 @@ from drift.tasks import Task, normalise, parse_answer
 from drift.track import Bar, Track
 from drift.types import Problem
 
-__all__ = ["FEEDBACK", "Episode", "Settings", "collect", "feedback", "play"]
+__all__ = ["FEEDBACK", "Episode", "Settings", "collect", "default_environment", "feedback", "play"]
 
 
 class Settings(Protocol):
@@ -154,7 +154,7 @@ def play(
     """
     if settings.tool is not None:
         chat.check_role(policy.tokenizer, "tool")
-    environment = environment or _environment(task, settings)
+    environment = environment or default_environment(task, settings)
     episodes = [Episode(problem, index, list(environment.reset(problem))) for problem, index in jobs]
     live = episodes
     for number in range(1, settings.turns + settings.tool_calls + 1):
@@ -187,7 +187,8 @@ def play(
     return episodes
 
 
-def _environment(task: Task, settings: Settings) -> Environment:
+def default_environment(task: Task, settings: Settings) -> Environment:
+    """The verifier with its feedback, and the tool that the settings name."""
     if settings.tool is None:
         return VerifyEnvironment(task, settings.turns, settings.feedback, parse_answer)
     options: dict[str, Any] = {"tool": TOOLS[settings.tool], "calls": settings.tool_calls}

@@ -25,11 +25,12 @@ import numpy as np
 from drift import chat, checkpoint
 from drift.config import Config, TrainConfig, WarmStartConfig
 from drift.engines import Engine
+from drift.environments import TOOLS
 from drift.optimizer import MasterAdamW
 from drift.packing import pack
 from drift.policy import Policy
 from drift.reprompt import Lesson, rewrite
-from drift.rollout import feedback, play
+from drift.rollout import default_environment, feedback, play
 from drift.tasks import Task, TaskError
 from drift.track import Track
 from drift.trainer import train_step
@@ -151,9 +152,14 @@ def demonstrations(
 def _dialogue(
     problem: Problem, task: Task, problems: Sequence[Problem], config: Config, draw: np.random.Generator
 ) -> list[dict[str, str]]:
-    """Wrong answers by chance, then the right one, in at most `rollout.turns` turns."""
+    """Wrong answers by chance, then the right one, in at most `rollout.turns` turns; or a tool call and the right one."""
     tag, turns, given = task.answer_tag, config.rollout.turns, [problem.answer]
-    messages = [{"role": "user", "content": problem.prompt}]
+    messages = list(default_environment(task, config.rollout).reset(problem))
+    share, tool = config.warm_start.tool_share, config.rollout.tool
+    if tool is not None and draw.random() < share:
+        call = {"role": "assistant", "content": f"<tool_call>{_expression(problem)}</tool_call>"}
+        messages += [call, {"role": "tool", "content": TOOLS[tool](_expression(problem))}]
+        turns = 1
     for turn in range(1, turns + 1):
         if turn == turns or draw.random() >= config.warm_start.wrong_share:
             break
@@ -161,6 +167,16 @@ def _dialogue(
         said = feedback(problem, turn, turns, config.rollout.feedback)
         messages += [{"role": "assistant", "content": f"<{tag}>{given[-1]}</{tag}>"}, {"role": "user", "content": said}]
     return [*messages, {"role": "assistant", "content": f"<{tag}>{problem.answer}</{tag}>"}]
+
+
+def _expression(problem: Problem) -> str:
+    """What the generator says that the problem works out."""
+    expression = problem.metadata.get("metadata", {}).get("expression")
+    if not isinstance(expression, str):
+        raise TaskError(
+            f"problem {problem.id} ({problem.prompt!r}) has no expression to show a tool with; set warm_start.tool_share=0"
+        )
+    return expression
 
 
 def _wrong(problem: Problem, given: Sequence[str], problems: Sequence[Problem], draw: np.random.Generator) -> str:

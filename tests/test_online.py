@@ -395,7 +395,9 @@ def test_a_template_that_changes_nothing_trains_the_same(tmp_path, algorithm):
     logged = {"keep": [], "template": []}
     for history, rows in logged.items():
         rollout = {"n": 3, "turns": 3, "history": history}
-        made = config(tmp_path, algorithm, rollout=rollout, online={"steps": 3, "prompts": 2}, weights={"gamma": 0.1, "beta": 0.1})
+        made = config(
+            tmp_path, algorithm, rollout=rollout, online={"steps": 3, "prompts": 2}, weights={"gamma": 0.1, "beta": 0.1}
+        )
         policy, task = load_policy(made.model, seed=0), Guessing(2)
         engine = ScriptedEngine(policy, {f"q{n}": [say("x"), say("y"), say("z")] for n in range(2)})
 

@@ -10,7 +10,9 @@ from scripted import quarters
 
 from drift import warm_start as module
 from drift.checkpoint import CheckpointError
+from drift.config import ConfigError, parse
 from drift.engines.hf import HFEngine
+from drift.environments import CALCULATOR
 from drift.policy import load_policy
 from drift.rollout import FEEDBACK
 from drift.tasks import TaskError, load_task, parse_answer
@@ -79,6 +81,32 @@ def test_some_dialogues_begin_with_the_solution(parts):
         assert solution in policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop])
     assert any("Incorrect" in text for _, text, _ in told)
     assert len(told) / len(made) == pytest.approx(0.4, abs=4 * np.sqrt(0.24 / len(made)))
+
+
+def test_some_dialogues_call_the_tool(parts):
+    config, task, policy = parts
+    rollout = config.rollout.model_copy(update={"tool": "calculator"})
+    warm = config.warm_start.model_copy(update={"tool_share": 0.5})
+    config = config.model_copy(update={"rollout": rollout, "warm_start": warm})
+    problems = task.problems("warm")
+    with pytest.raises(TaskError, match=r"has no expression to show a tool with"):
+        demonstrations(policy, task, problems, config, [0, 0])
+    for problem in problems:
+        problem.metadata["metadata"] = {"expression": f"{problem.answer} * 1"}
+    shown = [t for step in range(5) for t in demonstrations(policy, task, problems, config, [0, step])]
+    called = 0
+    for trajectory in shown:
+        text = policy.tokenizer.decode(trajectory.token_ids)
+        assert text.count(CALCULATOR) == 1
+        turns = [policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) for turn in trajectory.turns]
+        if "<tool_call>" in turns[0]:
+            answer = parse_answer(turns[1])
+            assert turns == [f"<tool_call>{answer} * 1</tool_call><|im_end|>", f"<answer>{answer}</answer><|im_end|>"]
+            assert f"tool\n{answer}<|im_end|>" in text
+            called += 1
+    assert called / len(shown) == pytest.approx(0.5, abs=4 * 0.5 / len(shown) ** 0.5)
+    with pytest.raises(ConfigError, match=r"rollout\.tool names none"):
+        parse({"name": "q", "warm_start": {"tool_share": 0.5}})
 
 
 def test_it_ends_at_the_target_and_is_not_run_again(parts, tmp_path):
