@@ -26,6 +26,9 @@ class HFEngine:
         names = inspect.signature(policy.causal_lm.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
 
+    def sync(self) -> None:
+        """Nothing to do: the weights are the policy's own."""
+
     def generate(
         self,
         prompts: list[list[int]],
