@@ -217,6 +217,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _server_cuts_nothing(self) -> Config:
+        if self.engine.kind == "vllm" and self.rollout.top_p != 1:
+            raise ValueError(
+                f"rollout.top_p {self.rollout.top_p} with engine.kind 'vllm': a server's log-probs are those after the cut, and "
+                "training needs those before it; set rollout.top_p=1.0, or engine.kind=hf"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:

@@ -126,6 +126,7 @@ class _Loop:
     def step(self, number: int) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         start, phase = time.perf_counter(), self.curriculum.at(number)
+        self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
         sampled = time.perf_counter()

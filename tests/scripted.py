@@ -43,6 +43,9 @@ class ScriptedEngine:
     def __init__(self, policy, lines: dict[str, list[str]]) -> None:
         self.policy, self.lines, self.calls, self.prompts = policy, lines, [], []
 
+    def sync(self):
+        pass
+
     def generate(self, prompts, **settings):
         self.calls.append(settings)
         self.prompts.append(prompts)

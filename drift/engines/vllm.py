@@ -136,7 +136,13 @@ class VLLMEngine:
         if self.lora:  # by a name of its own: loading in place reads the file again in every step (vLLM 0.32)
             self._load_adapter(folder, version, before)
         else:
-            self._call("drift_load", str(folder), version)
+            try:
+                self._call("drift_load", str(folder), version)
+            except Unreachable:
+                raise
+            except EngineError as error:
+                what = "it has to see that folder, and to serve a model of the policy's shape"
+                raise self._unfit(f"it does not take up the weights in {folder} ({error}); {what}") from error
         done = self.client.ask("/reset_prefix_cache?reset_running_requests=true", {})
         if not (isinstance(done, dict) and done.get("success", True)):
             raise EngineError(
@@ -317,8 +323,8 @@ class VLLMEngine:
             self.base = str(listed["data"][0]["id"])
         except Unreachable as error:
             raise self._unfit(f"nobody answers ({error})") from error
-        except (Refused, Passing, KeyError, IndexError, TypeError) as error:
-            raise self._unfit(f"it lists no model at /v1/models ({error})") from error
+        except (Refused, Passing, LookupError, TypeError):  # what it is asked for next tells more
+            self.base = str(self.policy.causal_lm.config.name_or_path)
         try:
             self._compatible()
             state = self._current_state()
