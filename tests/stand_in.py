@@ -76,10 +76,10 @@ class StandIn:
             if body["lora_name"] in self.adapters:
                 return 400, {"error": {"message": "The lora adapter has already been loaded."}}
             self.adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
-            return 200, {}
+            return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
         if name == "/v1/unload_lora_adapter":
             found = self.adapters.pop(body["lora_name"], None)
-            return (200, {}) if found else (404, {"error": {"message": "The lora adapter cannot be found."}})
+            return (200, "Success") if found else (404, {"error": {"message": "The lora adapter cannot be found."}})
         return 404, {"detail": "Not Found"}
 
     def drift_state(self):
@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # so that no thread waits for a second request
         if answer is None:
             return
-        content = json.dumps(answer[1]).encode()
+        content = (answer[1] if isinstance(answer[1], str) else json.dumps(answer[1])).encode()
         try:
             self.send_response(answer[0])
             self.send_header("Content-Length", str(len(content)))

@@ -69,7 +69,7 @@ class Client:
         self._http.close()
 
     def once(self, path: str, body: Any = None) -> Any:
-        """GET, or POST where there is a body; the answer's JSON (None where it has none).
+        """GET, or POST where there is a body; the answer as JSON, or as text where it is none.
 
         Raises Unreachable, Passing or Refused.
         """
@@ -88,12 +88,10 @@ class Client:
             raise Passing(f"{where}: HTTP {answer.status_code}: {_said(answer)}")
         if answer.status_code >= 400:
             raise Refused(f"{where}: HTTP {answer.status_code}: {_said(answer)}", answer.status_code)
-        if not answer.content:
-            return None
         try:
             return answer.json()
-        except ValueError as error:
-            raise Refused(f"{where}: the answer is not JSON: {_said(answer)}", answer.status_code) from error
+        except ValueError:
+            return answer.text
 
     def ask(
         self,

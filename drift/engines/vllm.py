@@ -376,4 +376,5 @@ def _seed(seed: int, place: int) -> int:
 
 def _probe_prompts(policy: Policy) -> list[list[int]]:
     """Ids from all over the vocabulary, so that a wrong row of any matrix has a chance to show."""
-    return np.random.default_rng(0).integers(len(policy.tokenizer), size=(PROBES, PROBE_LENGTH)).tolist()
+    known = min(len(policy.tokenizer), policy.head()[0].shape[0])  # a tokenizer may know tokens that the model does not
+    return np.random.default_rng(0).integers(known, size=(PROBES, PROBE_LENGTH)).tolist()
