@@ -278,6 +278,9 @@ def test_weights_that_did_not_arrive_stop_the_run(policy, deaf):
         perturb(policy.model)
         with pytest.raises(EngineError, match=r"differ from the policy's by up to .* nats \(engine.tolerance=0.001\)"):
             engine.sync()
+        for again in (engine.sync, lambda: engine.generate(PROMPTS, seed=3, **HOW)):
+            with pytest.raises(EngineError, match="differ from the policy's"):
+                again()
 
 
 def test_before_the_first_sync_nothing_is_sampled(policy, server):
@@ -498,6 +501,13 @@ def test_the_worker_needs_none_of_drifts_dependencies():
     code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'pydantic', 'transformers', 'httpx2']))\n"
     code += "import drift.engines.vllm_worker"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_the_documented_commands_are_the_ones_that_errors_name():
+    text = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    assert f"    {server_command('runs/online/base', cpu=True)}\n" in text
+    big = server_command("Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", lora_rank=16)
+    assert f"    {big}\n" in text
 
 
 def test_the_engine_in_process_is_the_default(policy):

@@ -100,37 +100,39 @@ class VLLMEngine:
         Raises EngineError where the server does not sample from them afterwards.
         """
         version = self.policy.hash()
-        if version == self.version:
+        if version == self.version and self._state is not None:
             return
         folder, before = self._folder(version), self.version
         self.policy.model.save_pretrained(folder)
         self._logits = self._own_logits()
         self.version = version
         self._hand_over(before)
-        if before is not None:
+        if before not in (None, version):
             shutil.rmtree(self._folder(before))
 
-    def _folder(self, version: str) -> Path:
+    def _folder(self, version: str | None) -> Path:
         """A new one for each version: vLLM's cache of prefixes knows adapters by their path."""
-        return Path(self._handover.name) / version
+        return Path(self._handover.name) / str(version)
 
     def _hand_over(self, before: str | None = None) -> None:
-        """Loads the weights of `version` as they were saved, however often the server starts anew meanwhile."""
+        """Loads the weights of `version` as they were saved, and compares, even if the server starts anew meanwhile."""
         assert self.version is not None
-        for _ in range(RESTARTS):
-            found = self._ask_state()
-            self._state = State(found.start, self.version, found.vocabulary)
-            try:
-                self._load(self._folder(self.version), self.version, before)
-                self._compare()
-            except Restarted:
-                continue
-            if self._ask_state() == self._state:
-                self.handovers += 1
-                return
-        raise EngineError(
-            f"{self.client.url}: the server was started anew {RESTARTS} times while it was handed weights"
-        )
+        try:
+            for _ in range(RESTARTS):
+                found = self._ask_state()
+                self._state = State(found.start, self.version, found.vocabulary)
+                with suppress(Restarted):
+                    self._load(self._folder(self.version), self.version, before)
+                    self._compare()
+                    if self._ask_state() == self._state:
+                        self.handovers += 1
+                        return
+            raise EngineError(
+                f"{self.client.url}: the server was started anew {RESTARTS} times while it got its weights"
+            )
+        except BaseException:
+            self._state = None  # so that nothing is sampled before a handover that succeeds
+            raise
 
     def _load(self, folder: Path, version: str, before: str | None) -> None:
         if self.lora:  # by a name of its own: loading in place reads the file again in every step (vLLM 0.32)
@@ -228,7 +230,6 @@ class VLLMEngine:
     ) -> list[tuple[list[int], Sample]]:
         """Like `generate` for messages that the server's own chat template renders: (prompt ids, sample) of each."""
         self._check(temperature, 1.0)
-
         requests = []
         for place, messages in enumerate(conversations):
             body = self._settings(1, max_new_tokens, temperature, _seed(seed, place))
@@ -326,7 +327,10 @@ class VLLMEngine:
         except (Refused, Passing, LookupError, TypeError):  # what it is asked for next tells more
             self.base = str(self.policy.causal_lm.config.name_or_path)
         try:
-            self._compatible()
+            try:
+                self._compatible()
+            except Unreachable:  # the connection that is kept may have been closed after an error
+                self._compatible()
             state = self._current_state()
         except EngineError as error:
             raise self._unfit(f"it lacks what training needs: {error}") from error

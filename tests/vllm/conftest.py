@@ -37,11 +37,12 @@ class Server:
 
     def start(self) -> None:
         quiet = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        quiet["OMP_NUM_THREADS"] = "1"  # threads that wait for each other crawl on a busy machine
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
                 shell=True,
-                env=os.environ | quiet | {"OMP_NUM_THREADS": "2"},
+                env=os.environ | quiet,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

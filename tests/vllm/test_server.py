@@ -18,6 +18,7 @@ from drift.policy import load_policy
 from drift.tasks import load_task
 from drift.warm_start import warm_start
 
+pytestmark = pytest.mark.timeout(900)  # minutes are for a machine with other work
 STEPS, CRASH = 10, 5
 PARITY = 1e-4  # nats, between vLLM's float32 and transformers'
 CONFIG = {
