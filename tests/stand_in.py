@@ -23,7 +23,7 @@ class StandIn:
 
     faults   one for each completion from now on, first come first served: an HTTP status, "drop" (no answer), "abort" (one
              sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, or None
-    lacks    parts of "ids", "prompt ids", "logprobs", "n", "completions", "rpc", "extension", "adapters"
+    lacks    parts of "ids", "prompt ids", "same prompt", "logprobs", "n", "completions", "rpc", "extension", "adapters"
     raw      log-probs before temperature
     deaf     loads nothing and says it did; "head": everything but the tied head, as vLLM on a CPU
     """
@@ -135,6 +135,8 @@ class StandIn:
         if fault == "abort":
             choices[-1] |= {"finish_reason": "abort", "token_ids": choices[-1]["token_ids"][:1]}
         top = {}
+        if "same prompt" in self.lacks:
+            prompt = [1, *prompt]
         if "prompt ids" not in self.lacks:
             if "messages" in body:
                 top = {"prompt_token_ids": prompt}

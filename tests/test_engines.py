@@ -61,11 +61,16 @@ def perturb(model, by=0.1):
 
 
 def settings(server, **changes):
-    return EngineConfig(kind="vllm", url=server.url, **{"wait": 1.0, "retries": 2, "timeout": 20.0, **changes})
+    return EngineConfig(kind="vllm", url=server.url, **{"wait": 20.0, "retries": 2, "timeout": 20.0, **changes})
 
 
 def opened(policy, server, **changes):
     return open_engine(settings(server, **changes), policy, 8)
+
+
+def impatient(engine, seconds):
+    """A time-out from here on: what opens the engine may take its time on a busy machine."""
+    engine.client.timeout = engine.client._http.timeout = seconds
 
 
 def as_pairs(samples):
@@ -178,23 +183,27 @@ def test_what_cannot_be_sampled_is_refused(policy, server, changes, message):
 # --- failures ---
 
 
-@pytest.mark.parametrize("fault", [503, 429, 500, "drop", "abort", 0.8])
+@pytest.mark.parametrize("fault", [503, 429, 500, "drop", "abort", 2.0])
 def test_what_may_pass_is_tried_again_and_gives_the_same_samples(policy, server, fault):
-    with opened(policy, server, timeout=0.5, concurrency=2) as engine:
+    with opened(policy, server, retries=4) as engine:
         whole = engine.generate(PROMPTS, seed=3, **HOW)
         del server.bodies[:]
         server.faults = [None, fault, fault]
-        found = engine.generate(PROMPTS, seed=3, **HOW)
-        assert as_pairs(found) == as_pairs(whole)
-        assert len(server.bodies) == 3 + 2
+        slow = isinstance(fault, float)
+        if slow:
+            impatient(engine, 1.5)
+        assert as_pairs(engine.generate(PROMPTS, seed=3, **HOW)) == as_pairs(whole)
+        assert len(server.bodies) >= 3 + 2 if slow else len(server.bodies) == 3 + 2
         assert engine.repeated == 0
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [(503, "HTTP 503: made up"), ("abort", "'abort'"), (0.5, "engine.timeout=0.3 s")]
+    ("fault", "words"), [(503, "HTTP 503: made up"), ("abort", "'abort'"), (1.5, "engine.timeout=1 s")]
 )
 def test_it_gives_up_in_words(policy, server, fault, words):
-    with opened(policy, server, timeout=0.3) as engine:
+    with opened(policy, server) as engine:
+        if isinstance(fault, float):
+            impatient(engine, 1.0)
         server.faults = [fault] * 99
         with pytest.raises(EngineError, match=rf"{server.url}|completions") as failure:
             engine.generate(PROMPTS[:1], seed=3, **HOW)
@@ -404,6 +413,7 @@ def test_adapters_on_another_base_are_seen(server):
         ("completions", "Unexpected fields in the request: {'return_token_ids'}"),
         ("ids", "no token ids"),
         ("prompt ids", "no prompt ids"),
+        ("same prompt", "other prompt ids than it was sent"),
         ("logprobs", "no log-prob for each token id"),
         ("n", "1 choices where n=2 were asked for"),
         ("rpc", "/collective_rpc: HTTP 404"),
