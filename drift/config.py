@@ -98,6 +98,19 @@ class WarmStartConfig(Section):
         return self
 
 
+class EngineConfig(Section):
+    """What samples: the policy in process, or a vLLM server (docs/engines.md)."""
+
+    kind: Literal["hf", "vllm"] = "hf"
+    url: Annotated[str, Field(pattern=r"^https?://[^/]+/?$")] = "http://127.0.0.1:8000"  # of the server
+    concurrency: Positive = 64  # requests in flight
+    timeout: Rate = 600.0  # seconds for the answer to one request
+    retries: Count = 5  # of a request that was put off, cut off, or not answered in time
+    wait: Rate = 600.0  # seconds for a server that was reached before and is not now, such as while it restarts
+    folder: str | None = None  # for weights on their way, seen by both sides; null is the system's temporary one
+    tolerance: Rate | None = None  # nats between server and policy after a handover; null is 1e-3, or 0.1 in bfloat16
+
+
 class RolloutConfig(Section):
     """How trajectories are sampled (A1)."""
 
@@ -188,6 +201,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     weights: WeightsConfig = WeightsConfig()
     train: TrainConfig = TrainConfig()
@@ -205,6 +219,15 @@ class Config(Section):
         if self.warm_start.tool_share and self.rollout.tool is None:
             raise ValueError(
                 f"warm_start.tool_share {self.warm_start.tool_share} shows a tool, and rollout.tool names none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _server_cuts_nothing(self) -> Config:
+        if self.engine.kind == "vllm" and self.rollout.top_p != 1:
+            raise ValueError(
+                f"rollout.top_p {self.rollout.top_p} with engine.kind 'vllm': a server's log-probs are those after the cut, and "
+                "training needs those before it; set rollout.top_p=1.0, or engine.kind=hf"
             )
         return self
 

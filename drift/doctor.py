@@ -20,6 +20,7 @@ PACKAGES = {
     "math-verify": "",
     "triton": 'pip install "drift-rl[triton]", on Linux',
     "flash-attn": 'pip install "drift-rl[flash-attn]", where there is CUDA',
+    "httpx2": "pip install httpx2 (Python 3.11 or later), for engine.kind=vllm",
     "peft": 'pip install "drift-rl[lora]"',
     "tensorboard": 'pip install "drift-rl[tensorboard]"',
     "wandb": 'pip install "drift-rl[wandb]"',

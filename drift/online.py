@@ -103,7 +103,6 @@ def train_online(
         _rows(rollouts if first else None, stats.steps, track) as writer,
         track.progress(prefix, total) as bar,
     ):
-        loop.engine.sync()
         bar.advance(stats.steps)
         while stats.steps < total:
             measured = loop.step(stats.steps, writer)
@@ -172,6 +171,7 @@ class _Loop:
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         start, phase = time.perf_counter(), self.curriculum.at(number)
+        self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
         if writer is not None:
@@ -198,7 +198,6 @@ class _Loop:
         if self.ahead and more:
             self.pending = distributed.gather(self.ahead.result())
         waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
-        self.engine.sync()
         seconds = time.perf_counter() - start
         self.stats.steps += 1
         self.stats.skipped += result.skipped

@@ -20,7 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from drift import chat, distributed, report, store
 from drift.config import Config, ConfigError, dump, load
+from drift.engines import Engine, open_engine
 from drift.engines.hf import HFEngine
 from drift.evaluate import evaluate
 from drift.intervals import paired_difference
@@ -41,7 +42,7 @@ from drift.trainer import train
 from drift.types import Problem
 from drift.warm_start import warm_start
 
-MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir")  # between two runs in one folder
+MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir", "engine")  # between two runs in one folder
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that ranks wait for the one that samples
 
 
@@ -99,7 +100,7 @@ class _Job:
         if warmed and distributed.rank() == 0 and not (folder / "warm_start.json").exists():
             policy = self._load(None)
             with self.clock("warm_start"):
-                engine = HFEngine(policy, config.rollout.batch_size)
+                engine = HFEngine(policy, config.rollout.batch_size)  # a server would need the base first
                 done = warm_start(policy, engine, self.task, config, folder, self.track)
             self.track.say(f"warm start: {done.solved:.0%} of the check problems solved after {done.steps} steps")
         distributed.barrier()
@@ -110,6 +111,10 @@ class _Job:
     def _load(self, path: str | None) -> Policy:
         model = self.config.model.model_copy(update={"path": path})
         return load_policy(model, device=distributed.device(), seed=self.config.task.seed)
+
+    def _engine(self, batch_size: int) -> AbstractContextManager[Engine]:
+        """Opened for each stage, which finds it in step with the policy's weights."""
+        return open_engine(self.config.engine, self.policy, batch_size)
 
     def seed(self, seed: int) -> None:
         """Rollouts and all arms of one seed."""
@@ -127,11 +132,10 @@ class _Job:
 
     def _online(self, seed: int, folder: Path) -> None:
         name, inside = f"seed-{seed}/{folder.name}", folder / "checkpoints"
-        engine = HFEngine(self.policy, self.config.rollout.batch_size)
         problems = self._asked(self.task.problems("train"))
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
         options["rollouts"] = folder / "rollouts.jsonl"
-        with self.clock("train"):
+        with self.clock("train"), self._engine(self.config.rollout.batch_size) as engine:
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
 
@@ -200,8 +204,7 @@ class _Job:
     def _sample(self, path: Path, seed: Sequence[int], prefix: str) -> list[dict[str, Any]]:
         config = self.config
         if distributed.rank() == 0:
-            with self.clock("rollouts"):
-                engine = HFEngine(self.policy, config.rollout.batch_size)
+            with self.clock("rollouts"), self._engine(config.rollout.batch_size) as engine:
                 problems = self._asked(self.task.problems("train"))
                 collect(self.policy, engine, self.task, problems, config.rollout, path, seed, self.track, prefix)
         distributed.barrier()
@@ -211,8 +214,8 @@ class _Job:
 
     def _evaluate(self, name: str, path: Path) -> None:
         if distributed.rank() == 0 and not path.exists():
-            config, engine = self.config, HFEngine(self.policy, self.config.eval.batch_size)
-            with self.clock("evaluate"):
+            config = self.config
+            with self.clock("evaluate"), self._engine(config.eval.batch_size) as engine:
                 done = evaluate(
                     self.policy,
                     engine,
@@ -325,7 +328,8 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
     if not (folder / "summary.json").exists() or not (folder / "config.yaml").exists():
         return None
     before = load(folder / "config.yaml", [])
-    same = before.model_copy(update={"track": config.track, "output_dir": config.output_dir}) == config
+    kept = {key: getattr(config, key) for key in ("track", "output_dir", "engine")}
+    same = before.model_copy(update=kept) == config
     return _read_json(folder / "summary.json") if same else None
 
 

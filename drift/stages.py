@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from drift import chat, distributed, store
 from drift.config import Config, ConfigError
-from drift.engines.hf import HFEngine
+from drift.engines import open_engine
 from drift.evaluate import Evaluation, evaluate
 from drift.offpolicy import log_ratios
 from drift.policy import Policy, load_policy
@@ -30,8 +30,10 @@ def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0
     """Appends `rollout.n` trajectories of every training problem to `out`; returns how many were new."""
     policy, task = _policy(config, model), load_task(config.task)
     try:
-        with Track(None, progress=config.track.progress) as track:
-            engine = HFEngine(policy, config.rollout.batch_size)
+        with (
+            Track(None, progress=config.track.progress) as track,
+            open_engine(config.engine, policy, config.rollout.batch_size) as engine,
+        ):
             return collect(policy, engine, task, _asked(config, task, "train"), config.rollout, out, [seed], track)
     finally:
         task.close()
@@ -79,9 +81,11 @@ def score(config: Config, *, model: str | None = None) -> Evaluation:
     """multi@k and single-turn accuracy on the evaluation problems."""
     policy, task = _policy(config, model), load_task(config.task)
     try:
-        with Track(None, progress=config.track.progress) as track:
-            engine, asked = HFEngine(policy, config.eval.batch_size), _asked(config, task, "eval")
-            how = config.rollout
+        with (
+            Track(None, progress=config.track.progress) as track,
+            open_engine(config.engine, policy, config.eval.batch_size) as engine,
+        ):
+            how, asked = config.rollout, _asked(config, task, "eval")
             options: dict[str, Any] = {"history": how.history, "tool": how.tool, "tool_calls": how.tool_calls}
             return evaluate(policy, engine, task, asked, config.eval, how.feedback, track=track, **options)
     finally:

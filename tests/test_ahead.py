@@ -243,7 +243,7 @@ def test_weights_stand_still_until_sync(tmp_path):
         assert HFEngine(policy).generate(prompts, **settings) == after
 
 
-def test_engines_with_weights_of_their_own_are_synced_after_each_step(tmp_path):
+def test_engines_with_weights_of_their_own_are_synced_before_each_step(tmp_path):
     """The server's part is played by a copy that takes the policy's weights over when it is told, and only then."""
     synced = []
 
@@ -263,7 +263,7 @@ def test_engines_with_weights_of_their_own_are_synced_after_each_step(tmp_path):
         made = config(tmp_path, ahead=ahead)
         policy, _ = through(made, engine=Server)
         assert policy.hash() == through(made)[0].hash()
-        assert synced == [True] * 6
+        assert synced == [True] * made.online.steps
 
 
 def single_token_samples(policy, stale, advantages):

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # the server's process imports this package without its dependencies (vllm_worker)
+    from drift.config import EngineConfig
+    from drift.policy import Policy
+
+
+class EngineError(RuntimeError):
+    """A server that cannot be used, or that is not there any more."""
 
 
 @dataclass(slots=True)
@@ -38,3 +48,23 @@ class Engine(Protocol):
     ) -> list[Sample]:
         """One sample a prompt, in the prompts' order; temperature 0 is greedy. `bar.advance(n)` counts samples."""
         ...
+
+
+@contextmanager
+def open_engine(config: EngineConfig, policy: Policy, batch_size: int) -> Iterator[Engine]:
+    """The engine that `config` names, in step with the policy's weights; inside, `sync` keeps it so.
+
+    batch_size: prompts at once, of an engine in process; a server has its own. Raises EngineError where a server
+    cannot be used, with the command that starts one that can.
+    """
+    match config.kind:
+        case "hf":
+            from drift.engines.hf import HFEngine
+
+            yield HFEngine(policy, batch_size)
+        case "vllm":
+            from drift.engines.vllm import VLLMEngine
+
+            with VLLMEngine(policy, config) as engine:
+                engine.sync()
+                yield engine
