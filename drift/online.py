@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from drift import chat, checkpoint, distributed
+from drift import chat, checkpoint, distributed, examples
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Measured, Sample
 from drift.buffer import SuccessBuffer
@@ -32,6 +32,7 @@ from drift.curriculum import Curriculum
 from drift.engines import Engine
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.policy import Policy
+from drift.reference import Reference
 from drift.reprompt import Attempt, lessons, teacher_trajectory
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
@@ -42,6 +43,7 @@ from drift.teacher import Teacher
 from drift.track import Track
 from drift.trainer import seeded, training, update
 from drift.types import Problem
+from drift.watch import Watch
 
 
 @dataclass
@@ -66,8 +68,11 @@ def train_online(
     track: Track | None = None,
     checkpoint_dir: str | Path | None = None,
     prefix: str = "online",
+    examples_path: str | Path | None = None,
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
+
+    `examples_path`: the file that gets a few responses of a few steps, token by token (see `drift.examples`).
 
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
@@ -90,6 +95,10 @@ def train_online(
             bar.advance(reward=measured["reward"], solved=measured["solved"])
             if measured["skipped"]:
                 track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
+            for warning in loop.watch.warnings:
+                track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
+            if examples_path is not None and distributed.rank() == 0:
+                examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
             every = config.train.save_every
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
                 if distributed.rank() == 0:
@@ -117,6 +126,8 @@ class _Loop:
         self.router = DifficultyRouter(self.online.router, self.curriculum.transition_end)
         self.buffer = SuccessBuffer(self.online.buffer) if self.algorithm.buffer else None
         self.difference, self.entropy = StepMean(), StepMean()
+        self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
+        self.reference = Reference(policy, config) if self.online.watch.every else None
         self.teacher: Teacher | None = None
         if self.algorithm.teacher:
             parameters = policy.model.named_parameters()
@@ -129,9 +140,13 @@ class _Loop:
         samples = self._sample(number)
         self._route(samples, number)
         sampled = time.perf_counter()
+        keep = examples.choose(
+            number, self.online, [(sample.solved_at > 0, sample.taught is None) for sample in samples]
+        )
+        reference_kl = self._reference_kl(samples, number)
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
             measured = self.branches.accumulate(
-                distributed.share(samples), phase, self.teacher, _tokens(samples), len(samples)
+                distributed.share(samples), phase, self.teacher, _tokens(samples), len(samples), keep
             )
         lr = learning_rate(number, self.online.steps, self.config.train)
         result = update(self.optimizer, measured.loss, self.config.train, lr)
@@ -139,6 +154,15 @@ class _Loop:
             mean.advance(distributed.sum_values)
         if self.teacher:
             self.teacher.update(finite=not result.skipped)
+        self.examples = distributed.gather(measured.examples) if keep else []
+        outcomes, means = _outcomes(samples), _means(measured)
+        self.watch.update(
+            entropy=means["entropy"],
+            repeat_rate=outcomes["repeat_rate"],
+            solved=outcomes["solved"],
+            groups=[[sample.solved_at > 0 for sample in group] for group in _groups(samples)],
+            reference_kl=reference_kl,
+        )
         seconds = time.perf_counter() - start
         self.stats.steps += 1
         self.stats.skipped += result.skipped
@@ -146,20 +170,26 @@ class _Loop:
         self.stats.seconds += seconds
         self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
         return {
-            **_outcomes(samples),
+            **outcomes,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "skipped": float(result.skipped),
             "lr": lr,
-            **_means(measured),
+            **means,
             "seconds_sampling": sampled - start,
             "step_time": seconds,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
         }
 
+    def _reference_kl(self, samples: Sequence[Sample], number: int) -> float | None:
+        watch = self.online.watch
+        if self.reference is None or number % watch.every:
+            return None
+        return self.reference.kl([sample.trajectory for sample in samples], watch.trajectories)
+
     def _parts(self) -> list[tuple[str, Any]]:
         named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}
-        named |= {"difference": self.difference, "entropy_mean": self.entropy}
+        named |= {"difference": self.difference, "entropy_mean": self.entropy, "watch": self.watch}
         return [(name, part) for name, part in named.items() if part is not None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,10 +213,7 @@ class _Loop:
         samples = distributed.gather([self._kept(episode) for episode in episodes])
         for place, sample in enumerate(samples):
             sample.trajectory.index = place
-        groups: dict[str, list[Sample]] = {}
-        for sample in samples:
-            groups.setdefault(sample.problem_id, []).append(sample)
-        for group in groups.values():
+        for group in _groups(samples):
             _set_advantages(group, self.online.scale_advantages)
         return samples
 
@@ -246,6 +273,14 @@ def _batch(count: int, size: int, seed: int, step: int) -> list[int]:
     places = range(step * size, (step + 1) * size)
     orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {place // count for place in places}}
     return list(dict.fromkeys(int(orders[place // count][place % count]) for place in places))
+
+
+def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each problem."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.problem_id, []).append(sample)
+    return list(groups.values())
 
 
 def _set_advantages(group: Sequence[Sample], scale: bool) -> None:

@@ -129,6 +129,7 @@ class _Job:
         engine = HFEngine(self.policy, self.config.rollout.batch_size)
         problems = self._asked(self.task.problems("train"))
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
+        options["examples_path"] = folder / "examples.jsonl"
         with self.clock("train"):
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
