@@ -231,9 +231,9 @@ class Branches:
             "advantage": sample.trajectory.advantage,
             "phase": phase.name,
             "policy_factor": phase.policy,
-            "policy": sample.policy,
-            "distill": sample.distill,
-            "rebellious": sample.rebellious,
+            "policy_weight": sample.policy,
+            "distill_weight": sample.distill,
+            "rebellious_weight": sample.rebellious,
             **examples.tokens_of(batch, segment, shown, self.policy.tokenizer),
         }
 

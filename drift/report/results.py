@@ -27,7 +27,7 @@ def section(records: Records) -> str:
     error = "± is the standard error over seeds" if number > 1 else "With one seed there is no standard error"
     note = (
         '<p class="why">Greedy answers on problems that no model was trained on, mean over '
-        f"{count_of(number, 'seed', 'seeds')} that start from the same model. multi@{turns} counts a problem as solved "
+        f"{count_of(number, 'seed', 'seeds that start from the same model')}. multi@{turns} counts a problem as solved "
         f"when one of {turns} attempts, each after the same feedback, is right. {error}; differences are taken seed by "
         "seed.</p>"
     )
