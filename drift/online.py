@@ -159,8 +159,8 @@ class _Loop:
         self.watch.update(
             entropy=means["entropy"],
             repeat_rate=outcomes["repeat_rate"],
-            solved=outcomes["solved"],
-            groups=[[sample.solved_at > 0 for sample in group] for group in _groups(samples)],
+            problem_ids=[sample.problem_id for sample in samples],
+            correct=[sample.solved_at > 0 for sample in samples],
             reference_kl=reference_kl,
         )
         seconds = time.perf_counter() - start
@@ -213,7 +213,10 @@ class _Loop:
         samples = distributed.gather([self._kept(episode) for episode in episodes])
         for place, sample in enumerate(samples):
             sample.trajectory.index = place
-        for group in _groups(samples):
+        groups: dict[str, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.problem_id, []).append(sample)
+        for group in groups.values():
             _set_advantages(group, self.online.scale_advantages)
         return samples
 
@@ -273,14 +276,6 @@ def _batch(count: int, size: int, seed: int, step: int) -> list[int]:
     places = range(step * size, (step + 1) * size)
     orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {place // count for place in places}}
     return list(dict.fromkeys(int(orders[place // count][place % count]) for place in places))
-
-
-def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of each problem."""
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.problem_id, []).append(sample)
-    return list(groups.values())
 
 
 def _set_advantages(group: Sequence[Sample], scale: bool) -> None:

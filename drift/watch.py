@@ -5,13 +5,13 @@ falls) and fewer different things (pass@k comes down to pass@1). The thresholds 
 
     >>> from drift.watch import Watch, WatchConfig, pass_at_k
     >>> watch = Watch(WatchConfig(window=1, entropy_below=0.2))
-    >>> watch.update(entropy=1.0, repeat_rate=0.1, solved=0.5, groups=[[True, False], [False, False]])
+    >>> seen = {"problem_ids": ["a", "a", "b", "b"], "correct": [True, False, False, False]}
+    >>> watch.update(entropy=1.0, repeat_rate=0.1, **seen)
     []
-    >>> [line] = watch.update(entropy=0.1, repeat_rate=0.1, solved=0.5, groups=[[True, False], [True, False]])
-    >>> line
-    'entropy has fallen to 10% of its start, 0.1 nats from 1'
-    >>> watch.metrics()["pass_at_2"], watch.metrics()["low_entropy"]
-    (1.0, 1.0)
+    >>> watch.update(entropy=0.1, repeat_rate=0.1, **seen)
+    ['entropy has fallen to 10% of its start, 0.1 nats from 1']
+    >>> watch.metrics()["pass_at_1"], watch.metrics()["pass_at_2"], watch.metrics()["low_entropy"]
+    (0.25, 0.5, 1.0)
     >>> pass_at_k(8, 2, 4)
     0.7857142857142857
 
@@ -45,14 +45,18 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def pass_at(groups: Iterable[Sequence[bool]]) -> dict[int, float]:
-    """k → mean pass@k over groups of samples of one problem each, for k = 1, 2, 4, … and the smallest group's size."""
-    counts = [(len(group), sum(map(bool, group))) for group in groups if len(group)]
-    if not counts:
+def pass_at(problem_ids: Iterable[str], correct: Iterable[bool]) -> dict[int, float]:
+    """k → mean pass@k over the problems of the samples, for k = 1, 2, 4, … and the fewest samples of a problem."""
+    groups: dict[str, list[bool]] = {}
+    for problem, right in zip(problem_ids, correct, strict=True):
+        groups.setdefault(problem, []).append(bool(right))
+    if not groups:
         return {}
-    most = min(n for n, _ in counts)
+    most = min(map(len, groups.values()))
     sizes = [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
-    return {k: math.fsum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in sizes}
+    return {
+        k: math.fsum(pass_at_k(len(group), sum(group), k) for group in groups.values()) / len(groups) for k in sizes
+    }
 
 
 class Watch:
@@ -72,18 +76,19 @@ class Watch:
         *,
         entropy: float,
         repeat_rate: float,
-        solved: float,
-        groups: Iterable[Sequence[bool]],
+        problem_ids: Sequence[str],
+        correct: Sequence[bool],
         reference_kl: float | None = None,
     ) -> list[str]:
-        """One step: nats a token, shares, and for each problem which of its samples are right.
+        """One step: nats a token, share of answers given before, and of each sample its problem and whether it is right.
 
         Returns a sentence for every sign of collapse that was not there in the step before. Nothing is held against a
         threshold before `window` steps are in.
         """
+        solved = sum(map(bool, correct)) / max(len(correct), 1)
         for name, value in (("entropy", entropy), ("repeat_rate", repeat_rate), ("solved", solved)):
             self._recent[name] = [*self._recent[name], float(value)][-self.config.window :]
-        self._metrics = {f"pass_at_{k}": value for k, value in pass_at(groups).items()}
+        self._metrics = {f"pass_at_{k}": value for k, value in pass_at(problem_ids, correct).items()}
         if reference_kl is not None:
             self._metrics["reference_kl"] = float(reference_kl)
         found = self._look() if len(self._recent["entropy"]) == self.config.window else {}
