@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import drift_kernels
-from drift import examples
+from drift import token_values
 from drift.algorithms import Algorithm
 from drift.config import Config
 from drift.curriculum import Phase
@@ -67,7 +67,7 @@ class Measured:
 
     loss: float = 0.0
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (sum, count), of tokens
-    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.examples`
+    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.token_values`
 
     def add(self, **values: tuple[Any, Any]) -> None:
         """Adds (sum, count) pairs."""
@@ -217,7 +217,7 @@ class Branches:
     def _example(
         self, batch: PackedBatch, segment: int, sample: Sample, values: dict[str, Tensor], phase: Phase
     ) -> dict[str, Any]:
-        """What of a sample is worth a look (see `drift.examples`); without a teacher, what is the student's."""
+        """What of a sample is worth a look (see `drift.token_values`); without a teacher, what is the student's."""
         shown = {
             "bonus" if name == "rebellious" else name: value
             for name, value in values.items()
@@ -234,7 +234,7 @@ class Branches:
             "policy_weight": sample.policy,
             "distill_weight": sample.distill,
             "rebellious_weight": sample.rebellious,
-            **examples.tokens_of(batch, segment, shown, self.policy.tokenizer),
+            **token_values.tokens_of(batch, segment, shown, self.policy.tokenizer),
         }
 
     def _divergence(self) -> drift_kernels.DistillSpec:

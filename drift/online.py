@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from drift import chat, checkpoint, distributed, examples
+from drift import chat, checkpoint, distributed, token_values
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Measured, Sample
 from drift.buffer import SuccessBuffer
@@ -72,7 +72,7 @@ def train_online(
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
 
-    `examples_path`: the file that gets a few responses of a few steps, token by token (see `drift.examples`).
+    `examples_path`: the file that gets a few responses of a few steps, token by token (see `drift.token_values`).
 
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
@@ -98,7 +98,7 @@ def train_online(
             for warning in loop.watch.warnings:
                 track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
             if examples_path is not None and distributed.rank() == 0:
-                examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
+                token_values.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
             every = config.train.save_every
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
                 if distributed.rank() == 0:
@@ -140,7 +140,7 @@ class _Loop:
         samples = self._sample(number)
         self._route(samples, number)
         sampled = time.perf_counter()
-        keep = examples.choose(
+        keep = token_values.choose(
             number, self.online, [(sample.solved_at > 0, sample.taught is None) for sample in samples]
         )
         reference_kl = self._reference_kl(samples, number)

@@ -28,7 +28,7 @@ TRAINER = [  # lowest first; rooms of one level never import each other
     {"config"},
     {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
     | {"routing", "rhythm", "buffer", "curriculum", "teacher", "watch"},
-    {"policy", "checkpoint", "meter", "records", "examples"},
+    {"policy", "checkpoint", "meter", "records", "token_values"},
     {"engines", "chat", "trainer", "report"},
     {"rollout", "reprompt", "reference"},
     {"branches"},

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from drift import store
-from drift.examples import VALUES
 from drift.records import Records
+from drift.token_values import VALUES
 
 Points = list[tuple[int, float]]
 BANDS = ("easy", "medium", "hard")
@@ -35,7 +35,7 @@ class Seed:
 
     name: str  # such as seed-0/drift, which is also its folder
     curves: dict[str, Points]  # name below that in the log, such as router/teacher, to (step, value)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.examples`, by step and place
+    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.token_values`, by step and place
     asked: list[Asked] = field(default_factory=list)
     last: list[dict[str, Any]] = field(default_factory=list)  # rollout rows of the last stored step
 
