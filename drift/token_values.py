@@ -10,7 +10,7 @@ One JSON object a line, a response of a step:
     teacher_logprobs, teacher_entropy, divergence     where the response has a teacher
     rhythm, gate, bonus                               likewise, with exploration; bonus is the factor on the policy loss
 
-Numbers are rounded to five decimals; what was not finite is null. A step that was repeated after an interruption is there
+Numbers are rounded to six decimals; what was not finite is null. A step that was repeated after an interruption is there
 twice; the last one counts.
 """
 
@@ -54,7 +54,7 @@ def tokens_of(batch: PackedBatch, segment: int, values: Mapping[str, Tensor], to
     row: dict[str, Any] = {"tokens": pieces(tokenizer, batch.input_ids[start:stop].tolist()), "trained": trained}
     for name, value in values.items():
         numbers = [0.0, *value[start : stop - 1].tolist()]
-        row[name] = [round(number, 5) if there else 0.0 for number, there in zip(numbers, trained)]
+        row[name] = [round(number, 6) if there else 0.0 for number, there in zip(numbers, trained)]
     return row
 
 

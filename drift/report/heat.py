@@ -49,19 +49,20 @@ def section(records: Records, seeds: Sequence[Seed]) -> str:
         f"<h3>Step {step}</h3>" + "".join(_example(row, first, more) for row in shown if row["step"] == step)
         for step in steps
     )
-    silent = ""
+    silent, legend = "", [*first, *more]
     if any("bonus" in row for row in shown) and not any(_above(row, "bonus", 1) for row in shown):
         silent = (
             " No token below has one: it takes a right response with a teacher, on a problem of medium difficulty, and a "
             "token that the student is surer of."
         )
+        legend = [m for m in legend if m.name != "bonus"]
     note = (
         '<p class="why">The darker a token, the higher its value; hover over it for all of them. Grey text was not '
         "sampled. The gate opens where student and teacher settle differently; the bonus multiplies the policy loss "
         f"there, and is left out where it is 1 throughout.{silent} From <code>{esc(found.name)}/examples.jsonl</code>, "
         "which holds more.</p>"
     )
-    return f"<section><h2>Gate and bonus, token by token</h2>{note}{_legend([*first, *more])}{blocks}</section>"
+    return f"<section><h2>Gate and bonus, token by token</h2>{note}{_legend(legend)}{blocks}</section>"
 
 
 def _above(row: Mapping[str, Any], name: str, bound: float) -> bool:
@@ -113,7 +114,7 @@ def _head(row: Mapping[str, Any], taught: bool) -> str:
     right = f'<span class="right">solved in turn {esc(solved)}</span>'
     outcome = right if solved else '<span class="wrong">never solved</span>'
     numbers = [
-        f"<span>{label} {row[name]:.3g}</span>"
+        f"<span>{label} {row[name]:.3g}</span>".replace(" -", " −")
         for name, label in (
             ("advantage", "advantage"),
             ("policy_weight", "policy weight"),

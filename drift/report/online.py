@@ -48,8 +48,8 @@ def learning(records: Records, seeds: Sequence[Seed]) -> str:
     captions = ["The return of the trajectories that a step sampled.", "Share of those trajectories."]
     drawn.append(_by_difficulty(records, seeds))
     captions.append(
-        "Training problems by how often they were solved when first asked: never or rarely, sometimes, mostly. That first "
-        "time is left out; part of the first step towards the middle is chance."
+        "Training problems by how often they were solved when first asked: rarely (hard), sometimes, mostly (easy). That first "
+        "time is left out; part of the step towards the middle after it is chance."
     )
     drawn.append(
         _stacked(
@@ -69,12 +69,14 @@ def learning(records: Records, seeds: Sequence[Seed]) -> str:
     return f"<section><h2>Learning, step by step</h2>{note}{_figures(drawn, captions)}</section>"
 
 
-def shows(records: Records, series: str, metric: str) -> bool:
-    """Whether one of the sections here draws this curve, or says what it holds."""
-    if records.config is None or records.config.online is None:
-        return False
-    place = f"/{records.config.online.algorithm}/"
-    name = f"/{series}/{metric}".partition(place)[2]
+def name_of(records: Records, series: str, metric: str) -> str:
+    """What a logged curve is called below its training, such as buffer/added; empty where it is of something else."""
+    online = records.config.online if records.config else None
+    return f"/{series}/{metric}".partition(f"/{online.algorithm}/")[2] if online else ""
+
+
+def is_drawn(name: str) -> bool:
+    """Whether one of the sections here shows the curve of this name, or says what it holds."""
     return name in _DRAWN or name.startswith("watch/")
 
 
@@ -128,7 +130,7 @@ def routing(records: Records, seeds: Sequence[Seed]) -> str:
         return ""
     shares = {
         "router/policy_share": ("policy", UNIFORM),
-        "router/rebellious_share": ("policy, with bonus", OTHER),
+        "router/rebellious_share": ("with bonus", OTHER),
         "router/distill_share": ("distillation", DRIFT),
     }
     weights = {
@@ -199,7 +201,7 @@ def _by_difficulty(records: Records, seeds: Sequence[Seed]) -> str:
         return ""
     found = [by_difficulty(seed.asked, online.router.hard_below, online.router.easy_above) for seed in seeds]
     series = {
-        f"{name}, first time": (COLOURS[name], [bands[name] for bands in found if name in bands])
+        name: (COLOURS[name], [bands[name] for bands in found if name in bands])
         for name in BANDS
         if any(name in bands for bands in found)
     }

@@ -144,7 +144,7 @@ def _training(records: Records) -> str:
         f"<details><summary>More curves: {len(drawn) - 4}</summary>{figures(drawn[4:])}</details>" if drawn[4:] else ""
     )
     note = '<p class="why">Against optimizer steps. A thin line is a seed, a thick one the mean of an arm.</p>'
-    title = "All other curves" if records.config and records.config.online else "Learning curves"
+    title = "Learning curves" if records.config is None or records.config.online is None else "All other curves"
     return f"<section><h2>{title}</h2>{note}{figures(drawn[:4])}{more}</section>"
 
 
@@ -153,10 +153,11 @@ def _curves(records: Records) -> dict[str, dict[str, list[tuple[int, float]]]]:
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for metric, series in records.curves.items():
         for name, curve in series.items():
-            if online.shows(records, name, metric):
+            stage, title = plots.arm_of(name), online.name_of(records, name, metric)
+            if online.is_drawn(title):
                 continue
-            stage = plots.arm_of(name)
-            title = metric if stage in ARMS or not stage else f"{metric} · {stage}"
+            if not title:
+                title = metric if stage in ARMS or not stage else f"{metric} · {stage}"
             found.setdefault(title, {})[name] = curve
     telling = [t for t, series in found.items() if any(len(c) > 1 for c in series.values()) and _moves(series)]
     rank = {metric: place for place, metric in enumerate(_FIRST_CURVES)}

@@ -56,10 +56,12 @@ def of_online(seeds: Sequence[Seed]) -> str:
     )
 
 
-def _routed(row: dict[str, Any]) -> list[str]:
+def _routed(row: dict[str, Any]) -> str:
     """What the row says of how it was trained on."""
-    numbers = [f"{label} {row[name]:.3g}" for name, label in ROUTED.items() if type(row.get(name)) in (int, float)]
-    return [*numbers, *(["no teacher"] if row.get("had_teacher") is False else [])]
+    known = {name: label for name, label in ROUTED.items() if type(row.get(name)) in (int, float)}
+    numbers = [f"{label} {row[name]:.3g}".replace(" -", " −") for name, label in known.items()]
+    taught = "" if row.get("had_teacher", True) else '<span class="muted">no teacher</span>'
+    return "".join(f"<span>{text}</span>" for text in numbers) + taught
 
 
 def choose(part: Sampled) -> list[tuple[str, list[int]]]:
@@ -100,20 +102,17 @@ def _block(title: str, part: Sampled, numbers: list[int], every_turn: bool) -> s
 
 
 def _weighed(part: Sampled, i: int, every_turn: bool) -> str:
-    numbers = [f"w = {part.weights[i]:.3g}", f"R = {part.returns[i]:.3f}"]
-    return _trajectory(part.rows[i], numbers, every_turn, trained=part.weights[i] > 0)
+    head = f"<b>w = {part.weights[i]:.3g}</b><b>R = {part.returns[i]:.3f}</b>"
+    return _trajectory(part.rows[i], head, every_turn, trained=part.weights[i] > 0)
 
 
-def _trajectory(row: dict[str, Any], numbers: list[str], every_turn: bool, trained: bool = True) -> str:
+def _trajectory(row: dict[str, Any], head: str, every_turn: bool, trained: bool = True) -> str:
     star, number = row["t_star"], len(_turns(row))
     outcome = (
         f'<span class="right">solved in turn {esc(star)}</span>' if star else '<span class="wrong">never solved</span>'
     )
     sibling = f" · trajectory {esc(row['traj_idx'])}" if row.get("traj_idx") is not None else ""
-    head = (
-        f"<header>{''.join(f'<b>{esc(text)}</b>' for text in numbers)}{outcome}"
-        f'<span class="id">{esc(row["prompt_id"])}{sibling}</span></header>'
-    )
+    head = f'<header>{head}{outcome}<span class="id">{esc(row["prompt_id"])}{sibling}</span></header>'
     turns, turn = [], 0
     for message in row["messages"]:
         turn += message["role"] == "assistant"
