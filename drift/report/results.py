@@ -18,7 +18,7 @@ def section(records: Records) -> str:
         return ""
     results, turns = records.results, records.turns
     number = len(next(iter(results.values())).multi)
-    reference = next(arm for arm in ("drift", *results) if arm in results)
+    reference = next(arm for arm in ("drift", *reversed(results)) if arm in results)  # the base is the last to be it
     rows = "".join(_result_row(arm, result, records, reference) for arm, result in results.items())
     gain = "<small>points over base</small>" if "base" in results and len(results) > 1 else ""
     last = f"<th>{esc(reference)} ahead by<small>multi@{turns}, points</small></th>" if len(results) > 1 else ""
