@@ -43,7 +43,7 @@ from drift.teacher import Teacher
 from drift.track import Track
 from drift.trainer import seeded, training, update
 from drift.types import Problem
-from drift.watch import Watch
+from drift.watch import Watch, repeat_rate
 
 
 @dataclass
@@ -292,17 +292,15 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 
 def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rates over the batch's trajectories. repeat_rate: of answers, those given before in their trajectory."""
+    """Rates over the batch's trajectories."""
     count = len(samples)
-    answers = sum(len(sample.answers) for sample in samples)
-    distinct = sum(len(set(sample.answers)) for sample in samples)
     return {
         "reward": math.fsum(sample.reward for sample in samples) / count,
         "solved": sum(sample.solved_at > 0 for sample in samples) / count,
         "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
         "turns": sum(len(sample.trajectory.turns) for sample in samples) / count,
         "unparsed": sum(sample.unparsed for sample in samples) / count,
-        "repeat_rate": 1 - distinct / answers if answers else 0.0,
+        "repeat_rate": repeat_rate(sample.answers for sample in samples),
         "response_tokens": _tokens(samples) / count,
         "no_spread": sum(sample.trajectory.advantage == 0 for sample in samples) / count,
     }

@@ -17,36 +17,54 @@ from torch import Tensor
 import drift_kernels
 from drift import distributed
 from drift.config import Config
-from drift.online_config import TeacherConfig
 from drift.packing import pack
 from drift.policy import Policy
-from drift.teacher import Teacher
 from drift.trainer import logit_transform
 from drift.types import Trajectory
 
 
 class Reference:
-    """The policy as it is when this is made, to be compared with what it becomes.
+    """The policy as it is when this is made, or as `start` (of `Policy.state`) has it, to be compared with what it becomes.
 
-    Keeps a float32 copy of the parameters that are trained; for LoRA that is the adapters alone, and where they are new,
-    the reference is the model without them.
+    That is a copy of the parameters that are trained; for LoRA the adapters alone, and where they are new, the reference is
+    the model without them.
     """
 
-    def __init__(self, policy: Policy, config: Config) -> None:
-        self.policy, self.config = policy, config
-        self._start = Teacher(policy.model.named_parameters(), TeacherConfig(weights="frozen"))
+    def __init__(self, policy: Policy, config: Config, start: dict[str, Tensor] | None = None) -> None:
+        self.policy, self.config, self.start = policy, config, policy.state() if start is None else start
 
     def kl(self, trajectories: Sequence[Trajectory], most: int) -> float:
         """KL(policy‖reference), nats a token, over up to `most` of the trajectories, evenly spread.
 
         The trajectories are those that the policy sampled on all ranks. Every rank calls this, with the same ones.
         """
+        (now, _), (before, _) = self._scores(trajectories, most)
+        return _means(k3(now, before))[0]
+
+    def moved(self, trajectories: Sequence[Trajectory], most: int) -> dict[str, float]:
+        """What became of a policy that was trained on trajectories that the reference sampled, of which up to `most` are read.
+
+        base_kl: KL(reference‖policy); entropy, base_entropy: of policy and reference; nats a token. Called as `kl` is.
+        """
+        (now, entropies), (before, its) = self._scores(trajectories, most)
+        return dict(zip(("base_kl", "entropy", "base_entropy"), _means(k3(before, now), entropies, its)))
+
+    def _scores(
+        self, trajectories: Sequence[Trajectory], most: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         mine = distributed.share(trajectories[:: -(-len(trajectories) // most)])
-        now, _ = score(self.policy, mine, self.config)
-        with self._start.weights():
-            before, _ = score(self.policy, mine, self.config)
-        total, count = distributed.sum_values(float(k3(now, before).sum(dtype=torch.float64)), len(now))
-        return total / max(count, 1)
+        now, state = score(self.policy, mine, self.config), self.policy.state()
+        try:
+            self.policy.restore(self.start)
+            return now, score(self.policy, mine, self.config)
+        finally:
+            self.policy.restore(state)
+
+
+def _means(*values: Tensor) -> list[float]:
+    """Over all ranks' tokens."""
+    *totals, count = distributed.sum_values(*(float(v.sum(dtype=torch.float64)) for v in values), len(values[0]))
+    return [total / max(count, 1) for total in totals]
 
 
 def k3(logprobs: Tensor, others: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 
 from drift.online_config import WatchConfig
 
-__all__ = ["SIGNS", "Watch", "WatchConfig", "pass_at", "pass_at_k"]
+__all__ = ["SIGNS", "Watch", "WatchConfig", "pass_at", "pass_at_k", "repeat_rate"]
 
 SIGNS = {
     "low_entropy": "entropy is far below its start",
@@ -57,6 +57,13 @@ def pass_at(problem_ids: Iterable[str], correct: Iterable[bool]) -> dict[int, fl
     return {
         k: math.fsum(pass_at_k(len(group), sum(group), k) for group in groups.values()) / len(groups) for k in sizes
     }
+
+
+def repeat_rate(answers: Iterable[Sequence[str]]) -> float:
+    """Share of answers that were given before in their trajectory; `answers` has a list for each trajectory."""
+    counts = [(len(given), len(set(given))) for given in answers]
+    total = sum(number for number, _ in counts)
+    return 1 - sum(distinct for _, distinct in counts) / total if total else 0.0
 
 
 class Watch:

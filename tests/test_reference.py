@@ -80,6 +80,19 @@ def test_kl_to_the_start(lora):
         assert kl == pytest.approx(float(k3(now, without).mean()), rel=1e-5)
 
 
+def test_how_far_a_training_went_on_what_the_start_had_sampled():
+    policy, trajectories = small.Policy(LOOSE), small.some(9)
+    start = policy.state()
+    move(policy)
+    found = Reference(policy, CONFIG, start).moved(trajectories, 64)
+    (now, entropies), (before, its) = by_hand(policy, trajectories), by_hand(small.Policy(LOOSE), trajectories)
+    x = torch.tensor(now) - torch.tensor(before)
+    assert found["base_kl"] == pytest.approx(float((x.exp() - 1 - x).mean()), rel=1e-4)
+    assert found["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+    assert found["base_entropy"] == pytest.approx(sum(its) / len(its), rel=1e-5)
+    assert found["entropy"] != pytest.approx(found["base_entropy"], rel=1e-3)
+
+
 def test_some_of_the_trajectories_stand_for_all():
     policy, trajectories = small.Policy(LOOSE), small.some(9)
     reference = Reference(policy, CONFIG)

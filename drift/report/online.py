@@ -103,8 +103,10 @@ def watched(seeds: Sequence[Seed]) -> str:
         "1 − C(n−c, k)/C(n, k) for c right of n. Where all come together, samples have become alike.",
         "Share of answers that were given before in the same trajectory.",
     ]
-    verdict = warnings(seeds) or '<p class="why">No sign of a collapse by these measures.</p>'
-    return f"<section><h2>Watched for collapse</h2>{verdict}{_figures(drawn, captions)}</section>"
+    verdict = (
+        "Signs of a collapse are listed on top." if warnings(seeds) else "No sign of a collapse by these measures."
+    )
+    return f'<section><h2>Watched for collapse</h2><p class="why">{verdict}</p>{_figures(drawn, captions)}</section>'
 
 
 def warnings(seeds: Sequence[Seed]) -> str:
