@@ -129,7 +129,7 @@ class WatchConfig(Section):
     every: Count = 1  # steps between two estimates of the KL to the reference; 0 makes none, and keeps no reference
     trajectories: Positive = 64  # of such a step, over all ranks, that are scored under both
     window: Positive = 5  # steps that are averaged before they are held against a threshold
-    entropy_below: Share = 0.2  # of the first window's entropy
+    entropy_below: Share = 0.2  # of the first step's entropy
     repeat_above: Share = 0.5  # of the answers
     solved_below: Share = 0.5  # of the best window's solved share
     examples: Count = 8  # steps, evenly spread, the last among them, whose tokens are stored with their values

@@ -27,7 +27,7 @@ class Reference:
     """The policy as it is when this is made, or as `start` (of `Policy.state`) has it, to be compared with what it becomes.
 
     That is a copy of the parameters that are trained; for LoRA the adapters alone, and where they are new, the reference is
-    the model without them.
+    the model without them. While it compares, the policy's own are kept beside.
     """
 
     def __init__(self, policy: Policy, config: Config, start: dict[str, Tensor] | None = None) -> None:

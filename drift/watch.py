@@ -73,7 +73,7 @@ class Watch:
         self.config = config
         self.warnings: list[str] = []  # of the last step
         self._recent: dict[str, list[float]] = {"entropy": [], "repeat_rate": [], "solved": []}
-        self._start: float | None = None  # mean entropy of the first window
+        self._start: float | None = None  # entropy of the first step
         self._best = 0.0  # the best window's solved share
         self._signs: list[str] = []  # that stand
         self._metrics: dict[str, float] = {}
@@ -93,6 +93,7 @@ class Watch:
         threshold before `window` steps are in.
         """
         solved = sum(map(bool, correct)) / max(len(correct), 1)
+        self._start = float(entropy) if self._start is None else self._start
         for name, value in (("entropy", entropy), ("repeat_rate", repeat_rate), ("solved", solved)):
             self._recent[name] = [*self._recent[name], float(value)][-self.config.window :]
         self._metrics = {f"pass_at_{k}": value for k, value in pass_at(problem_ids, correct).items()}
@@ -107,13 +108,13 @@ class Watch:
     def _look(self) -> dict[str, str]:
         """The signs of the last window, in words."""
         now = {name: math.fsum(values) / len(values) for name, values in self._recent.items()}
-        self._start = now["entropy"] if self._start is None else self._start
+        start = self._start or 0.0
         self._best = max(self._best, now["solved"])
         found = {}
-        if now["entropy"] < self.config.entropy_below * self._start:
-            share = now["entropy"] / self._start
+        if now["entropy"] < self.config.entropy_below * start:
+            share = now["entropy"] / start
             found["low_entropy"] = (
-                f"entropy has fallen to {share:.0%} of its start, {now['entropy']:.3g} nats from {self._start:.3g}"
+                f"entropy has fallen to {share:.0%} of its start, {now['entropy']:.3g} nats from {start:.3g}"
             )
         if now["repeat_rate"] > self.config.repeat_above:
             found["high_repeat"] = f"{now['repeat_rate']:.0%} of the answers repeat an earlier one of their trajectory"

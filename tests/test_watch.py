@@ -67,6 +67,13 @@ def test_each_sign_is_said_when_it_begins_and_only_then():
     assert {name: made.metrics()[name] for name in SIGNS} == dict.fromkeys(SIGNS, 1.0)
 
 
+def test_entropy_is_held_against_the_first_step_even_where_it_falls_at_once():
+    made = Watch(WatchConfig(window=3, entropy_below=0.5))
+    steps(made, 1.0, 0.0, 0.5)
+    [said] = steps(made, 0.2, 0.0, 0.5, count=2)
+    assert said == "entropy has fallen to 47% of its start, 0.467 nats from 1"
+
+
 def test_nothing_is_said_before_the_window_is_full_nor_of_what_was_never_there():
     made = Watch(WatchConfig(window=4))
     assert steps(made, 0.0, 1.0, 0.0, count=3) == []
