@@ -9,7 +9,7 @@ from made_up_run import write_lines
 from test_report import ATTACK, Parsed, page_of, text_of
 
 from drift.records import read
-from drift.report import online_files
+from drift.report import online, online_files
 from drift.report.online_files import Asked, by_difficulty
 
 
@@ -221,3 +221,22 @@ def test_difficulty_is_that_of_the_first_time():
     assert found == {"hard": [(3, 0.25), (5, 1.0)], "medium": [(3, 0.0)], "easy": [(5, 0.75)]}
     assert by_difficulty(rows, 0.0, 1.0)["medium"] == [(3, 0.125), (5, 0.875)]
     assert by_difficulty([], 0.3, 0.7) == {}
+
+
+def test_curves_are_made_of_what_was_logged():
+    """The policy's weights fade in, samples with a bonus come out of the policy's, counts that grow become shares."""
+    curves = {
+        "curriculum/policy": [(1, 0.0), (2, 0.5), (3, 1.0)],
+        "router/policy_weight": [(1, 0.8), (2, 0.8), (3, 0.6)],
+        "router/policy_share": [(1, 0.5), (2, 0.5), (3, 0.75)],
+        "router/rebellious_share": [(1, 0.25), (2, 0.0), (3, 0.5)],
+        "buffer/problems": [(1, 4.0), (2, 8.0)],
+        "buffer/asked": [(1, 4.0), (2, 4.0), (3, 8.0)],
+        "buffer/served": [(1, 1.0), (2, 1.0), (3, 4.0)],
+    }
+    seed = online_files.Seed("seed-0/drift", curves)
+    assert online._faded(seed).curves["router/policy_weight"] == [(1, 0.0), (2, 0.4), (3, 0.6)]
+    assert online._without_overlap(seed).curves["router/policy_share"] == [(1, 0.25), (2, 0.5), (3, 0.25)]
+    held = online._buffer(seed, 16).curves
+    assert held["held"] == [(1, 0.25), (2, 0.5)]
+    assert held["served"] == [(1, 0.25), (3, 0.75)]  # of the step's questions; a step without any has no share
