@@ -9,8 +9,7 @@ log-probs is corrected for, up to a factor of 2 a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +17,20 @@ import torch
 from torch import Tensor
 
 import drift_kernels
+from drift import token_values
 from drift.algorithms import Algorithm
 from drift.config import Config
 from drift.curriculum import Phase
 from drift.optimizer import MasterAdamW
 from drift.packing import pack
 from drift.policy import Policy
+from drift.reference import scoring
 from drift.rhythm import StepMean
 from drift.teacher import Teacher
 from drift.trainer import logit_transform
 from drift.types import PackedBatch, Trajectory
 
+SEEN = ("teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "rebellious")  # the latter by the rhythm
 CORRECTION = {"correction": "token_truncate", "correction_bounds": (0.0, 2.0)}  # of sampler against trainer (B7)
 
 
@@ -73,6 +75,7 @@ class Measured:
 
     loss: float = 0.0
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (sum, count), of tokens
+    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.token_values`
 
     def add(self, **values: tuple[Any, Any]) -> None:
         """Adds (sum, count) pairs."""
@@ -109,9 +112,18 @@ class Branches:
         )
 
     def accumulate(
-        self, samples: Sequence[Sample], phase: Phase, teacher: Teacher | None, tokens: int, trajectories: int
+        self,
+        samples: Sequence[Sample],
+        phase: Phase,
+        teacher: Teacher | None,
+        tokens: int,
+        trajectories: int,
+        keep: Collection[int] = (),
     ) -> Measured:
-        """This rank's samples; tokens, trajectories: of the global batch, all ranks' response tokens and samples."""
+        """This rank's samples; tokens, trajectories: of the global batch, all ranks' response tokens and samples.
+
+        keep: places in the global batch of the samples whose tokens go into `Measured.examples`.
+        """
         by_index = {sample.trajectory.index: sample for sample in samples}
         limit = min(self.train.max_length, self.train.max_tokens)
         students = [sample.trajectory for sample in samples]
@@ -121,7 +133,7 @@ class Branches:
         heads = self._teach(sides, packs, teacher) if teacher else [None] * len(packs)
         normalizer = trajectories if self.spec.aggregation.startswith("sequence") else tokens
         for batch, side, head in zip(packs, sides, heads):
-            self._pack(batch.to(device), side, head, phase, normalizer, measured)
+            self._pack(batch.to(device), side, head, phase, normalizer, measured, keep)
         return measured
 
     def _teach(
@@ -129,7 +141,7 @@ class Branches:
     ) -> list[drift_kernels.TeacherHead | None]:
         """The teacher of each pack, its hidden states at the student's rows; None where no sample has one."""
         found: list[drift_kernels.TeacherHead | None] = []
-        with teacher.weights(), _scoring(self.policy.model):
+        with teacher.weights(), scoring(self.policy.model):
             weight, bias = (None if t is None else t.detach().clone() for t in self.policy.head())
             for side, batch in zip(sides, packs):
                 taught = [sample.taught for sample in side if sample.taught is not None]
@@ -153,6 +165,7 @@ class Branches:
         phase: Phase,
         normalizer: float,
         measured: Measured,
+        keep: Collection[int],
     ) -> None:
         hidden, (weight, bias) = self.policy.hidden(batch), self.policy.head()
         common: dict[str, Any] = {**self.logits, "bias": bias, "config": self.kernel}
@@ -192,7 +205,7 @@ class Branches:
                 has_teacher=has_teacher,
                 policy=self.spec,
                 distill=self._divergence(),
-                outputs=("teacher_logprobs", "teacher_entropy"),
+                outputs=SEEN if self.algorithm.rhythm else SEEN[:3],
                 **self._exploration(batch, side, phase),
                 **common,
             )
@@ -200,6 +213,10 @@ class Branches:
         out.loss.backward()
         self.optimizer.collect()
         measured.loss += float(out.loss.detach())
+        values = {"logprobs": scored.logprobs, "entropy": scored.entropy, **out.outputs}
+        for segment, sample in enumerate(side):
+            if sample.trajectory.index in keep:
+                measured.examples.append(self._example(batch, segment, sample, values, phase))
         mask, count = batch.response_mask, batch.response_mask.sum()
         measured.add(entropy=(scored.entropy[mask].sum(), count))
         if batch.rollout_logprobs is not None:
@@ -212,6 +229,29 @@ class Branches:
         if not self.online.ahead or clip is None or batch.rollout_logprobs is None:
             return 1.0
         return (logprobs - batch.rollout_logprobs).clamp(-20, 20).exp().clamp(max=clip)
+
+    def _example(
+        self, batch: PackedBatch, segment: int, sample: Sample, values: dict[str, Tensor], phase: Phase
+    ) -> dict[str, Any]:
+        """What of a sample is worth a look (see `drift.token_values`); without a teacher, what is the student's."""
+        shown = {
+            "bonus" if name == "rebellious" else name: value
+            for name, value in values.items()
+            if sample.taught is not None or name not in SEEN
+        }
+        return {
+            "prompt_id": sample.problem_id,
+            "index": sample.trajectory.index,
+            "solved_at": sample.solved_at,
+            "reward": sample.reward,
+            "advantage": sample.trajectory.advantage,
+            "phase": phase.name,
+            "policy_factor": phase.policy,
+            "policy_weight": sample.policy,
+            "distill_weight": sample.distill,
+            "rebellious_weight": sample.rebellious,
+            **token_values.tokens_of(batch, segment, shown, self.policy.tokenizer),
+        }
 
     def _divergence(self) -> drift_kernels.DistillSpec:
         settings = self.online.distill
@@ -259,15 +299,3 @@ def _spread(batch: PackedBatch, values: Sequence[float | bool]) -> Tensor:
     dtype = torch.bool if isinstance(values[0], bool) else torch.float32
     spread = torch.tensor(values, dtype=dtype, device=lengths.device).repeat_interleave(lengths)
     return spread.where(batch.response_mask, torch.zeros((), dtype=dtype, device=lengths.device))
-
-
-@contextmanager
-def _scoring(model: torch.nn.Module):
-    """Inside, no dropout and no gradients; unlike inference mode, what is made may enter a loss."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

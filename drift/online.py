@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from drift import chat, checkpoint, distributed, store
+from drift import chat, checkpoint, distributed, store, token_values
 from drift.ahead import Ahead, Still
 from drift.algorithms import ALGORITHMS
 from drift.branches import Branches, Measured, Sample
@@ -41,6 +41,7 @@ from drift.engines import Engine
 from drift.environments import Environment
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.policy import Policy
+from drift.reference import Reference
 from drift.reprompt import Attempt, lessons, teacher_trajectory
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
@@ -51,6 +52,7 @@ from drift.teacher import Teacher
 from drift.track import Track
 from drift.trainer import seeded, training, update
 from drift.types import Problem
+from drift.watch import Watch, repeat_rate
 
 
 @dataclass
@@ -77,8 +79,11 @@ def train_online(
     rollouts: str | Path | None = None,
     environment: Environment | None = None,
     prefix: str = "online",
+    examples_path: str | Path | None = None,
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
+
+    `examples_path`: the file that gets a few responses of a few steps, token by token (see `drift.token_values`).
 
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
     rollouts: a file that every step's trajectories are appended to (`drift.store`), with their step (as in the metrics),
@@ -110,6 +115,10 @@ def train_online(
             bar.advance(reward=measured["reward"], solved=measured["solved"])
             if measured["skipped"]:
                 track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
+            for warning in loop.watch.warnings:
+                track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
+            if examples_path is not None and distributed.rank() == 0:
+                token_values.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
             every = config.train.save_every
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
                 if first:
@@ -162,6 +171,8 @@ class _Loop:
         self.router = DifficultyRouter(self.online.router, self.curriculum.transition_end)
         self.buffer = SuccessBuffer(self.online.buffer) if self.algorithm.buffer else None
         self.difference, self.entropy = StepMean(), StepMean()
+        self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
+        self.reference = Reference(policy, config) if self.online.watch.every else None
         self.teacher: Teacher | None = None
         if self.algorithm.teacher:
             parameters = policy.model.named_parameters()
@@ -181,10 +192,12 @@ class _Loop:
         if self.ahead and more:
             self.ahead.start(partial(self._play, number + 1, number))
         sampled = time.perf_counter()
+        parts = [part for sample in samples for part in sample.parts]
+        keep = token_values.choose(number, self.online, [(part.solved_at > 0, part.taught is None) for part in parts])
+        reference_kl = self._reference_kl(parts, number)
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
-            parts = [part for sample in samples for part in sample.parts]
             measured = self.branches.accumulate(
-                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts)
+                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts), keep
             )
         if self.ahead:
             self.ahead.check()
@@ -198,6 +211,15 @@ class _Loop:
         if self.ahead and more:
             self.pending = distributed.gather(self.ahead.result())
         waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
+        self.examples = distributed.gather(measured.examples) if keep else []
+        outcomes, means = _outcomes(samples) | self._tool_use(samples), _means(measured)
+        self.watch.update(
+            entropy=means["entropy"],
+            repeat_rate=outcomes["repeat_rate"],
+            problem_ids=[sample.problem_id for sample in samples],
+            correct=[sample.solved_at > 0 for sample in samples],
+            reference_kl=reference_kl,
+        )
         seconds = time.perf_counter() - start
         self.stats.steps += 1
         self.stats.skipped += result.skipped
@@ -205,14 +227,13 @@ class _Loop:
         self.stats.seconds += seconds
         self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
         return {
-            **_outcomes(samples),
-            **self._tool_use(samples),
+            **outcomes,
             "staleness": sum(number - sample.row["policy_version"] for sample in samples) / len(samples),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "skipped": float(result.skipped),
             "lr": lr,
-            **_means(measured),
+            **means,
             "seconds_sampling": sampled - start,
             **waited,
             "step_time": seconds,
@@ -224,9 +245,15 @@ class _Loop:
             return {}
         return tool_metrics([(s.row.get("tool_calls", 0), s.row.get("tool_errors", 0)) for s in samples])
 
+    def _reference_kl(self, samples: Sequence[Sample], number: int) -> float | None:
+        watch = self.online.watch
+        if self.reference is None or number % watch.every:
+            return None
+        return self.reference.kl([sample.trajectory for sample in samples], watch.trajectories)
+
     def _parts(self) -> list[tuple[str, Any]]:
         named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}
-        named |= {"difference": self.difference, "entropy_mean": self.entropy}
+        named |= {"difference": self.difference, "entropy_mean": self.entropy, "watch": self.watch}
         return [(name, part) for name, part in named.items() if part is not None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -375,17 +402,15 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 
 def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rates over the batch's trajectories. repeat_rate: of answers, those given before in their trajectory."""
+    """Rates over the batch's trajectories."""
     count = len(samples)
-    answers = sum(len(sample.answers) for sample in samples)
-    distinct = sum(len(set(sample.answers)) for sample in samples)
     return {
         "reward": math.fsum(sample.reward for sample in samples) / count,
         "solved": sum(sample.solved_at > 0 for sample in samples) / count,
         "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
         "turns": sum(len(sample.row["verifier"]) for sample in samples) / count,
         "unparsed": sum(sample.unparsed for sample in samples) / count,
-        "repeat_rate": 1 - distinct / answers if answers else 0.0,
+        "repeat_rate": repeat_rate(sample.answers for sample in samples),
         "response_tokens": _tokens(samples) / count,
         "no_spread": sum(sample.trajectory.advantage == 0 for sample in samples) / count,
     }

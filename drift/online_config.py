@@ -123,6 +123,19 @@ class DistillConfig(Section):
     weight: Weight = 1.0
 
 
+class WatchConfig(Section):
+    """When a training looks collapsed, and how often its tokens are looked at; all of it ours. It never stops a run."""
+
+    every: Count = 1  # steps between two estimates of the KL to the reference; 0 makes none, and keeps no reference
+    trajectories: Positive = 64  # of such a step, over all ranks, that are scored under both
+    window: Positive = 5  # steps that are averaged before they are held against a threshold
+    entropy_below: Share = 0.2  # of the first step's entropy
+    repeat_above: Share = 0.5  # of the answers
+    solved_below: Share = 0.5  # of the best window's solved share
+    examples: Count = 8  # steps, evenly spread, the last among them, whose tokens are stored with their values
+    responses: Positive = 4  # of such a step
+
+
 class OnlineConfig(Section):
     """The online method (B): every step samples, routes, teaches and trains."""
 
@@ -137,6 +150,7 @@ class OnlineConfig(Section):
     curriculum: CurriculumConfig = CurriculumConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
+    watch: WatchConfig = WatchConfig()
 
     @model_validator(mode="before")
     @classmethod

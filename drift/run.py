@@ -34,6 +34,7 @@ from drift.evaluate import evaluate
 from drift.intervals import paired_difference
 from drift.online import train_online
 from drift.policy import Policy, load_policy
+from drift.reference import Reference
 from drift.returns import weigh, weigh_for_training
 from drift.rollout import collect
 from drift.tasks import Task, load_task, with_rules
@@ -43,6 +44,7 @@ from drift.types import Problem
 from drift.warm_start import warm_start
 
 MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir", "engine")  # between two runs in one folder
+WATCHED = 64  # trajectories that an arm is compared with the base on
 LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that ranks wait for the one that samples
 
 
@@ -135,6 +137,7 @@ class _Job:
         problems = self._asked(self.task.problems("train"))
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
         options["rollouts"] = folder / "rollouts.jsonl"
+        options["examples_path"] = folder / "examples.jsonl"
         with self.clock("train"), self._engine(self.config.rollout.batch_size) as engine:
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
@@ -149,6 +152,7 @@ class _Job:
         """Trains from the base for as many steps as an epoch of all trajectories has, `train.rounds` times."""
         config, name = self.config, f"seed-{seed}/{arm}"
         self.policy.restore(self.start)
+        sampled = rows
         for number in range(config.train.rounds):
             inside = folder / f"round-{number}"
             if number > 0:
@@ -174,7 +178,15 @@ class _Job:
                     steps=steps_of(len(rows), config.train.epochs, config.train.batch_size),
                     min_weight=config.weights.min_weight if arm == "drift" else 0.0,
                 )
+        self._watch(name, sampled)
         self._finish(name, folder, list(folder.glob("round-*")))
+
+    def _watch(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Entropy, and KL from the base, on some of what the base sampled: a trained arm's signs of collapse."""
+        some = rows[:: -(-len(rows) // WATCHED)]
+        read = [t for row in some for t in chat.to_trajectories(self.policy, row, index=0, turns="assistant")]
+        moved = Reference(self.policy, self.config, self.start).moved(read, len(read))
+        self.track.log(self.config.train.rounds, **{f"{name}/watch/{key}": value for key, value in moved.items()})
 
     def _finish(self, name: str, folder: Path, checkpoints: Sequence[Path]) -> None:
         """Saves and evaluates what was trained; the checkpoints go last."""

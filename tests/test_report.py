@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -107,6 +108,30 @@ def test_the_effective_sample_size_is_that_of_the_weights(finished, page):
     assert f"{100 * expected:.1f} %" in text_of(page)
     assert part.unsolved == np.mean([all(part.rows[i]["t_star"] is None for i in group) for group in part.groups])
     assert [weights[group].mean() for group in part.groups] == pytest.approx([1.0] * len(part.groups))
+
+
+def test_pass_at_k_and_repeats_of_what_was_sampled(finished, page):
+    part = read(finished).sampled[0]
+    right = [[part.rows[i]["t_star"] is not None for i in group] for group in part.groups]
+    for k in (2, 4):
+        subsets = [[any(s) for s in itertools.combinations(group, k)] for group in right]
+        expected = np.mean([np.mean(found) for found in subsets])
+        assert f"pass@{k} {100 * expected:.1f} %" in text_of(page)
+    again = sum(a in row["answer_norms"][:i] for row in part.rows for i, a in enumerate(row["answer_norms"]))
+    share = again / sum(len(row["answer_norms"]) for row in part.rows)
+    assert f"repeat rate {100 * share:.1f} %" in text_of(page)
+
+
+def test_how_far_training_went_is_the_mean_over_seeds(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=2, prompts=1)
+    assert "How far training went" not in text_of(page_of(folder))
+    with (folder / "metrics.jsonl").open("a") as file:
+        for seed in (0, 1):
+            values = {"base_entropy": 1.0, "entropy": 0.5 + seed, "base_kl": 0.25}
+            named = {f"seed-{seed}/drift/watch/{name}": value for name, value in values.items()}
+            file.write(json.dumps({"step": 1} | named) + "\n")
+    assert "How far training went" in text_of(page_of(folder))
+    assert "drift 1.000 1.000 0.250" in text_of(page_of(folder))
 
 
 def test_trajectories_show_weight_return_and_the_trained_turn(page):

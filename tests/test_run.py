@@ -61,6 +61,21 @@ def test_summary_and_files(whole):
     assert (folder / "report.html").stat().st_size > 1000
 
 
+def test_every_arm_is_compared_with_the_base(whole):
+    config, folder, _ = whole
+    logged = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        logged |= json.loads(line)
+    for seed in config.seeds:
+        found = [
+            [logged[f"seed-{seed}/{arm}/watch/{name}"] for name in ("base_kl", "entropy", "base_entropy")]
+            for arm in config.arms
+        ]
+        assert all(value > 0 for values in found for value in values)
+        assert len({values[2] for values in found}) == 1  # one base, on the same trajectories
+        assert len({values[0] for values in found}) == len(config.arms)
+
+
 def test_seeds_sample_differently_and_from_the_base(whole):
     config, folder, summary = whole
     base = load_policy(config.model.model_copy(update={"path": str(folder / "base")}))

@@ -6,13 +6,15 @@ data set or a settings file wrote is escaped. A run that is not finished gives a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from drift.intervals import mean_stderr, paired_difference
 from drift.records import ARMS, Records, read
-from drift.report import plots, results, sampling, trajectories
+from drift.report import heat, online, online_files, plots, results, sampling, trajectories
+from drift.report.online_files import Seed
 from drift.report.style import CSS
 from drift.report.text import count_of, duration, esc, figures, percent, points
 
@@ -53,14 +55,17 @@ def write(run_dir: str | Path) -> Path:
 def page(records: Records) -> str:
     """The whole document."""
     name = str(records.summary.get("name") or (records.config and records.config.name) or records.path.resolve().name)
+    seeds = online_files.read(records)
+    online_run = records.config is not None and records.config.online is not None
     sections = [
         _header(name, records),
         _missing(records),
+        online.warnings(seeds),
         results.section(records),
-        sampling.section(records),
+        *(_online(records, seeds) if online_run else [sampling.section(records)]),
         _training(records),
         _time(records),
-        trajectories.section(records),
+        trajectories.of_online(seeds) if online_run else trajectories.section(records),
         _settings(records),
     ]
     return (
@@ -73,9 +78,27 @@ def page(records: Records) -> str:
     )
 
 
+def _online(records: Records, seeds: Sequence[Seed]) -> list[str]:
+    return [
+        online.against_base(records),
+        online.learning(records, seeds),
+        online.watched(seeds),
+        online.routing(records, seeds),
+        heat.section(records, seeds),
+    ]
+
+
 def _header(name: str, records: Records) -> str:
     means = {arm: percent(mean_stderr(result.multi).mean) for arm, result in records.results.items()}
-    if "drift" in means and "base" in means:
+    trained = records.config.online.algorithm if records.config and records.config.online else None
+    if trained in means and "base" in means:
+        ours, base = records.results[trained].multi, records.results["base"].multi
+        lede = (
+            f"Online training ({esc(trained)}) solves <b>{means[trained]}</b> of the held-out problems within "
+            f"{records.turns} turns. Before training it was {means['base']}: {points(paired_difference(ours, base))} "
+            f"points over {count_of(len(ours), 'seed', 'seeds')}."
+        )
+    elif trained is None and "drift" in means and "base" in means:
         ours, base = records.results["drift"].multi, records.results["base"].multi
         lede = (
             f"Importance-weighted training solves <b>{means['drift']}</b> of the held-out problems within "
@@ -121,7 +144,8 @@ def _training(records: Records) -> str:
         f"<details><summary>More curves: {len(drawn) - 4}</summary>{figures(drawn[4:])}</details>" if drawn[4:] else ""
     )
     note = '<p class="why">Against optimizer steps. A thin line is a seed, a thick one the mean of an arm.</p>'
-    return f"<section><h2>Learning curves</h2>{note}{figures(drawn[:4])}{more}</section>"
+    title = "Learning curves" if records.config is None or records.config.online is None else "All other curves"
+    return f"<section><h2>{title}</h2>{note}{figures(drawn[:4])}{more}</section>"
 
 
 def _curves(records: Records) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -129,8 +153,11 @@ def _curves(records: Records) -> dict[str, dict[str, list[tuple[int, float]]]]:
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for metric, series in records.curves.items():
         for name, curve in series.items():
-            stage = plots.arm_of(name)
-            title = metric if stage in ARMS or not stage else f"{metric} · {stage}"
+            stage, title = plots.arm_of(name), online.name_of(records, name, metric)
+            if online.is_drawn(title):
+                continue
+            if not title:
+                title = metric if stage in ARMS or not stage else f"{metric} · {stage}"
             found.setdefault(title, {})[name] = curve
     telling = [t for t, series in found.items() if any(len(c) > 1 for c in series.values()) and _moves(series)]
     rank = {metric: place for place, metric in enumerate(_FIRST_CURVES)}
@@ -177,9 +204,15 @@ def _shown_settings(records: Records) -> list[tuple[str, Any]]:
     if records.config is None:
         return []
     shown: list[tuple[str, Any]] = []
+    sections = ("model", "task", "rollout") if records.config.online else None
     for section, key in _SHOWN_SETTINGS:
+        if sections and section not in sections:
+            continue
         value = getattr(getattr(records.config, section), key)
         if (section, key) == ("model", "path") and value is None:
             value = "embedded tiny model"
         shown.append((f"{section}.{key}", value))
+    if online_settings := records.config.online:
+        shown += [(f"online.{key}", getattr(online_settings, key)) for key in ("algorithm", "steps", "prompts")]
+        shown += [("train.lr", records.config.train.lr), ("online.teacher.weights", online_settings.teacher.weights)]
     return [*shown, ("seeds", ", ".join(map(str, records.config.seeds)))]

@@ -220,6 +220,94 @@ def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str
     return _svg(metric, draw, height=2.5)
 
 
+Runs = Sequence[Sequence[tuple[int, float]]]  # one curve a seed
+Phases = Sequence[tuple[str, float, float]]  # (name, first step, last step), shaded
+
+
+def lines(
+    title: str,
+    series: Mapping[str, tuple[str, Runs]],
+    *,
+    phases: Phases = (),
+    shares: bool = False,
+    smooth: int = 1,
+) -> str:
+    """Label → (colour, curves): a thin line a seed, and thick their mean, over `smooth` steps where that is more than 1."""
+
+    def draw(axes: Axes) -> None:
+        for label, (colour, runs) in series.items():
+            drawn = [thin(np.asarray(run, dtype=float)) for run in runs]
+            steps, mean = _mean(drawn)
+            for run in drawn if len(drawn) > 1 or smooth > 1 else ():
+                axes.plot(run[:, 0], run[:, 1], color=colour, linewidth=0.7, alpha=0.3)
+            dot = _dot(np.stack([steps, mean], 1))
+            axes.plot(steps, _smoothed(mean, smooth), color=colour, linewidth=1.7, label=_no_math(label, 26), **dot)
+        if shares:
+            axes.yaxis.set_major_formatter(_PERCENT)
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        _shade(axes, phases)
+        _finish(axes, len(series) > 1)
+
+    return _svg(title, draw)
+
+
+def stacked(title: str, parts: Mapping[str, tuple[str, Runs]], *, phases: Phases = (), shares: bool = False) -> str:
+    """Label → (colour, curves), laid on each other from the bottom; the mean over seeds."""
+
+    def draw(axes: Axes) -> None:
+        means = [_mean([thin(np.asarray(run, dtype=float)) for run in runs]) for _, runs in parts.values()]
+        steps = means[0][0]
+        height = np.zeros_like(steps)
+        for (label, (colour, _)), (others, mean) in zip(parts.items(), means):
+            top = height + np.interp(steps, others, mean)
+            axes.fill_between(steps, height, top, color=colour, alpha=0.6, linewidth=0, label=_no_math(label, 26))
+            height = top
+        axes.set_ylim(0, None)
+        axes.margins(x=0)
+        _shade(axes, phases)
+        if shares:
+            axes.yaxis.set_major_formatter(_PERCENT)
+        _finish(axes, True)
+
+    return _svg(title, draw)
+
+
+def _mean(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean over the runs that have come so far."""
+    steps = np.unique(np.concatenate([run[:, 0] for run in runs]))
+    there = np.array([np.interp(steps, run[:, 0], run[:, 1], left=np.nan, right=np.nan) for run in runs])
+    kept = ~np.isnan(there).all(0)
+    return steps[kept], np.nanmean(there[:, kept], 0)
+
+
+def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Means of up to `width` values around each."""
+    sides = [(max(0, i - width // 2), i + (width + 1) // 2) for i in range(len(values))]
+    return np.array([values[start:stop].mean() for start, stop in sides])
+
+
+def _shade(axes: Axes, phases: Phases) -> None:
+    if not phases:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the names
+    for place, (name, start, stop) in enumerate(phases):
+        axes.axvspan(start - 0.5, stop + 0.5, color=MUTED, alpha=0.13 - 0.07 * place, linewidth=0, zorder=0)
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "color": MUTED, "fontsize": 8}
+        axes.annotate(name, (start - 0.5, 1.0), (3, -10), **where)
+
+
+def _finish(axes: Axes, legend: bool) -> None:
+    axes.set_xlabel("step")
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if legend and isinstance(axes.figure, Figure):
+        labels = [str(line.get_label()) for line in axes.get_legend_handles_labels()[0]]
+        columns = len(labels) if sum(map(len, labels)) + 5 * len(labels) < 50 else 2
+        axes.figure.legend(loc="outside lower center", ncols=columns, handlelength=1.4, columnspacing=1.2)
+
+
 def intervals(rows: Sequence[tuple[str, str, float, float, float]], title: str, xlabel: str) -> Figure:
     """Points with intervals, one line a row of (label, arm, mean, low, high), for the study. Plain colours."""
     with mpl.rc_context({**_STYLE, **_plain_style()}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from drift.intervals import Difference, mean_stderr, paired_difference
 from drift.records import Records, Results
@@ -18,7 +19,7 @@ def section(records: Records) -> str:
         return ""
     results, turns = records.results, records.turns
     number = len(next(iter(results.values())).multi)
-    reference = next(arm for arm in ("drift", *results) if arm in results)
+    reference = next(arm for arm in ("drift", *reversed(results)) if arm in results)  # the base is the last to be it
     rows = "".join(_result_row(arm, result, records, reference) for arm, result in results.items())
     gain = "<small>points over base</small>" if "base" in results and len(results) > 1 else ""
     last = f"<th>{esc(reference)} ahead by<small>multi@{turns}, points</small></th>" if len(results) > 1 else ""
@@ -27,14 +28,14 @@ def section(records: Records) -> str:
     error = "± is the standard error over seeds" if number > 1 else "With one seed there is no standard error"
     note = (
         '<p class="why">Greedy answers on problems that no model was trained on, mean over '
-        f"{count_of(number, 'seed', 'seeds')} that start from the same model. multi@{turns} counts a problem as solved "
+        f"{count_of(number, 'seed', 'seeds that start from the same model')}. multi@{turns} counts a problem as solved "
         f"when one of {turns} attempts, each after the same feedback, is right. {error}; differences are taken seed by "
         "seed.</p>"
     )
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))
-    return f"<section><h2>Results</h2>{note}{table}{figures(drawn)}{_all_seeds(records)}</section>"
+    return f"<section><h2>Results</h2>{note}{table}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
 
 
 def _result_row(arm: str, result: Results, records: Records, reference: str) -> str:
@@ -62,6 +63,33 @@ def _verdict(difference: Difference) -> str:
         return f"{points(difference)}<small>within 2 s.e.</small>"
     colour = "good" if difference.mean > 0 else "bad"
     return f'<span class="{colour}">{points(difference)}</span><small>beyond 2 s.e.</small>'
+
+
+def _moved(records: Records) -> str:
+    """Entropy of each trained arm, and how far from the base it went, where that was logged: means over seeds."""
+    rows = []
+    for arm in records.results:
+        values = []
+        for metric in ("base_entropy", "entropy", "base_kl"):
+            series = records.curves.get(metric, {})
+            ends = [
+                points[-1][1]
+                for name, points in series.items()
+                if re.fullmatch(rf"seed-\d+/{re.escape(arm)}/watch", name)
+            ]
+            values.append(f"<td>{sum(ends) / len(ends):.3f}</td>" if ends else "")
+        if all(values):
+            rows.append(f"<tr><td>{esc(arm)}</td>{''.join(values)}</tr>")
+    if not rows:
+        return ""
+    columns = ("Arm", "entropy before", "entropy after", "KL from the base")
+    head = f"<tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr>"
+    note = (
+        '<p class="why">Nats a token, on some of the trajectories that the base sampled; KL(base‖arm), estimator k3. An arm '
+        "that has collapsed has an entropy near 0 and a large KL.</p>"
+    )
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f"<h3>How far training went</h3>{note}{table}"
 
 
 def _all_seeds(records: Records) -> str:

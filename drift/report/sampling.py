@@ -5,14 +5,16 @@ from __future__ import annotations
 from drift.records import Records
 from drift.report import plots
 from drift.report.text import count_of, figures, percent, tile, tiles
+from drift.watch import pass_at, repeat_rate
 
 
 def section(records: Records) -> str:
-    """Six numbers and four histograms over all rollout files; empty where nothing was sampled."""
+    """Some numbers and four histograms over all rollout files; empty where nothing was sampled."""
     sampled = records.sampled
     if not sampled:
         return ""
     rows = [row for part in sampled for row in part.rows]
+    solved = [row["t_star"] is not None for row in rows]
     groups = sum(len(part.groups) for part in sampled)
     turns = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
     parsed = sum(len(row["answer_norms"]) for row in rows)
@@ -21,12 +23,16 @@ def section(records: Records) -> str:
     unsolved = sum(part.unsolved * len(part.groups) for part in sampled) / groups
     numbers = [
         tile("trajectories", f"{len(rows):,}", f"in {count_of(groups, 'group', 'groups')}"),
-        tile("solved", percent(sum(row["t_star"] is not None for row in rows) / len(rows)), "of the trajectories"),
+        tile("solved", percent(sum(solved) / len(rows)), "of the trajectories"),
         tile("in the first turn", percent(sum(row["t_star"] == 1 for row in rows) / len(rows)), "of the trajectories"),
         tile("effective sample size", percent(ess), f"{percent(sum(by_group) / max(len(by_group), 1))} within a group"),
         tile("unsolved groups", percent(unsolved), "no trajectory succeeded"),
         tile("answers not parsed", percent(1 - parsed / max(turns, 1)), f"of {turns:,} turns"),
     ]
+    found = pass_at([f"{n} {row['prompt_id']}" for n, part in enumerate(sampled) for row in part.rows], solved)
+    numbers += [tile(f"pass@{k}", percent(found[k]), "of a prompt’s samples, unbiased") for k in (2, 4) if k in found]
+    repeated = repeat_rate(row["answer_norms"] for row in rows)
+    numbers.append(tile("repeat rate", percent(repeated), "answers given before in the trajectory"))
     settings = records.weights_config
     dropped = sum(part.dropped for part in sampled) / len(sampled)
     cut = f" Below {settings.min_weight:g} they are left out: {percent(dropped)} of all weight." if dropped else ""

@@ -1,5 +1,9 @@
 """A report's style sheet: light, dark and paper from one set of variables; one column on a phone, two on a desk."""
 
+_LEVELS = "\n".join(
+    f".h{level} {{ background: color-mix(in srgb, var(--heat) {7.5 * level:g}%, transparent); }}" for level in range(11)
+)  # the darkest leaves the ink legible
+
 CSS = """
 :root {
   color-scheme: light dark;
@@ -103,6 +107,18 @@ figcaption { color: var(--muted); font-size: .86rem; line-height: 1.4; padding: 
 .tag { color: var(--drift); font-weight: 650; }
 .wrong { color: var(--bad); } .right { color: var(--good); } .unparsed { color: var(--muted); font-style: italic; }
 
+.heat i { font-style: normal; border-radius: 2px; cursor: help; }
+.heat { line-height: 1.7 !important; }
+.heat.gate, .scale.gate { --heat: var(--drift); } .heat.bonus, .scale.bonus { --heat: var(--other); }
+.heat.entropy, .scale.entropy { --heat: var(--uniform); } .heat.divergence, .scale.divergence { --heat: var(--success); }
+.gap { display: block; color: var(--muted); font-size: .78rem; line-height: 1.35; opacity: .85; }
+.scale { display: inline-flex; vertical-align: middle; margin: 0 .4em; border-radius: 3px; overflow: hidden; }
+.scale { border: 1px solid var(--line); }
+.scale i { width: .8em; height: .9em; }
+@levels
+.trajectory details { margin: 0; padding: .2rem 0 .3rem; border-top: 1px solid var(--line); }
+.trajectory summary { padding: .2rem 1rem; font-size: .84rem; }
+
 details { margin: .9rem 0; }
 summary { cursor: pointer; color: var(--muted); font-size: .94rem; padding: .2rem 0; }
 details pre.yaml {
@@ -141,4 +157,4 @@ footer {
   figure, .tile, .turn, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
-"""
+""".replace("@levels", _LEVELS)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from drift.records import Records, Sampled
+from drift.report.online_files import Seed
 from drift.report.text import esc
 
 LONGEST = 4000  # characters of one message that are shown
+ROUTED = {  # of a stored row of an online run, where it is there
+    "advantage": "A =",
+    "pass_rate": "pass rate",
+    "policy_weight": "policy",
+    "distill_weight": "distillation",
+    "rebellious_weight": "rebellious",
+    "staleness": "staleness",
+}
 
 
 def section(records: Records) -> str:
@@ -23,6 +33,35 @@ def section(records: Records) -> str:
         f'<p class="why">From <code>{esc(part.source)}</code>. R is the return, w the weight; the {trained} marked.</p>'
         f"{''.join(blocks)}</section>"
     )
+
+
+def of_online(seeds: Sequence[Seed]) -> str:
+    """Siblings of the last stored step of an online run, best first; empty where no trajectories were stored."""
+    found = next((seed for seed in seeds if seed.last), None)
+    if found is None:
+        return ""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in found.last:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    ranked = sorted(groups.values(), key=lambda group: -len({row["t_star"] for row in group}))
+    blocks = []
+    for group in ranked[:2]:
+        ordered = sorted(group, key=lambda row: (row["t_star"] is None, row["t_star"] or 0, len(row["messages"])))
+        picked = [ordered[0], ordered[len(ordered) // 2], ordered[-1]][: len(ordered)]
+        shown = "".join(_trajectory(row, _routed(row), True) for row in picked)
+        blocks.append(f"<h3>{len(picked)} siblings of {len(group)}</h3>{shown}")
+    return (
+        f'<section><h2>Trajectories to read</h2><p class="why">From step {found.last[0]["step"]} of '
+        f"<code>{esc(found.name)}/rollouts.jsonl</code>; every assistant turn is trained.</p>{''.join(blocks)}</section>"
+    )
+
+
+def _routed(row: dict[str, Any]) -> str:
+    """What the row says of how it was trained on."""
+    known = {name: label for name, label in ROUTED.items() if type(row.get(name)) in (int, float)}
+    numbers = [f"{label} {row[name]:.3g}".replace(" -", " −") for name, label in known.items()]
+    taught = "" if row.get("had_teacher", True) else '<span class="muted">no teacher</span>'
+    return "".join(f"<span>{text}</span>" for text in numbers) + taught
 
 
 def choose(part: Sampled) -> list[tuple[str, list[int]]]:
@@ -58,25 +97,27 @@ def _answers(row: dict[str, Any]) -> list[str]:
 
 
 def _block(title: str, part: Sampled, numbers: list[int], every_turn: bool) -> str:
-    shown = "".join(_trajectory(part.rows[i], part.returns[i], part.weights[i], every_turn) for i in numbers)
+    shown = "".join(_weighed(part, i, every_turn) for i in numbers)
     return f"<h3>{title}</h3>{shown}"
 
 
-def _trajectory(row: dict[str, Any], value: float, weight: float, every_turn: bool) -> str:
+def _weighed(part: Sampled, i: int, every_turn: bool) -> str:
+    head = f"<b>w = {part.weights[i]:.3g}</b><b>R = {part.returns[i]:.3f}</b>"
+    return _trajectory(part.rows[i], head, every_turn, trained=part.weights[i] > 0)
+
+
+def _trajectory(row: dict[str, Any], head: str, every_turn: bool, trained: bool = True) -> str:
     star, number = row["t_star"], len(_turns(row))
     outcome = (
         f'<span class="right">solved in turn {esc(star)}</span>' if star else '<span class="wrong">never solved</span>'
     )
     sibling = f" · trajectory {esc(row['traj_idx'])}" if row.get("traj_idx") is not None else ""
-    head = (
-        f"<header><b>w = {weight:.3g}</b><b>R = {value:.3f}</b>{outcome}"
-        f'<span class="id">{esc(row["prompt_id"])}{sibling}</span></header>'
-    )
+    head = f'<header>{head}{outcome}<span class="id">{esc(row["prompt_id"])}{sibling}</span></header>'
     turns, turn = [], 0
     for message in row["messages"]:
         turn += message["role"] == "assistant"
-        trained = message["role"] == "assistant" and weight > 0 and (every_turn or turn == number)
-        turns.append(_message(message, turn, row["verifier"].get(f"t{turn}"), trained))
+        marked = trained and message["role"] == "assistant" and (every_turn or turn == number)
+        turns.append(_message(message, turn, row["verifier"].get(f"t{turn}"), marked))
     return f'<article class="trajectory">{head}{"".join(turns)}</article>'
 
 
