@@ -23,6 +23,7 @@ from torch import Tensor
 from drift_kernels.backends.tuning import VARIABLE, tuning
 
 KERNELS = ("row_stats", "grad_logits", "fused_policy", "score")
+KERNELS += ("fused_distill", "top_k", "bucket_logprobs", "grad_buckets")
 ROW_BLOCK = 4096
 ELEMENTS_A_WARP = 512
 LOGITS_A_PROGRAM = 1 << 16
