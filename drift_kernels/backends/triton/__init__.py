@@ -225,7 +225,7 @@ def _one_each(logits: Tensor, chunk: Chunk, *without: str) -> dict[str, Any]:
     if chunk.row_ptr is not None:
         raise ValueError("row_ptr: distillation takes one target a row")
     arguments = head_arguments(logits, chunk)
-    return {name: value for name, value in arguments.items() if name not in ("row_ptr", *without)}
+    return {name: value for name, value in arguments.items() if name not in ("row_ptr", "rows", *without)}
 
 
 def _other_terms(
@@ -272,7 +272,7 @@ def fused_distill(
     given = {"taught": taught, "y_lse": teacher_lse, "weights": weights}
     for name, tensor in given.items():
         _readable(name, tensor, logits.device)
-    its = _one_each(teacher, teacher_chunk, "rows", "V", "targets")
+    its = _one_each(teacher, teacher_chunk, "V", "targets")
     if teacher.shape[1] != logits.shape[1]:
         raise ValueError(f"the teacher's {teacher.shape[1]} columns must be the student's {logits.shape[1]}")
     written: dict[str, Any] = dict.fromkeys(("out", "out_stride", "live"))
@@ -292,10 +292,9 @@ def fused_distill(
         **written,
         "KIND": kind.value,
         "GRADIENT": gradient,
-        "ROWS": launch.rows,
         "BLOCK": launch.block,
     }
-    run(distill.fused_distill_kernel, programs(logits, launch), logits, launch, arguments)
+    run(distill.fused_distill_kernel, (logits.shape[0],), logits, launch, arguments)
     return divergence, written["live"]
 
 
@@ -309,8 +308,8 @@ def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -
     launch = row_launch("top_k", logits)
     keys = torch.zeros((n, k), dtype=torch.int64, device=logits.device)
     arguments = {**_one_each(logits, chunk, "targets"), "taught": taught, "keys": keys, "k": k}
-    arguments |= {"ROWS": launch.rows, "BLOCK": launch.block}
-    run(buckets.top_k_kernel, programs(logits, launch), logits, launch, arguments)
+    arguments |= {"BLOCK": launch.block}
+    run(buckets.top_k_kernel, (logits.shape[0],), logits, launch, arguments)
     return logits.shape[1] - 1 - (keys.sort(-1, descending=True).values & 0xFFFFFFFF)
 
 
@@ -346,10 +345,9 @@ def bucket_logprobs(
         "logprobs": logprobs,
         "rest": others,
         "ENTRIES": IDS,
-        "ROWS": launch.rows,
         "BLOCK": launch.block,
     }
-    run(buckets.bucket_logprobs_kernel, programs(logits, launch), logits, launch, arguments)
+    run(buckets.bucket_logprobs_kernel, (logits.shape[0],), logits, launch, arguments)
     return logprobs, others
 
 
@@ -390,8 +388,7 @@ def grad_buckets(
         "drest": drest,
         **_gradient_arguments(logits, out),
         "ENTRIES": IDS,
-        "ROWS": launch.rows,
         "BLOCK": launch.block,
     }
-    run(buckets.grad_buckets_kernel, programs(logits, launch), logits, launch, arguments)
+    run(buckets.grad_buckets_kernel, (logits.shape[0],), logits, launch, arguments)
     return arguments["live"]

@@ -87,56 +87,55 @@ def write_taught(
         store_block(out, start, V, g * logit_slope(z, scale, cap, inverse), BLOCK)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def fused_distill_kernel(
-    x, stride, rows, V, targets, bias, inverses, inverse, scale, cap,
+    x, stride, V, targets, bias, inverses, inverse, scale, cap,
     coefs, lse_coefs, lse, entropy_coefs, entropy,
     taught, y, y_stride, y_bias, y_inverses, y_inverse, y_scale, y_cap, y_lse, weights, alpha, divergence,
     out, out_stride, live,
-    KIND: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Divergences of student rows from their teacher rows, and, with GRADIENT, d(loss)/d(product) in `out`. A teacher's row
     is read only where a student's row has one."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, rows)):
-        j = row if taught is None else tl.load(taught + row)
-        named = j >= 0
-        its = tl.maximum(j, 0)
-        at, at_y = x + row * stride, y + its * y_stride
-        inv = inverse if inverses is None else tl.load(inverses + row)
-        y_inv = y_inverse if y_inverses is None else tl.load(y_inverses + its, mask=named, other=1.0)
-        row_lse = tl.load(lse + row)
-        its_lse = tl.load(y_lse + its, mask=named, other=0.0)
-        kl, kl_t = divergences(
-            at, at_y, bias, y_bias, tl.where(named, V, 0), scale, cap, inv, row_lse, y_scale, y_cap, y_inv, its_lse,
-            alpha, KIND, BLOCK,
-        )  # fmt: skip
-        if KIND == FORWARD:
-            value = kl_t
-        elif KIND == REVERSE:
-            value = kl
+    row = tl.program_id(0).to(tl.int64)
+    j = row if taught is None else tl.load(taught + row)
+    named = j >= 0
+    its = tl.maximum(j, 0)
+    at, at_y = x + row * stride, y + its * y_stride
+    inv = inverse if inverses is None else tl.load(inverses + row)
+    y_inv = y_inverse if y_inverses is None else tl.load(y_inverses + its, mask=named, other=1.0)
+    row_lse = tl.load(lse + row)
+    its_lse = tl.load(y_lse + its, mask=named, other=0.0)
+    kl, kl_t = divergences(
+        at, at_y, bias, y_bias, tl.where(named, V, 0), scale, cap, inv, row_lse, y_scale, y_cap, y_inv, its_lse,
+        alpha, KIND, BLOCK,
+    )  # fmt: skip
+    if KIND == FORWARD:
+        value = kl_t
+    elif KIND == REVERSE:
+        value = kl
+    else:
+        value = (1.0 - alpha) * kl + alpha * kl_t
+    tl.store(divergence + its, value, mask=named)
+    if GRADIENT:
+        weight = tl.where(named, tl.load(weights + row), 0.0)
+        P = 0.0 if lse_coefs is None else -tl.load(lse_coefs + row)
+        E = None if entropy_coefs is None else tl.load(entropy_coefs + row)
+        H = None if entropy_coefs is None else tl.load(entropy + row)
+        alive = (P != 0) if E is None else (P != 0) | (E != 0)
+        target = None if coefs is None else tl.load(targets + row).to(tl.int32)
+        coef = None if coefs is None else tl.where(target >= 0, tl.load(coefs + row), 0.0)
+        if coefs is not None:
+            P += coef
+            alive = alive | (coef != 0)
+        tl.store(live + row, (alive | (weight != 0)).to(tl.uint8))
+        if weight != 0:
+            write_taught(
+                at, at_y, out + row * out_stride, bias, y_bias, V, scale, cap, inv, row_lse,
+                y_scale, y_cap, y_inv, its_lse, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
+            )  # fmt: skip
         else:
-            value = (1.0 - alpha) * kl + alpha * kl_t
-        tl.store(divergence + its, value, mask=named)
-        if GRADIENT:
-            weight = tl.where(named, tl.load(weights + row), 0.0)
-            P = 0.0 if lse_coefs is None else -tl.load(lse_coefs + row)
-            E = None if entropy_coefs is None else tl.load(entropy_coefs + row)
-            H = None if entropy_coefs is None else tl.load(entropy + row)
-            alive = (P != 0) if E is None else (P != 0) | (E != 0)
-            target = None if coefs is None else tl.load(targets + row).to(tl.int32)
-            coef = None if coefs is None else tl.where(target >= 0, tl.load(coefs + row), 0.0)
-            if coefs is not None:
-                P += coef
-                alive = alive | (coef != 0)
-            if weight != 0:
-                write_taught(
-                    at, at_y, out + row * out_stride, bias, y_bias, V, scale, cap, inv, row_lse,
-                    y_scale, y_cap, y_inv, its_lse, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
-                )  # fmt: skip
-            else:
-                write_gradient(
-                    at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, P, E, H, target, coef,
-                    targets, coefs, row, row, alive, True, BLOCK,
-                )  # fmt: skip
-            tl.store(live + row, (alive | (weight != 0)).to(tl.uint8))
+            write_gradient(
+                at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, P, E, H, target, coef,
+                targets, coefs, row, row, alive, True, BLOCK,
+            )  # fmt: skip
