@@ -5,6 +5,7 @@ where each block's begin. So products stay as they are, and k ids cost k compari
 """
 
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalOperand=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
@@ -144,9 +145,7 @@ def bucket_logprobs_kernel(
         if rest is not None:
             kept = tl.sum(shares, axis=0)
             if kept > 0.5:
-                others = rest_lse(
-                    at, bias, V, scale, cap, inv, ordered_ids + j * k, edges + j * (blocks + 1), BLOCK
-                )
+                others = rest_lse(at, bias, V, scale, cap, inv, ordered_ids + j * k, edges + j * (blocks + 1), BLOCK)
                 tl.store(rest + j, tl.where(others > row_lse, 0.0, others - row_lse))
             else:
                 tl.store(rest + j, log1p(-kept))

@@ -5,6 +5,7 @@ gradient. The gradient of KL(s‖t) or KL(s‖M) by a logit holds the whole row'
 """
 
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalOperand=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
