@@ -321,6 +321,9 @@ def fused(
         head.block.reserve(min(sweep.limit, plan.count))
     normalizer = sweep.divisor(normalizer)
     policy_weights = driver.weights_of(tokens, plan.pick(x.targets), normalizer) if call.policy else None
+    unread = None if given is None else ~plan.pick(needs_student)  # rows of `active` that would have been dropped
+    if unread is not None and policy_weights is not None:
+        policy_weights = policy_weights.masked_fill(unread, 0.0)
     divergence_of = Divergence(sweep, teacher, head, call)
     known = {**ROW_OUTPUTS, **ENTRY_OUTPUTS}
     want = tuple(dict.fromkeys((*STATS, *(name for name in options.outputs if name in known))))
@@ -332,6 +335,8 @@ def fused(
     for piece, taught in zip(sweep.pieces(plan, spans), lists):
         here = slice(piece.start, piece.stop)
         stats = sweep.kernels.row_stats(piece.logits, piece.chunk, want)
+        if unread is not None:
+            stats = {name: values.masked_fill(unread[here], 0.0) for name, values in stats.items()}
         some, lesson = tokens.pick(here), lessons.pick(here)
         seen = {} if head is None else head.run(taught, taught.pick(piece.chunk.targets))
         weights, factor, outputs = weigh(stats, seen, last, some, lesson, call)
