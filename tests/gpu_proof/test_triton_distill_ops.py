@@ -67,8 +67,10 @@ def check(op, case, dtype, scale=None):
         assert ok, f"{name}: {line}"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
+CASES = [(mode, dtype) for mode in MODES for dtype in DTYPES[:2]] + [("JSD", torch.float16), ("top k", torch.float16)]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), CASES)
 def test_distill_loss(mode, dtype):
     case, (teacher, spec) = make_case(T, D, V, dtype=dtype, seed=2), MODES[mode]
     options = {"targets": case.targets, "spec": spec, "temperature": 0.7, "softcap": 5.0}
@@ -94,10 +96,9 @@ def hybrid(case, mode, dtype, active=None, **options):
     return op
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["JSD", "top k"])
-@pytest.mark.parametrize("active", [None, ACTIVE, ACTIVE.flip(0)], ids=["all", "active", "backwards"])
-def test_self_distill_loss_with_exploration(mode, dtype, active):
+@pytest.mark.parametrize(("active", "dtype"), list(zip((None, ACTIVE, ACTIVE.flip(0)), (*DTYPES[1:], torch.float32))))
+def test_self_distill_loss_with_exploration(mode, active, dtype):
     case = make_case(T, D, V, dtype=dtype, seed=3)
     check(hybrid(case, mode, dtype, active, temperature=0.8), case, dtype)
 
@@ -108,8 +109,9 @@ def test_self_distill_loss_of_other_teachers(mode):
     check(hybrid(case, mode, torch.float32, ACTIVE), case, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["JSD", "stored"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("JSD", torch.bfloat16), ("JSD", torch.float32), ("stored", torch.float16)]
+)
 def test_low_rank_heads_on_both_sides(mode, dtype):
     case, g = make_case(T, D, V, dtype=dtype, seed=5), torch.Generator().manual_seed(0)
     rank = [torch.randn(*size, generator=g).to(dtype) * 0.2 for size in ((4, D), (V, 4), (3, D + 3), (V, 3))]
@@ -153,7 +155,7 @@ def test_outputs_and_metrics(active):
 
 @pytest.mark.parametrize("mode", ["JSD", "top k", "stored"])
 def test_active_rows_are_taken_without_looking(mode, monkeypatch):
-    """No plan is made, targets and ids go unread, and what nothing reads may hold anything."""
+    """No plan is made, targets and ids go unread; what nothing reads may hold any number, and a teacher's rows NaN."""
     case, looked = make_case(T, D, V, seed=7, dtype=torch.float32), []
     monkeypatch.setattr(rows, "plan", lambda *args: looked.append(args))
     monkeypatch.setattr(rows, "check_targets", lambda *args: looked.append(args))
@@ -164,7 +166,10 @@ def test_active_rows_are_taken_without_looking(mode, monkeypatch):
     assert unread
     h, w, b = case.leaves(torch.float32)
     with torch.no_grad():
-        h[unread] = float("nan")
+        h[unread] = 1e3
+    if mode != "stored":
+        untaught = [t for t in range(T) if t in unread or not HAS_TEACHER[t]]
+        monkeypatch.setattr(SEEN, "hidden", SEEN.hidden.index_fill(0, torch.tensor(untaught), float("nan")))
     spoilt = gradients(lambda h, w, b: op(h, w, b, config()), (h, w, b))
     assert not looked
     for a, e in zip(spoilt, whole):
@@ -187,8 +192,7 @@ def test_a_teachers_id_outside_the_vocabulary_makes_the_loss_nan_where_it_is_rea
                 assert bool(loss.isnan()) == nan
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("active", [None, ACTIVE])
+@pytest.mark.parametrize(("dtype", "active"), [(torch.float32, None), (torch.bfloat16, ACTIVE)])
 def test_topk_logprobs(dtype, active):
     case, head = make_case(T, D, V, seed=9, dtype=dtype), {"temperature": 0.7, "softcap": 4.0, "logit_scale": -1.2}
     for k in (1, 9, V):
