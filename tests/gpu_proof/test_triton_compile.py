@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # a minute on a machine of one's own
 ROOT = Path(__file__).parents[2]
 SHARED = {
     "sm_80": 163 << 10,
