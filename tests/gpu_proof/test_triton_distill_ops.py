@@ -186,7 +186,7 @@ def test_a_teachers_id_outside_the_vocabulary_makes_the_loss_nan_where_it_is_rea
             ids = teacher.ids.clone()
             ids[row, 2] = bad
             known = dk.TeacherTopK(ids, teacher.logprobs, teacher.rest)
-            for active in (None, ROWS):
+            for active in (None, ROWS) if bad == V else (ROWS,):
                 h, w, _ = case.leaves(torch.float32)
                 loss = dk.distill_loss(h, w, known, weights, active=active, config=config()).loss
                 assert bool(loss.isnan()) == nan
