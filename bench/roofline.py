@@ -75,6 +75,31 @@ def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list
     ]
 
 
+def distillation(T: int, D: int, V: int, workspace: int, k: int | None = None) -> list[Stage]:
+    """A divergence from a teacher of the student's size with all gradients, over the vocabulary or the student's top `k`."""
+    width, weight, product = padded(V), 2 * V * D, 2.0 * T * V * D
+    staged, room = capacity(workspace, V, D, 2, True, 4 * width + 2 * D)
+    blocks, buffers = -(-T // staged), -(-T // (room // staged * staged))
+    logits = Stage("logits = h·Wᵀ, fp32 out, student and teacher", 2 * product, 2 * (4 * T * width + blocks * weight))
+    stats = Stage("row_stats of both: read once", 0, 8 * T * width)
+    if k is None:
+        middle = [Stage("fused_distill: read both twice, write bf16", 0, (16 + 2) * T * width)]
+    else:
+        middle = [
+            Stage(f"top_k, k = {k}: read four times", 0, 16 * T * width),
+            Stage("bucket_logprobs of both: read once where the k hold most", 0, 8 * T * width),
+            Stage("grad_buckets: read once, write bf16", 0, (4 + 2) * T * width),
+        ]
+    return [
+        logits,
+        stats,
+        *middle,
+        Stage("dh = dlogits·W", product, 2 * T * width + buffers * weight + 4 * T * D),
+        Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
+        Stage("dW times the incoming gradient, to bf16", 0, 6 * V * D),
+    ]
+
+
 def scoring(T: int, D: int, V: int, workspace: int) -> dict[str, list[Stage]]:
     """Log-probs alone, by the scorer and through logits in memory."""
     product, weight = 2.0 * T * V * D, 2 * V * D
@@ -105,6 +130,8 @@ def main() -> None:
     T, D, V, workspace = 8192, 4096, 151_936, 1 << 30
     print(table(f"Training, {T} × {D} × {V:,}, bf16, workspace 1 GiB", training(T, D, V, workspace)), end="\n\n")
     print(table("The same, workspace 256 MiB", training(T, D, V, workspace >> 2)), end="\n\n")
+    print(table("Distillation over the vocabulary, workspace 1 GiB", distillation(T, D, V, workspace)), end="\n\n")
+    print(table("Distillation over the student's top 100, the same", distillation(T, D, V, workspace, 100)), end="\n\n")
     for name, stages in scoring(T, D, V, workspace).items():
         print(table(f"Scoring, {name}", stages), end="\n\n")
 

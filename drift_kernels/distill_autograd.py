@@ -34,8 +34,8 @@ def _split(args: tuple) -> tuple[tuple, Tokens, Teacher, Lessons]:
     return tuple(parts[0]), Tokens(*parts[1]), Teacher(*parts[2]), Lessons(*parts[3])
 
 
-@torch.library.impl("drift_kernels::distill", "CPU")
-def _distill_cpu(*args):
+@torch.library.impl("drift_kernels::distill", ("CPU", "CUDA"))
+def _distill(*args):
     head, tokens, teacher, lessons = _split(args)
     call = DistillCall.decode(args[-1])
     x = autograd.inputs(head, call.call, tokens)
@@ -50,8 +50,8 @@ def _distill_fake(*args):
     return (loss, *autograd.fake_grads(args[:HEAD_SIZE], call), autograd.fake_outputs(args, call))
 
 
-@torch.library.impl("drift_kernels::top_k", "CPU")
-def _top_k_cpu(*args):
+@torch.library.impl("drift_kernels::top_k", ("CPU", "CUDA"))
+def _top_k(*args):
     *head, k, text = args
     call = Call.decode(text)
     return distill_driver.top_k(autograd.inputs(tuple(head), call), k, call)

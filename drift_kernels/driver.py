@@ -21,9 +21,9 @@ from drift_kernels import backends, formulas, products, rows
 from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
 from drift_kernels.formulas import Tokens
 from drift_kernels.pieces import WORKSPACE_BYTES, Grads, Inputs, Piece, compute_dtype
-from drift_kernels.products import LowRank
+from drift_kernels.products import HeadBlock, LoRAHead, LowRank
 from drift_kernels.spec import Call
-from drift_kernels.staging import Staging
+from drift_kernels.staging import StagedBlock, Staging
 
 
 class Sweep:
@@ -33,20 +33,17 @@ class Sweep:
     """
 
     overwritten = True  # statistics leave logits where products were
+    on_host = True  # looking at a value costs nothing
     undivided = 1.0  # what the loss is yet to be divided by
 
     def __init__(self, x: Inputs, call: Call, plan: rows.Plan, beside: tuple[int, int] = (0, 0)) -> None:
         """`beside`: bytes of the workspace that the caller takes once and for each row of a chunk."""
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
-        if (backend := _backend(x, call)) != "cpu":
-            raise NotImplementedError(
-                f"backend={backend!r} has no kernels for this loss; 'reference' has, and 'cpu' for CPU tensors"
-            )
         self.kernels = backends.load("cpu")
         rows.check_targets(plan.pick(x.targets), x.weight.shape[0], call.head.ignore_index)
         V, D = x.weight.shape
-        workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
+        workspace = workspace_of(call)
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
         self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
         row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes + beside[1]
@@ -168,25 +165,43 @@ def total_of(parts: list[Tensor], sweep: Sweep | Staging) -> Tensor:
     return total.to(sweep.dtype) / sweep.undivided
 
 
-def _backend(x: Inputs, call: Call) -> str:
+def workspace_of(call: Call) -> int:
+    """Bytes that a CPU's pass may take."""
+    return call.config.workspace_bytes or WORKSPACE_BYTES["cpu"]
+
+
+def backend_of(x: Inputs, call: Call) -> str:
+    """The backend's name for an op's tensors; raises as `backends.resolve`."""
     return backends.resolve(call.config.backend, x.hidden.device)
 
 
-def _sweep(x: Inputs, call: Call, plan: rows.Plan, backend: str) -> Sweep | Staging:
-    return Sweep(x, call, plan) if backend == "cpu" else Staging(x, call, plan, backend)
+def sweep_over(x: Inputs, call: Call, plan: rows.Plan, beside: tuple[int, int] = (0, 0)) -> Sweep | Staging:
+    """The backend's pass over a plan's rows."""
+    backend = backend_of(x, call)
+    return Sweep(x, call, plan, beside) if backend == "cpu" else Staging(x, call, plan, backend, beside)
+
+
+def head_block(x: Inputs, call: Call, hidden: Tensor, weight: Tensor, lora: LoRAHead | None) -> HeadBlock | StagedBlock:
+    """The products of another head's hidden rows, by the backend of `x`."""
+    if backend_of(x, call) != "cpu":
+        return StagedBlock(hidden, weight, lora)
+    return HeadBlock(hidden, weight, lora, compute_dtype(x.hidden.dtype), workspace_of(call))
+
+
+def given_plan(x: Inputs, call: Call) -> rows.Plan | None:
+    """`active` as the plan, where that spares a GPU the wait for one; else None."""
+    if x.active is None or not rows.takes_active_as_it_is(x.rows, call, backend_of(x, call)):
+        return None
+    return rows.Plan(x.active.numel(), x.active, x.active, None)
 
 
 def _start(x: Inputs, call: Call) -> tuple[Sweep | Staging, Tokens]:
     """The pass over the rows that count, and the per-token data of their entries."""
-    backend = _backend(x, call)
-    if x.active is not None and rows.takes_active_as_it_is(x.rows, call, backend):
-        plan = rows.Plan(x.active.numel(), x.active, x.active, None)
-    else:
-        plan = rows.plan(rows.counting(x.targets, x.active, x.tokens, call), x.rows)
+    plan = given_plan(x, call) or rows.plan(rows.counting(x.targets, x.active, x.tokens, call), x.rows)
     tokens = x.tokens if plan.entries is None else x.tokens.pick(plan.entries)
     if call.config.check_finite:
         rows.check_finite(tokens)
-    return _sweep(x, call, plan, backend), tokens
+    return sweep_over(x, call, plan), tokens
 
 
 def fused(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Tensor]:
@@ -351,7 +366,7 @@ def backward(
     grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
     grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
     nonzero = _any_nonzero(grad_logprobs, grad_entropy)
-    sweep = _sweep(x, call, rows.plan(nonzero, x.rows), _backend(x, call))
+    sweep = sweep_over(x, call, rows.plan(nonzero, x.rows))
     _add_gradients_of(sweep, grad_logprobs, grad_entropy, None, lse, entropy, final=True)
     return sweep.finish()
 

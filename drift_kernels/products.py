@@ -201,3 +201,28 @@ def is_native(hidden: Tensor, weight: Tensor) -> bool:
 def choose(hidden: Tensor, weight: Tensor, dtype: torch.dtype, workspace: int) -> Widened | Native:
     """The products of hidden rows by `weight` in the compute dtype; the workspace bounds a widened tile."""
     return Native(weight, workspace) if is_native(hidden, weight) else Widened(weight, dtype, workspace)
+
+
+class HeadBlock:
+    """Products of hidden rows by a head beside the one that is trained, in a block of their own."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, lora: LoRAHead | None, dtype: torch.dtype, workspace: int
+    ) -> None:
+        self.by, self.dtype, self.vocabulary = choose(hidden, weight, dtype, workspace), dtype, weight.shape[0]
+        self.low_rank = None if lora is None else LowRank(lora, dtype)
+        # of the workspace, once and for each row
+        self.bytes, self.row_bytes = self.by.bytes, self.vocabulary * dtype.itemsize + self.by.row_bytes
+
+    def reserve(self, count: int) -> None:
+        """Makes room for `count` rows."""
+        self.by.reserve(count)
+        self.block = self.by.empty((count, self.vocabulary), self.dtype)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """[n, V] of hidden rows [n, D]; the next call's take their place."""
+        hidden, out = hidden.to(self.by.operand), self.block[: hidden.shape[0]]
+        self.by.logits(hidden, out)
+        if self.low_rank is not None:
+            self.low_rank.add_logits(hidden, out)
+        return out

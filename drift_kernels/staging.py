@@ -21,7 +21,7 @@ from torch import Tensor
 from drift_kernels import backends, rows
 from drift_kernels.backends.params import Chunk
 from drift_kernels.pieces import WORKSPACE_BYTES, Grads, Inputs, Piece, compute_dtype
-from drift_kernels.products import gradient_dtype
+from drift_kernels.products import LoRAHead, gradient_dtype
 from drift_kernels.spec import Call
 
 STAGED_ROWS = 512  # of fp32 logits, while gradients are made
@@ -43,6 +43,21 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, scale: flo
     return torch.addmm(out, a, b, beta=int(add), alpha=scale, out_dtype=torch.float32, out=out)
 
 
+def down(hidden: Tensor, lora: LoRAHead) -> Tensor:
+    """hidden · Aᵀ [C, r], rounded to the inputs' type."""
+    A = lora.A.to(hidden.dtype)
+    out = torch.empty((hidden.shape[0], A.shape[0]), dtype=torch.float32, device=hidden.device)
+    return multiply(hidden, A.t(), out).to(hidden.dtype)
+
+
+def project(hidden: Tensor, weight: Tensor, lora: LoRAHead | None, out: Tensor) -> Tensor:
+    """out [C, V] fp32 = hidden [C, D] · weightᵀ, with a low-rank part where there is one."""
+    multiply(hidden, weight.t(), out)
+    if lora is not None:
+        multiply(down(hidden, lora), lora.B.to(hidden.dtype).t(), out, add=True, scale=lora.scale)
+    return out
+
+
 def aligned(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised [count, width] whose rows begin at multiples of `ALIGNMENT` elements."""
     return torch.empty((count, padded(width)), dtype=dtype, device=device)[:, :width]
@@ -53,29 +68,49 @@ def padded(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
-def capacity(workspace: int, V: int, D: int, itemsize: int, need_grad: bool) -> tuple[int, int]:
+def capacity(workspace: int, V: int, D: int, itemsize: int, need_grad: bool, beside: int = 0) -> tuple[int, int]:
     """(rows of fp32 logits, rows of gradients) that fit in `workspace` bytes, at least one each.
 
-    A gradient row comes with its gathered hidden row and its row of dhidden in fp32.
+    A row of logits comes with its gathered hidden row and what the caller has `beside` it, in bytes; a gradient row with its
+    gathered hidden row and its row of dhidden in fp32.
     """
-    logits, gathered = 4 * padded(V), D * itemsize
+    gathered = D * itemsize
+    logits = 4 * padded(V) + gathered + beside
     if not need_grad:
-        return _whole_tiles(min(SCORED_ROWS, workspace // (logits + gathered))), 0
+        return _whole_tiles(min(SCORED_ROWS, workspace // logits)), 0
     row = itemsize * padded(V) + gathered + 4 * D
-    staged = _whole_tiles(min(STAGED_ROWS, workspace // (logits + gathered + 4 * row)))
-    return staged, max(staged, (workspace - staged * (logits + gathered)) // row)
+    staged = _whole_tiles(min(STAGED_ROWS, workspace // (logits + 4 * row)))
+    return staged, max(staged, (workspace - staged * logits) // row)
 
 
 def _whole_tiles(count: int) -> int:
     return max(1, count // TILE_ROWS * TILE_ROWS or count)
 
 
+class StagedBlock:
+    """As `products.HeadBlock`, on a GPU."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, lora: LoRAHead | None) -> None:
+        self.weight, self.lora, self.device = weight, lora, hidden.device
+        operand = torch.promote_types(hidden.dtype, weight.dtype)
+        self.bytes, self.row_bytes = 0, 4 * padded(weight.shape[0]) + hidden.shape[1] * operand.itemsize
+
+    def reserve(self, count: int) -> None:
+        """Makes room for `count` rows."""
+        self.block = aligned(count, self.weight.shape[0], torch.float32, self.device)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """[n, V] fp32 of hidden rows [n, D]; the next call's take their place."""
+        return project(hidden, self.weight, self.lora, self.block[: hidden.shape[0]])
+
+
 class Staging:
     """Passes over the rows that count, as `driver.Sweep` makes them."""
 
     overwritten = False  # statistics leave products as they are
+    on_host = False  # looking at a value means waiting for the GPU
 
-    def __init__(self, x: Inputs, call: Call, plan: rows.Plan, backend: str) -> None:
+    def __init__(self, x: Inputs, call: Call, plan: rows.Plan, backend: str, beside: tuple[int, int] = (0, 0)) -> None:
         if x.hidden.dtype == torch.float64:
             raise TypeError(f"backend={backend!r} computes in float32, and hidden is float64; 'reference' takes it")
         self.x, self.call, self.plan, self.backend = x, call, plan, backend
@@ -85,7 +120,8 @@ class Staging:
         V, D = x.weight.shape
         self.workspace = call.config.workspace_bytes or WORKSPACE_BYTES["cuda"]
         self.operand = torch.promote_types(x.hidden.dtype, x.weight.dtype)  # of products, and of the gradients in them
-        self.limit, self.room = capacity(self.workspace, V, D, self.operand.itemsize, call.need_grad)
+        once, each = beside
+        self.limit, self.room = capacity(self.workspace - once, V, D, self.operand.itemsize, call.need_grad, each)
         self.limit = min(self.limit, max(plan.count, 1))
         self.room = min(self.room, max(plan.count, 1))
         self.logits: Tensor | None = None
@@ -148,9 +184,7 @@ class Staging:
         for start, stop in spans:
             hidden = x.hidden[start:stop] if plan.index is None else x.hidden[plan.index[start:stop]]
             assert self.logits is not None
-            logits = multiply(hidden, x.weight.t(), self.logits[: stop - start])
-            if x.lora is not None:
-                multiply(self._down(hidden), self._operand(x.lora.B).t(), logits, add=True, scale=x.lora.scale)
+            logits = project(hidden, x.weight, x.lora, self.logits[: stop - start])
             first, last = plan.entries_of(start, stop)
             row_ptr = None if plan.row_ptr is None else plan.row_ptr[start : stop + 1] - first
             per_row = None if inverse is None else inverse[start:stop]
@@ -205,18 +239,11 @@ class Staging:
     def _operand(self, matrix: Tensor) -> Tensor:
         return matrix.to(self.x.hidden.dtype)
 
-    def _down(self, hidden: Tensor) -> Tensor:
-        """hidden · Aᵀ [C, r], rounded to the inputs' type."""
-        assert self.x.lora is not None
-        A = self._operand(self.x.lora.A)
-        out = torch.empty((hidden.shape[0], A.shape[0]), dtype=self.dtype, device=self.device)
-        return self._operand(multiply(hidden, A.t(), out))
-
     def _add_lora(self, dlogits: Tensor, hidden: Tensor, dhidden: Tensor | None) -> None:
         lora, grads = self.x.lora, self.grads
         assert lora is not None
         if grads.lora_b is not None:
-            multiply(dlogits.t(), self._down(hidden), grads.lora_b, add=True, scale=lora.scale)
+            multiply(dlogits.t(), down(hidden, lora), grads.lora_b, add=True, scale=lora.scale)
         if dhidden is None and grads.lora_a is None:
             return
         B = self._operand(lora.B)

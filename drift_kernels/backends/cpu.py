@@ -114,6 +114,7 @@ def fused_distill(
     chunk: Chunk,
     taught: Tensor | None,
     teacher: Tensor,
+    teacher_chunk: Chunk,
     teacher_lse: Tensor,
     weights: Tensor,
     alpha: float,
@@ -127,7 +128,8 @@ def fused_distill(
 ) -> tuple[Tensor, Tensor]:
     """Divergences [n] of logits [C, V] from the teacher's [n, V], and with `gradient` d(loss)/d(product) in place.
 
-    `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns live rows [C] too.
+    `teacher_chunk` goes unread: the teacher's are logits by now, where other backends have products still. `weights` [C] are
+    the divergences', the coefficients what other terms add (see `grad_logits`). Returns live rows [C] too.
     """
     t = _cpu.Teacher()
     t.logits, t.stride, t.lse, t.alpha = teacher.data_ptr(), teacher.stride(0), _address(teacher_lse), alpha

@@ -141,14 +141,6 @@ def test_a_step_compiles_as_one_graph(backend, device, cuda):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_distillation_is_refused_by_name(backend, device, cuda):
-    case = case_on(device, 10, D, V, masked=0.0)
-    h, w, _ = leaves(case, torch.float32)
-    teacher = dk.TeacherHead(case.hidden.float(), case.weight.float())
-    with pytest.raises(NotImplementedError, match=f"backend='{backend}' has no kernels for this loss"):
-        dk.distill_loss(h, w, teacher, config=dk.KernelConfig(backend=backend))
-
-
 def test_float64_is_refused_by_name(backend, device, cuda):
     case = case_on(device, 10, D, V)
     with pytest.raises(TypeError, match=f"backend='{backend}' computes in float32"):

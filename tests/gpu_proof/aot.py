@@ -183,6 +183,40 @@ def row_variants() -> dict[str, Callable[[], object]]:
     }
 
 
+def distill_variants() -> dict[str, Callable[[], object]]:
+    """Distillation as training calls it: over the vocabulary, over a hundred tokens; and at an odd vocabulary with everything
+    on."""
+    C, V, odd, k = 512, 151_936, 131_075, 100
+    x, y, one = meta(C, V), meta(C, odd + 13)[:, :odd], meta(C)
+    out, half = meta(C, V, dtype=torch.bfloat16), meta(C, odd + 13, dtype=torch.float16)[:, :odd]
+    taught, ids, few = meta(C, dtype=torch.int64), meta(C, k, dtype=torch.int64), meta(C, k)
+    capped = HeadOptions(softcap=30.0, logit_scale=0.5)
+    plain, full = chunk(C, V), chunk(C, odd, bias=True, head=capped)
+
+    def distill(alpha, gradient=True):
+        return backend.fused_distill(
+            x, plain, None, x, plain, one, one, alpha, one, gradient=gradient, out=out if gradient else None
+        )
+
+    return {
+        "KL(t‖s)": lambda: distill(0.0),
+        "KL(s‖t)": lambda: distill(1.0),
+        "JSD": lambda: distill(0.5),
+        "JSD, no gradient": lambda: distill(0.5, gradient=False),
+        "JSD, all, odd V": lambda: backend.fused_distill(
+            y, full, taught, y, full, one, one, 0.5, one, one, one, one, one, gradient=True, out=half
+        ),
+        "top k": lambda: backend.top_k(x, plain, None, C, k),
+        "top k, all, odd V": lambda: backend.top_k(y, full, taught, C, k),
+        "bucket log-probs": lambda: backend.bucket_logprobs(x, plain, None, one, ids, True),
+        "bucket log-probs, all, odd V": lambda: backend.bucket_logprobs(y, full, taught, one, ids, True),
+        "buckets": lambda: backend.grad_buckets(x, plain, None, ids, one, few, one, one, out=out),
+        "buckets, all, odd V": lambda: backend.grad_buckets(
+            y, full, taught, ids, one, few, one, one, one, one, one, one, out=half
+        ),
+    }
+
+
 def score_variants() -> dict[str, Callable[[], object]]:
     """The scorer as evaluation calls it, and at an odd width, where there are no descriptors."""
     T, D, V = 8192, 4096, 151_936
@@ -210,7 +244,7 @@ def main(path: str) -> None:
     lines = []
     for architecture, capability in ARCHITECTURES.items():
         launch.capability = scorer.capability = lambda device, value=capability: value
-        for variant, call in (row_variants() | score_variants()).items():
+        for variant, call in (row_variants() | distill_variants() | score_variants()).items():
             for kernel, chosen, arguments in captured(call):
                 lines.append({"variant": variant, **compiled(kernel, chosen, arguments, architecture)})
     pathlib.Path(path).write_text(json.dumps(lines, indent=1))

@@ -24,6 +24,9 @@ def test_rows_fit_what_a_program_takes(vocab):
     assert chosen.block <= 4096
     assert chosen.rows == 1 or chosen.rows * vocab <= launch.LOGITS_A_PROGRAM
     assert chosen.block // (32 * chosen.warps) <= 16
+    pair = launch.row_launch("fused_distill", torch.empty(1, vocab, device="meta"))
+    assert pair.block & (pair.block - 1) == 0
+    assert pair.block // (32 * pair.warps) == 4
 
 
 def test_a_file_overrides_the_rule(tmp_path, monkeypatch):
@@ -64,6 +67,10 @@ def test_the_number_of_rows_never_compiles_another_kernel():
         "for k in (rows.row_stats_kernel, rows.grad_logits_kernel, rows.fused_policy_kernel, scorer.score_kernel):\n"
         "    p = {p.name: p for p in k.params}['rows']\n"
         "    assert p.do_not_specialize and not p.is_constexpr, k\n"
+        "from drift_kernels.backends.triton import buckets, distill\n"
+        "for k in (distill.fused_distill_kernel, buckets.top_k_kernel, buckets.bucket_logprobs_kernel,\n"
+        "          buckets.grad_buckets_kernel):\n"
+        "    assert not {'rows', 'n'} & {p.name for p in k.params}, k  # a program takes one row\n"
     )
     environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_triton_distill as distill_tests
+import test_triton_distill_ops as distill_ops
 import test_triton_ops as ops
 import test_triton_rows as row_tests
 import test_triton_score as score_tests
 import torch
 from row_oracle import make_rows
+from teacher_oracle import make_pair
 
 import drift_kernels as dk
-from drift_kernels import driver, staging
+from drift_kernels import distill_autograd, driver, staging
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import Chunk
 from drift_kernels.backends.triton import scorer
@@ -21,6 +24,7 @@ from drift_kernels.testing import make_case
 
 PACKAGE = Path(backend.__file__).parent
 ROOM = "drift_kernels.backends.triton."
+DRIVERS = ("staging", "distill_driver")
 
 
 def everything():
@@ -83,6 +87,45 @@ def staged():
     ops.close(ops.NAMES, *ops.three(loss, case, torch.float32), torch.float32)
 
 
+def diverging(alpha):
+    def check():
+        distill_tests.check_distill(make_pair(6, 1027, seed=30, **distill_tests.HEADS["everything"]), alpha)
+
+    check.__name__ = f"diverging, alpha {alpha}"
+    return check
+
+
+FORWARD, MIXED, REVERSE = (diverging(alpha) for alpha in (0.0, 0.1, 1.0))
+
+
+def masked_teacher():
+    distill_tests.test_masked_logits_where_the_divergence_is_finite(0.0)
+
+
+def untaught():
+    distill_tests.test_a_nan_shows_in_its_row_alone_and_only_where_the_teacher_counts(0.5, 1099)
+
+
+def largest():
+    distill_tests.test_of_equal_logits_the_lower_ids_come_first()
+    distill_tests.test_a_nan_comes_last_and_infinities_in_their_places()
+
+
+def buckets():
+    pair = make_pair(6, 4099, seed=31, **distill_tests.HEADS["everything"])
+    distill_tests.check_buckets(pair, distill_tests.some_ids(pair, 7))
+
+
+def kept():
+    distill_tests.test_what_the_kept_tokens_leave_does_not_cancel(8.0)
+
+
+def hybrid():
+    case = make_case(distill_ops.T, distill_ops.D, distill_ops.V, seed=32, dtype=torch.float32)
+    op = distill_ops.hybrid(case, "JSD", torch.float32, distill_ops.ACTIVE.flip(0))
+    distill_ops.check(op, case, torch.float32)
+
+
 MUTATIONS = [
     ("rows", "inside = cols < V\n", "inside = cols < V + 1\n", everything),  # a mask one column too wide
     ("rows", "if whole < V:", "if whole > V:", everything),  # no last block
@@ -106,6 +149,29 @@ MUTATIONS = [
     ("scorer", "y < tl.minimum(col0 + BLOCK, V)", "y < tl.minimum(col0 + BLOCK, V) - 1", scores),
     ("scorer", "(cols < D)[None, :]", "(cols < D + 1)[None, :]", pointers),
     ("partials", "(k * s0).sum(0)", "s0.sum(0)", score_tests.test_a_part_without_the_largest_logit_is_scaled_down),
+    ("rows", "if start + BLOCK <= V:\n        z =", "if start < V:\n        z =", MIXED),
+    ("rows", "element_ty), mask=cols < V)", "element_ty), mask=cols < V + 1)", MIXED),
+    ("distill", "tl.where(more, alpha, 1.0 - alpha)", "tl.where(more, 1.0 - alpha, alpha)", MIXED),
+    ("distill", "(1.0 - alpha) * kl + alpha * kl_t", "alpha * kl + (1.0 - alpha) * kl_t", MIXED),
+    ("distill", "(of_s - kl)", "of_s", MIXED),
+    ("distill", "log_s - log_t - kl", "log_s - log_t", REVERSE),
+    ("distill", "weight * (s - tl.exp(log_t))", "weight * s", FORWARD),
+    ("distill", "tl.where(t != 0, t * (log_t - log_s), 0.0)", "t * (log_t - log_s)", masked_teacher),
+    ("distill", "tl.where(named, tl.load(weights + row), 0.0)", "tl.load(weights + row)", FORWARD),
+    ("distill", "if weight != 0:", "if named:", untaught),
+    ("buckets", "(bits >> 31) & 0x7FFFFFFF", "(bits >> 31) & 0x0", largest),
+    ("buckets", "tl.where(z == 0, 0.0, z)", "z", largest),
+    ("buckets", "tl.where(z == z, z, float(\"-inf\"))", "z", largest),
+    ("buckets", "digits > digit", "digits >= digit", largest),
+    ("buckets", "tl.cumsum(same, 0) <= wanted", "tl.cumsum(same, 0) < wanted", largest),
+    ("buckets", "if kept > 0.5:", "if kept > 2.0:", kept),
+    ("buckets", "tl.load(ids + p).to(tl.int32), float(\"-inf\"), z)", "tl.load(ids + p).to(tl.int32), z, z)", kept),
+    ("buckets", "tl.load(edges + block + 1)", "tl.load(edges + block)", buckets),
+    ("buckets", "P_kept - d * share", "P_kept + d * share", kept),
+    ("buckets", "P_kept += d", "P_kept += 0.0 * d", buckets),
+    ("buckets", "log_s + H)", "log_s - H)", buckets),
+    ("distill_driver", "policy_weights.masked_fill(unread, 0.0)", "policy_weights", hybrid),
+    ("distill_driver", "x.active.sort().values", "x.active", hybrid),
     ("staging", "add=self.weight_started", "add=False", staged),
     ("staging", "grads.bias += dlogits", "grads.bias = dlogits", staged),
     ("staging", "index_copy_(0, where, dhidden)", "index_copy_(0, where.flip(0), dhidden)", staged),
@@ -125,20 +191,23 @@ def load(name, text, folder, monkeypatch):
 
 def mutate(room, old, new, folder, monkeypatch):
     """Puts the mutated room, and those that import it, in the backend's place."""
-    path = Path(staging.__file__) if room == "staging" else PACKAGE / f"{room}.py"
+    path = Path(staging.__file__).parent / f"{room}.py" if room in DRIVERS else PACKAGE / f"{room}.py"
     text = path.read_text()
     assert text.count(old) >= 1, f"{room}.py has no {old!r} any more: mutate what it has now"
     mutant = load(room, text.replace(old, new), folder, monkeypatch)
     if room == "staging":
         monkeypatch.setattr(driver, "Staging", mutant.Staging)
+    if room == "distill_driver":
+        monkeypatch.setattr(distill_autograd, "distill_driver", mutant)
+    if room in DRIVERS:
         return
-    for user in ("rows", "scorer"):
+    for user in ("rows", "scorer", "distill", "buckets"):
         text = (PACKAGE / f"{user}.py").read_text()
         module = mutant
         if user != room:
             module = load(user, text.replace(f"from {ROOM}{room} ", f"from mutant_{room} "), folder, monkeypatch)
-        if user == "rows":
-            monkeypatch.setattr(backend, "kernels", module)
+        if user != "scorer":
+            monkeypatch.setattr(backend, "kernels" if user == "rows" else user, module)
         else:
             monkeypatch.setattr(scorer, "score_kernel", module.score_kernel)
     if room == "partials":

@@ -290,14 +290,6 @@ def test_float64_is_refused_by_name():
         dk.weighted_cross_entropy(*case.leaves(torch.float64)[:2], case.targets, config=config())
 
 
-def test_distillation_is_refused_by_name():
-    case = make_case(10, D, V, masked=0.0)
-    h, w, _ = case.leaves(torch.float32)
-    teacher = dk.TeacherHead(case.hidden.float(), case.weight.float())
-    with pytest.raises(NotImplementedError, match="backend='triton' has no kernels for this loss"):
-        dk.distill_loss(h, w, teacher, config=config())
-
-
 def test_the_registered_op_passes_opcheck():
     case = make_case(20, D, V, seed=15)
     h, w, b = case.leaves(torch.float32)

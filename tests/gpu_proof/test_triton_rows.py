@@ -1,6 +1,8 @@
 """The Triton row kernels in the interpreter against float64: every statistic, loss term, option and output type."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -146,6 +148,29 @@ def test_gradient_of_logits_equals_that_of_products():
     z = 0.6**-1 * 3.0 * torch.tanh(1.3 * (rows.x + rows.chunk.bias) / 3.0)
     backend.grad_logits(z, rows.chunk, coefs, lse, raw=False, out=from_logits)
     torch.testing.assert_close(from_products, from_logits, rtol=1e-4, atol=1e-6)
+
+
+def test_a_share_of_the_columns_gives_its_share_of_the_gradient():
+    """As a rank of a vocabulary split has it: statistics merged over the shares, targets of other shares past its width."""
+    rows = make_rows(5, 301, seed=12, head=CAPPED, bias=True)
+    chunk, cuts, g = rows.chunk, (0, 100, 107, 301), torch.Generator().manual_seed(0)
+    coefs, entropy_coefs, lse_coefs = (torch.randn(5, generator=g) for _ in range(3))
+    shares, parts = [], []
+    for first, last in pairwise(cuts):
+        here = (chunk.targets >= first) & (chunk.targets < last)
+        targets = torch.where(here, chunk.targets - first, torch.where(chunk.targets < 0, -1, last - first))
+        share = replace(chunk, targets=targets, bias=chunk.bias[first:last].contiguous())
+        shares.append((rows.x[:, first:last], share))
+        whole = replace(share, targets=chunk.targets)
+        parts.append(backend.partial_stats(rows.x[:, first:last], whole, ("lse", "entropy"), first))
+    stats = backend.merge(backend.stack(parts), chunk.targets, None, 301, ("lse", "entropy"))
+    out = rows.out(torch.float32)
+    for (x, share), (first, last) in zip(shares, pairwise(cuts)):
+        given = (coefs, stats["lse"], entropy_coefs, stats["entropy"], lse_coefs)
+        backend.grad_logits(x, share, *given, raw=True, out=out[:, first:last])
+    own, wanted = (linear(rows, coefs, entropy_coefs, lse_coefs, d) for d in (torch.float32, torch.float64))
+    close("gradient", out, own, wanted, scale=max(1.0, float(wanted.abs().max())))
+    assert outside_is_untouched(out)
 
 
 def test_a_sure_target_has_no_gradient_and_log_probability_zero():

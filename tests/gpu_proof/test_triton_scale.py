@@ -2,6 +2,8 @@
 allocated at once is counted.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -9,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import drift_kernels as dk
-from drift_kernels import driver
+from drift_kernels import distill_driver, driver
+from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import Call
+from drift_kernels.spec import Call, DistillCall, HeadOptions
 
 T, D, V = 8192, 4096, 151_936
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -97,6 +100,59 @@ def test_an_fp32_head_is_multiplied_in_fp32(dtype):
     driver.score(x, Call(config=call.config, outputs=("logprobs",)))
 
 
+EXPLORATION = dk.ExplorationSpec(entropy_warmup=True)
+TEACHERS = {
+    "JSD": ("head", dk.DistillSpec(0.5), EXPLORATION),
+    "KL(t‖s)": ("head", dk.DistillSpec(0.0), None),
+    "top k": ("head", dk.DistillSpec(0.5, top_k=100, importance_clip=2.0), EXPLORATION),
+    "renormalised": ("head", dk.DistillSpec(1.0, top_k=100, tail=False), None),
+    "stored": ("ids", dk.DistillSpec(0.5), None),
+    "sampled": ("sampled", dk.DistillSpec(1.0), None),
+}
+
+
+def lessons_and_teacher(dtype, kind, lora=False):
+    def make(*shape, kind=torch.float32):
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    heads = Teacher(make(T, D, kind=dtype), make(V, D, kind=dtype), make(V), temperature=make(T))
+    if lora:
+        heads = dataclasses.replace(heads, lora_a=make(16, D, kind=dtype), lora_b=make(V, 16, kind=dtype))
+    stored = Teacher(ids=make(T, 100, kind=torch.int64), logprobs=make(T, 100))
+    teacher = {"head": heads, "ids": stored, "sampled": Teacher(sampled=make(T))}[kind]
+    flags = [make(T, kind=torch.bool) for _ in range(2)]
+    return Lessons(make(T), *flags, make(T), make(), make()), teacher
+
+
+@pytest.mark.parametrize(("mode", "dtype"), list(zip(TEACHERS, DTYPES * 2)))
+@pytest.mark.parametrize("workspace", [1 << 30, 384 << 20])
+def test_a_policy_loss_and_a_distillation_read_nothing_back_and_keep_to_their_workspace(mode, dtype, workspace):
+    kind, spec, exploration = TEACHERS[mode]
+    config = dk.KernelConfig(backend="triton", workspace_bytes=workspace)
+    needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), True)
+    student = Call(config=config, outputs=("logprobs", "divergence", "clipped"), **needs)
+    call = DistillCall(student, spec, HeadOptions(softcap=30.0), 2.0, exploration, policy=True)
+    lessons, teacher = lessons_and_teacher(dtype, kind, lora=mode == "JSD")
+    x, normalizer = inputs(dtype, 3001), torch.empty((), device="meta")
+    with Allocations() as allocations:
+        loss, grads, outputs = distill_driver.fused(x, teacher, lessons, call, normalizer)
+    assert loss.shape == ()
+    assert outputs.shape == (3, T)
+    by_right = sum(g.nbytes for g in grads.flat() if g is not None) + outputs.nbytes
+    assert workspace // 2 < allocations.peak - by_right < workspace + 128 * 4 * (T + V)
+
+
+@pytest.mark.parametrize("active", [None, 3001])
+def test_a_teachers_top_k_reads_nothing_back(active):
+    x = inputs(torch.bfloat16, active or T)
+    x = x if active else dataclasses.replace(x, active=None)
+    call = Call(config=dk.KernelConfig(backend="triton"))
+    with Allocations() as allocations:
+        ids, logprobs, rest = distill_driver.top_k(x, 100, call)
+    assert (ids.shape, logprobs.shape, rest.shape) == ((T, 100), (T, 100), (T,))
+    assert allocations.peak < (1 << 30) + ids.nbytes + logprobs.nbytes + 64 * 4 * (T + V)
+
+
 def test_the_check_can_fail():
     """Without `active` the rows that count are looked up, which no tensor without memory can tell."""
     x = inputs(torch.bfloat16, T)
@@ -104,3 +160,7 @@ def test_the_check_can_fail():
     call = Call(config=dk.KernelConfig(backend="triton"), need_hidden=True)
     with pytest.raises(NotImplementedError):
         driver.fused(everything, call, torch.empty((), device="meta"))
+    student = DistillCall(call, dk.DistillSpec(), HeadOptions())
+    lessons, teacher = lessons_and_teacher(torch.bfloat16, "head")
+    with pytest.raises(NotImplementedError):
+        distill_driver.fused(everything, teacher, lessons, student, torch.empty((), device="meta"))

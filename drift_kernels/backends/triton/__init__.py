@@ -13,16 +13,31 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, Chunk, policy_numbers
+from drift_kernels.backends.triton import buckets, distill
 from drift_kernels.backends.triton import rows as kernels
 from drift_kernels.backends.triton.launch import Launch, row_launch, run
 from drift_kernels.backends.triton.partials import SUMS, Partials, merge, stack, sweeps
 from drift_kernels.backends.triton.scorer import score
 from drift_kernels.spec import PolicySpec
 
-__all__ = ["Partials", "fused_policy", "grad_logits", "merge", "partial_stats", "row_stats", "score", "stack"]
+__all__ = [
+    "Partials",
+    "bucket_logprobs",
+    "fused_distill",
+    "fused_policy",
+    "grad_buckets",
+    "grad_logits",
+    "merge",
+    "partial_stats",
+    "row_stats",
+    "score",
+    "stack",
+    "top_k",
+]
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRIES = 16  # of a row at once, where a row may have several
+IDS = 128  # of a row at once, among its top k
 STATISTICS = {**ROW_OUTPUTS, **ENTRY_OUTPUTS, "mean_logits": "mean"}  # output → kernel argument
 
 
@@ -129,11 +144,7 @@ def grad_logits(
     `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse); rows
     without any are zeros. Returns which rows are not [C] uint8.
     """
-    if entropy_coefs is not None and entropy is None:
-        raise ValueError("entropy_coefs needs the rows' entropy")
-    given = {"coefs": coefs, "lse": lse, "lse_coefs": lse_coefs, "entropy_coefs": entropy_coefs, "entropy": entropy}
-    for name, tensor in given.items():
-        _readable(name, tensor, logits.device)
+    given = _other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs)
     launch = row_launch("grad_logits", logits)
     arguments = {**head_arguments(logits, chunk), **given, **_gradient_arguments(logits, out)}
     arguments |= {"RAW": raw, "ROWS": launch.rows, "BLOCK": launch.block}
@@ -207,3 +218,177 @@ def fused_policy(
     given = (later["coefs"], lse, later["entropy_coefs"], entropy, later["lse_coefs"])
     live = grad_logits(logits, chunk, *given, raw=True, out=out)
     return made, live
+
+
+def _one_each(logits: Tensor, chunk: Chunk, *without: str) -> dict[str, Any]:
+    """`head_arguments` of rows with one target each, but for those that a kernel has no use for."""
+    if chunk.row_ptr is not None:
+        raise ValueError("row_ptr: distillation takes one target a row")
+    arguments = head_arguments(logits, chunk)
+    return {name: value for name, value in arguments.items() if name not in ("row_ptr", "rows", *without)}
+
+
+def _other_terms(
+    device: torch.device,
+    lse: Tensor,
+    coefs: Tensor | None,
+    entropy_coefs: Tensor | None,
+    entropy: Tensor | None,
+    lse_coefs: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """What other terms of a loss ask of a gradient, by kernel argument."""
+    if entropy_coefs is not None and entropy is None:
+        raise ValueError("entropy_coefs needs the rows' entropy")
+    given = {"coefs": coefs, "lse_coefs": lse_coefs, "lse": lse, "entropy_coefs": entropy_coefs, "entropy": entropy}
+    for name, tensor in given.items():
+        _readable(name, tensor, device)
+    return given
+
+
+def fused_distill(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    teacher: Tensor,
+    teacher_chunk: Chunk,
+    teacher_lse: Tensor,
+    weights: Tensor,
+    alpha: float,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+    *,
+    gradient: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergences [n] of products [C, V] from the teacher's products [n, V], and with `gradient` d(loss)/d(product) in `out`.
+
+    `taught` [C] int64 says which of n a row's teacher is, −1 none, None all in order; rows of n that nobody names stay
+    unwritten. `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns live
+    rows [C] too.
+    """
+    given = {"taught": taught, "y_lse": teacher_lse, "weights": weights}
+    for name, tensor in given.items():
+        _readable(name, tensor, logits.device)
+    its = _one_each(teacher, teacher_chunk, "V", "targets")
+    if teacher.shape[1] != logits.shape[1]:
+        raise ValueError(f"the teacher's {teacher.shape[1]} columns must be the student's {logits.shape[1]}")
+    written: dict[str, Any] = dict.fromkeys(("out", "out_stride", "live"))
+    if gradient:
+        if out is None:
+            raise ValueError("gradient=True needs out, the [C, V] buffer to write to")
+        written = _gradient_arguments(logits, out)
+    kind = distill.FORWARD if alpha == 0 else distill.REVERSE if alpha == 1 else distill.MIXED
+    launch, divergence = row_launch("fused_distill", logits), logits.new_empty(teacher.shape[0])
+    arguments = {
+        **_one_each(logits, chunk),
+        **_other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs),
+        **{"y" if name == "x" else f"y_{name}": value for name, value in its.items()},
+        **given,
+        "alpha": float(alpha),
+        "divergence": divergence,
+        **written,
+        "KIND": kind.value,
+        "GRADIENT": gradient,
+        "BLOCK": launch.block,
+    }
+    run(distill.fused_distill_kernel, (logits.shape[0],), logits, launch, arguments)
+    return divergence, written["live"]
+
+
+def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
+    """Ids [n, k] int64 of the k largest logits of products [C, V], largest first, of equal ones the lower id first.
+
+    A kernel finds the k of each row; they are sorted by a key that no two share, so that the order hangs on no library's.
+    `taught` as in `fused_distill`; rows of n that nobody names hold some ids of the vocabulary.
+    """
+    _readable("taught", taught, logits.device)
+    launch = row_launch("top_k", logits)
+    keys = torch.zeros((n, k), dtype=torch.int64, device=logits.device)
+    arguments = {**_one_each(logits, chunk, "targets"), "taught": taught, "keys": keys, "k": k}
+    arguments |= {"BLOCK": launch.block}
+    run(buckets.top_k_kernel, (logits.shape[0],), logits, launch, arguments)
+    return logits.shape[1] - 1 - (keys.sort(-1, descending=True).values & 0xFFFFFFFF)
+
+
+def _by_block(ids: Tensor, V: int, block: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Ids [n, k] sorted, where each came from, and where those of each block of columns begin, by kernel argument."""
+    ordered, order = ids.sort(-1)
+    first = torch.arange(0, V + block, block, device=ids.device).expand(ids.shape[0], -1).contiguous()
+    edges = torch.searchsorted(ordered, first)
+    return ordered, order, {"ordered_ids": ordered, "edges": edges, "blocks": first.shape[1] - 1}
+
+
+def bucket_logprobs(
+    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V].
+
+    `taught` as in `fused_distill`. An id outside the vocabulary has a log-prob of NaN; ids of a row are distinct.
+    """
+    for name, tensor in (("taught", taught), ("lse", lse), ("ids", ids)):
+        _readable(name, tensor, logits.device)
+    launch, (n, k) = row_launch("bucket_logprobs", logits), ids.shape
+    logprobs, others = logits.new_empty((n, k)), logits.new_empty(n) if rest else None
+    search: dict[str, Any] = dict.fromkeys(("ordered_ids", "edges", "blocks"))
+    if rest:
+        search = _by_block(ids, logits.shape[1], launch.block)[2]
+    arguments = {
+        **_one_each(logits, chunk, "targets"),
+        "taught": taught,
+        "lse": lse,
+        "ids": ids,
+        "k": k,
+        **search,
+        "logprobs": logprobs,
+        "rest": others,
+        "ENTRIES": IDS,
+        "BLOCK": launch.block,
+    }
+    run(buckets.bucket_logprobs_kernel, (logits.shape[0],), logits, launch, arguments)
+    return logprobs, others
+
+
+def grad_buckets(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    ids: Tensor,
+    rest: Tensor | None,
+    dlogprobs: Tensor,
+    drest: Tensor | None,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """Products [C, V] to d(loss)/d(product) in `out`, by the derivatives of what `bucket_logprobs` gave.
+
+    Further coefficients as in `grad_logits`. Returns live rows [C].
+    """
+    if drest is not None and rest is None:
+        raise ValueError("drest needs rest, the log-probs that it is the derivative by")
+    for name, tensor in (("taught", taught), ("ids", ids), ("rest", rest), ("dlogprobs", dlogprobs), ("drest", drest)):
+        _readable(name, tensor, logits.device)
+    launch = row_launch("grad_buckets", logits)
+    _, order, search = _by_block(ids, logits.shape[1], launch.block)
+    arguments = {
+        **_one_each(logits, chunk),
+        **_other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs),
+        "taught": taught,
+        "k": ids.shape[1],
+        **search,
+        "dlogprobs": dlogprobs.gather(1, order),
+        "rest": rest,
+        "drest": drest,
+        **_gradient_arguments(logits, out),
+        "ENTRIES": IDS,
+        "BLOCK": launch.block,
+    }
+    run(buckets.grad_buckets_kernel, (logits.shape[0],), logits, launch, arguments)
+    return arguments["live"]

@@ -2,7 +2,9 @@
 
 Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of two where that is less; a warp for each 512
 of them, so that a thread has 16 elements (four 16-byte loads) in flight and its running sums fit its registers; rows
-shorter than two blocks share a program until it reads about 64 Ki logits.
+shorter than two blocks share a program until it reads about 64 Ki logits (but for those of distillation).
+Where two rows are read side by side: 1,024 columns a block by 8 warps, since much is computed of them and more threads hide
+it better than longer ones; it needs 40 registers at most.
 Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 warps, 4 stages; 256 columns on sm_90 where Σe
 is all that is summed (what goes with a tile must fit the registers); 32 of the width and 3 stages on older GPUs, without
 descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, which no tensor core multiplies.
@@ -23,9 +25,11 @@ from torch import Tensor
 from drift_kernels.backends.tuning import VARIABLE, tuning
 
 KERNELS = ("row_stats", "grad_logits", "fused_policy", "score")
+KERNELS += ("fused_distill", "top_k", "bucket_logprobs", "grad_buckets")
 ROW_BLOCK = 4096
 ELEMENTS_A_WARP = 512
 LOGITS_A_PROGRAM = 1 << 16
+PAIR_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ def row_rule(vocab: int) -> Launch:
     return Launch(block, max(1, block // ELEMENTS_A_WARP), 1, min(rows, 16))
 
 
+def pair_rule(vocab: int) -> Launch:
+    """Of a kernel that reads a student's row and its teacher's; a program takes one row."""
+    block = min(PAIR_BLOCK, max(next_power_of_two(vocab), 128))
+    return Launch(block, block // 128)
+
+
 def score_rule(rows: int, kind: str, capability: tuple[int, int], described: bool, sums_only: bool) -> Launch:
     """Of the scorer over `rows` hidden rows. `kind` is "half", "tf32" or "ieee"; `described`, operands come by descriptors;
     `sums_only`, no sums but Σe are wanted."""
@@ -71,7 +81,8 @@ def score_rule(rows: int, kind: str, capability: tuple[int, int], described: boo
 
 def row_launch(kernel: str, logits: Tensor) -> Launch:
     """For `kernel` over logits [C, V]."""
-    return overridden(kernel, row_rule(logits.shape[1]))
+    rule = pair_rule if kernel == "fused_distill" else row_rule
+    return overridden(kernel, rule(logits.shape[1]))
 
 
 def score_launch(hidden: Tensor, kind: str, described: bool, sums_only: bool) -> Launch:

@@ -30,6 +30,27 @@ def logits_at(x, bias, cols, mask, scale, cap, inverse):
 
 
 @triton.jit
+def block_at(x, bias, start, V, scale, cap, inverse, BLOCK: tl.constexpr):
+    """Logits of the BLOCK columns from `start` of the row at `x`, −inf behind column V."""
+    cols = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= V:
+        z = logits_at(x, bias, cols, None, scale, cap, inverse)
+    else:
+        z = tl.where(cols < V, logits_at(x, bias, cols, cols < V, scale, cap, inverse), float("-inf"))
+    return z
+
+
+@triton.jit
+def store_block(out, start, V, g, BLOCK: tl.constexpr):
+    """Writes g to the BLOCK columns from `start` of the row at `out`, as far as column V."""
+    cols = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= V:
+        tl.store(out + cols, g.to(out.dtype.element_ty))
+    else:
+        tl.store(out + cols, g.to(out.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
 def span(row_ptr, row):
     """The entries [begin, end) of a row."""
     begin = row if row_ptr is None else tl.load(row_ptr + row).to(tl.int32)
