@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 
-from drift_kernels.backends import cuda
+from drift_kernels.backends import cuda, cuda_library
 
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent / "simt"
 ORDERS = (0, 1, 2, 3)  # warps and blocks forwards or backwards, lanes forwards or backwards
-FLAGS = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
 SANITIZED = "SIMT_SANITIZED"  # environment: build under the sanitizers, with these changes (JSON)
 H100_SHARED = 232_448  # bytes a block may have
+_objects: dict[tuple, Path] = {}
 
 
 def translate(text: str, counter) -> str:
@@ -41,7 +42,9 @@ def translate(text: str, counter) -> str:
 def build(folder: Path, *, sanitize: bool = False, changes: tuple[tuple[str, str, str], ...] = (), level: str = "-O1"):
     """Compiles csrc/cuda into `folder`. `changes` are (file below csrc, text, its replacement), each found exactly once."""
     counter = itertools.count(1)
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cu") and p.parent.name in ("csrc", "cuda")]
+    sources = [
+        p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cu") and p.parent.name in ("csrc", "cuda")
+    ]
     texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources}
     for name, old, new in changes:
         assert texts[name].count(old) == 1, f"{name} has {texts[name].count(old)} times: {old}"
@@ -49,12 +52,28 @@ def build(folder: Path, *, sanitize: bool = False, changes: tuple[tuple[str, str
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(translate(text, counter))
+    flags = (*FLAGS, level, *(SANITIZE if sanitize else ()))
+    objects = [compiled(folder, name, flags) for name in sorted(texts) if name.endswith(".cu")]
     library = folder / "emulated.so"
-    optimise = [level, *SANITIZE] if sanitize else [level]
-    command = ["g++", *FLAGS, *optimise, f"-I{SIMT}", "-x", "c++", str(folder / "cuda/rows.cu"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        ["g++", *flags, "-shared", *map(str, objects), "-o", str(library)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return library
+
+
+def compiled(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
+    """The object of one .cu file in `folder`, or that of an earlier build with the same text of it and of all it includes."""
+    command = ["g++", *flags, f"-I{SIMT}", "-x", "c++", "-c", str(folder / name)]
+    headers = subprocess.run([*command, "-MM"], capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    texts = tuple(Path(path).read_text() for path in headers.split(": ", 1)[1].split())
+    key = (name, flags, texts)
+    if key not in _objects:
+        made = folder / f"{Path(name).stem}.o"
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        _objects[key] = made
+    return _objects[key]
 
 
 def build_as_asked(folder: Path) -> Path:
@@ -68,7 +87,7 @@ def build_as_asked(folder: Path) -> Path:
 @contextmanager
 def running(library: Path, monkeypatch):
     """`drift_kernels.backends.cuda` on CPU tensors, through the emulated library; yields set(order, shared, clusters)."""
-    call, settings = cuda.bind(library), ctypes.CDLL(str(library)).simt_set
+    call, settings = cuda_library.bind(library), ctypes.CDLL(str(library)).simt_set
     limits = {"shared": H100_SHARED, "clusters": True}
 
     def choose(order: int = 0, shared: int = H100_SHARED, clusters: bool = True) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from drift_kernels import _cpu
-from drift_kernels.backends import available_backends, cuda
+from drift_kernels.backends import available_backends, cuda, cuda_library
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc/cuda/rows.cu"
@@ -164,12 +164,12 @@ def library(tmp_path_factory):
 def test_the_library_needs_neither_a_driver_nor_a_cuda_runtime(library):
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"libcuda|libcudart|libtorch|libpython", needed), needed
-    assert callable(cuda.bind(library))
+    assert callable(cuda_library.bind(library))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CANNOT RUN: there is a GPU, so the entry succeeds")
 def test_an_error_comes_back_by_name_with_what_to_do(library):
-    call, shared, clusters = cuda.bind(library), c_int(), c_int()
+    call, shared, clusters = cuda_library.bind(library), c_int(), c_int()
     with pytest.raises(RuntimeError, match=r"limits: cudaError(InsufficientDriver|NoDevice) \(.+\); .*driver|GPU"):
         call("limits", 0, byref(shared), byref(clusters))
     rows, stats = _cpu.Rows(), _cpu.Stats()
@@ -184,9 +184,9 @@ def test_an_error_comes_back_by_name_with_what_to_do(library):
 
 
 def test_a_library_of_other_sources_is_refused(library, monkeypatch):
-    monkeypatch.setattr(cuda._cpu, "layout", 1)
+    monkeypatch.setattr(cuda_library._cpu, "layout", 1)
     with pytest.raises(ImportError, match="different sources; build both: FORCE_CUDA=1"):
-        cuda.bind(library)
+        cuda_library.bind(library)
 
 
 def test_the_reason_why_the_backend_cannot_run(library, monkeypatch):
@@ -195,7 +195,7 @@ def test_the_reason_why_the_backend_cannot_run(library, monkeypatch):
         cuda, "library", missing := lambda: (_ for _ in ()).throw(ImportError("not built; FORCE_CUDA=1"))
     )
     assert available_backends()["cuda"] == "not built; FORCE_CUDA=1", missing
-    monkeypatch.setattr(cuda, "library", lambda: cuda.bind(library))
+    monkeypatch.setattr(cuda, "library", lambda: cuda_library.bind(library))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "is built without CUDA" in (available_backends()["cuda"] or "")
     if not torch.cuda.is_available():

@@ -140,7 +140,9 @@ extern "C" __attribute__((visibility("default"))) const char* run(int which, flo
 def emulation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simt")
     (folder / "kernels.cpp").write_text(translate(KERNELS, itertools.count(1)))
-    subprocess.run(["g++", *FLAGS, f"-I{SIMT}", str(folder / "kernels.cpp"), "-o", str(folder / "k.so")], check=True)
+    subprocess.run(
+        ["g++", *FLAGS, "-shared", f"-I{SIMT}", str(folder / "kernels.cpp"), "-o", str(folder / "k.so")], check=True
+    )
     library = ctypes.CDLL(str(folder / "k.so"))
     library.run.restype, library.run.argtypes = ctypes.c_char_p, (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 
