@@ -23,7 +23,7 @@ struct LogRatios { R student, teacher; };  // log(s/M), log(t/M)
 template <class Math, class R>
 DRIFT_HD LogRatios<R> against_mixture(R log_s, R log_t, R alpha) {
   const R u = log_t - log_s;
-  const bool more = u > 0;
+  const bool more = !(u <= 0);  // a NaN goes where u is part of the result, since a fast log may swallow it
   const R own = more ? alpha : R(1) - alpha;
   const R r = Math::log(own + (R(1) - own) * Math::exp(more ? -u : u));  // log(M / max(s, t))
   return {(more ? -u : R(0)) - r, (more ? R(0) : u) - r};

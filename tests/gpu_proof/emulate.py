@@ -39,41 +39,54 @@ def translate(text: str, counter) -> str:
     return re.sub(r"__shared__ (\w+) (\w+)((?:\[\w+\])*);", static, text)
 
 
-def build(folder: Path, *, sanitize: bool = False, changes: tuple[tuple[str, str, str], ...] = (), level: str = "-O1"):
-    """Compiles csrc/cuda into `folder`. `changes` are (file below csrc, text, its replacement), each found exactly once."""
-    counter = itertools.count(1)
-    sources = [
-        p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cu") and p.parent.name in ("csrc", "cuda")
-    ]
-    texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources}
+def build(
+    folder: Path,
+    *,
+    sanitize: bool = False,
+    changes: tuple[tuple[str, str, str], ...] = (),
+    within: str | None = None,
+    level: str = "-O1",
+) -> Path:
+    """Compiles csrc/cuda in `folder`, and returns the library.
+
+    `changes` are (file below csrc, text, its replacement), each found exactly once. `within` is the one .cu file that they are
+    made for; the others are compiled as they are. What was compiled before is taken from there.
+    """
+    sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cu")]
+    texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources if p.parent.name in ("csrc", "cuda")}
+    changed = dict(texts)
     for name, old, new in changes:
-        assert texts[name].count(old) == 1, f"{name} has {texts[name].count(old)} times: {old}"
-        texts[name] = texts[name].replace(old, new)
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(translate(text, counter))
+        assert changed[name].count(old) == 1, f"{name} has {changed[name].count(old)} times: {old}"
+        changed[name] = changed[name].replace(old, new)
+    for subfolder, written in (("plain", texts), ("changed", changed)):
+        counter = itertools.count(1)
+        for name, text in written.items():
+            (folder / subfolder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / subfolder / name).write_text(translate(text, counter))
     flags = (*FLAGS, level, *(SANITIZE if sanitize else ()))
-    objects = [compiled(folder, name, flags) for name in sorted(texts) if name.endswith(".cu")]
+    units = sorted((name for name in texts if name.endswith(".cu")), key=lambda name: name != within)
+    # changed ones first: of a header's functions the linker takes the first that it finds
+    objects = [_object(folder / ("changed" if within in (None, name) else "plain") / name, flags) for name in units]
     library = folder / "emulated.so"
-    done = subprocess.run(
-        ["g++", *flags, "-shared", *map(str, objects), "-o", str(library)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    _compile([*flags, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 
-def compiled(folder: Path, name: str, flags: tuple[str, ...]) -> Path:
-    """The object of one .cu file in `folder`, or that of an earlier build with the same text of it and of all it includes."""
-    command = ["g++", *flags, f"-I{SIMT}", "-x", "c++", "-c", str(folder / name)]
-    headers = subprocess.run([*command, "-MM"], capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
-    texts = tuple(Path(path).read_text() for path in headers.split(": ", 1)[1].split())
-    key = (name, flags, texts)
+def _object(source: Path, flags: tuple[str, ...]) -> Path:
+    """A .cu file's object, or that of an earlier build from the same text of it and of all that it includes."""
+    command = [*flags, f"-I{SIMT}", "-x", "c++", "-c", str(source)]
+    rule = _compile([*command, "-MM"]).replace("\\\n", " ")
+    key = (source.name, flags, tuple(Path(path).read_text() for path in rule.split(": ", 1)[1].split()))
     if key not in _objects:
-        made = folder / f"{Path(name).stem}.o"
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        _objects[key] = made
+        _compile([*command, "-o", str(source.with_suffix(".o"))])
+        _objects[key] = source.with_suffix(".o")
     return _objects[key]
+
+
+def _compile(arguments: list[str]) -> str:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def build_as_asked(folder: Path) -> Path:
