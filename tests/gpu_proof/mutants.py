@@ -3,34 +3,46 @@ under the sanitizers."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from emulate import SANITIZED, build
+from emulate import LIBRARY, build
 
 AS_THEY_ARE = "as they are"
 Change = tuple[str, str, str]  # file below csrc, text, its replacement
+Run = tuple[str, str, "Change | None"]  # file of value tests, which of them, a change
 
 
-def libraries(folder: Path, changes: dict[str, Change], within: str) -> dict[str, Path]:
+@contextmanager
+def libraries(folder: Path, changes: dict[str, Change], within: str) -> Iterator[dict[str, Future[Path]]]:
     """The kernels as they are, and each change made for the .cu file `within`; two at a time, without optimisation."""
 
-    def make(item: tuple[str, tuple[Change, ...]]) -> tuple[str, Path]:
-        name, made = item
-        return name, build(folder / re.sub(r"\W", "_", name), changes=made, within=within, level="-O0")
+    def make(name: str, *made: Change) -> Path:
+        return build(folder / re.sub(r"\W", "_", name), changes=made, within=within, level="-O0")
 
-    first = make((AS_THEY_ARE, ()))  # the others take from it what they do not change
-    with ThreadPoolExecutor(2) as pool:
-        return dict([first, *pool.map(make, [(name, (change,)) for name, change in changes.items()])])
+    with _two_at_a_time() as pool:
+        first = pool.submit(make, AS_THEY_ARE)
+        first.result()  # the others take from it what they do not change
+        yield {AS_THEY_ARE: first, **{name: pool.submit(make, name, change) for name, change in changes.items()}}
+
+
+@contextmanager
+def _two_at_a_time() -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what has not begun when nobody wants it any more."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def outcome(verify: Callable[[Path, pytest.MonkeyPatch], None], library: Path) -> str:
@@ -55,9 +67,20 @@ def outcome(verify: Callable[[Path, pytest.MonkeyPatch], None], library: Path) -
     return f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
 
 
-def sanitized(file: str, chosen: str, *changes: Change) -> subprocess.CompletedProcess:
-    """The `chosen` tests of `file` with the kernels under the address and alignment sanitizers."""
+@contextmanager
+def sanitized(folder: Path, runs: dict[str, Run]) -> Iterator[dict[str, Future[subprocess.CompletedProcess]]]:
+    """Value tests with the kernels under the address and alignment sanitizers. What is not changed is compiled once."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    options = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", SANITIZED: json.dumps(changes)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", file, "-k", chosen]
-    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
+
+    def make(name: str, change: Change | None) -> Path:
+        where = {"changes": (change,), "within": change[0]} if change else {}
+        return build(folder / re.sub(r"\W", "_", name), sanitize=True, level="-O0", **where)
+
+    def run(name: str, file: str, chosen: str, change: Change | None) -> subprocess.CompletedProcess:
+        options = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", LIBRARY: str(make(name, change))}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", file, "-k", chosen]
+        return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
+
+    with _two_at_a_time() as pool:
+        pool.submit(make, AS_THEY_ARE, None).result()
+        yield {name: pool.submit(run, name, *given) for name, given in runs.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mutants
@@ -121,16 +120,17 @@ def verify(library: Path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     changes = {name: mistake[:3] for name, mistake in MISTAKES.items()}
-    return mutants.libraries(tmp_path_factory.mktemp("mutants"), changes, "cuda/rows.cu")
+    with mutants.libraries(tmp_path_factory.mktemp("mutants"), changes, "cuda/rows.cu") as found:
+        yield found
 
 
 def test_the_kernels_as_they_are_pass(libraries):
-    assert mutants.outcome(verify, libraries[mutants.AS_THEY_ARE]) == ""
+    assert mutants.outcome(verify, libraries[mutants.AS_THEY_ARE].result()) == ""
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen(libraries, name):
-    said = mutants.outcome(verify, libraries[name])
+    said = mutants.outcome(verify, libraries[name].result())
     assert said, "not seen"
     assert re.search(MISTAKES[name][3], said), said
 
@@ -144,32 +144,27 @@ SANITIZED_RUNS = {  # name: (value tests, change, what it says)
     ),
     "too little shared memory": (
         "fused_policy and 4096-one-plain",
-        ("columns_of(job.rows.vocab, how.cluster) + 4)", "columns_of(job.rows.vocab, how.cluster))"),
+        ("cuda/rows.cu", "columns_of(job.rows.vocab, how.cluster) + 4)", "columns_of(job.rows.vocab, how.cluster))"),
         "overflow",
     ),
     "a vector load off its boundary": (
         "fused_policy and 4096-one-plain",
-        ("source + slice.begin + out_lead) == 0", "source + slice.begin + out_lead) >= 0"),
+        ("cuda/rows.cu", "source + slice.begin + out_lead) == 0", "source + slice.begin + out_lead) >= 0"),
         "misaligned",
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def sanitized_runs():
-    """The runs of `SANITIZED_RUNS`, side by side."""
-
-    def run(item):
-        name, (chosen, change, _) = item
-        return name, mutants.sanitized(values.__file__, chosen, *([("cuda/rows.cu", *change)] if change else []))
-
-    with ThreadPoolExecutor(len(SANITIZED_RUNS)) as pool:
-        return dict(pool.map(run, SANITIZED_RUNS.items()))
+def sanitized_runs(tmp_path_factory):
+    runs = {name: (values.__file__, chosen, change or None) for name, (chosen, change, _) in SANITIZED_RUNS.items()}
+    with mutants.sanitized(tmp_path_factory.mktemp("sanitized"), runs) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", SANITIZED_RUNS)
 def test_values_under_the_sanitizers(sanitized_runs, name):
-    done, says = sanitized_runs[name], SANITIZED_RUNS[name][2]
+    done, says = sanitized_runs[name].result(), SANITIZED_RUNS[name][2]
     output = done.stdout[-4000:] + done.stderr[-4000:]
     assert (done.returncode == 0) == (name == "as they are"), output
     assert says in done.stdout + done.stderr, output
