@@ -68,7 +68,7 @@ template <class R> void grad_logits(const Rows& rows, const Coefs& coefs, bool r
 template <class R> void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, uint8_t* live);
 
 // Below, taught [rows] says which row of the teacher's goes with each of the student's, -1 for none; null = its own. Student
-// rows are logits (z) with one target each, and Coefs is what other terms of the loss add to their gradient.
+// rows are logits (z), on a GPU products, with one target each, and Coefs is what other terms of the loss add to their gradient.
 //
 // The k largest of each row into ids, largest first and the lower of equal ones before.
 template <class R> void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets);

@@ -3,8 +3,9 @@
 //
 // `fused_policy` reads a row from memory once where the slices fit on chip (shared memory, added up over the cluster), else
 // twice. Logits are read and gradients written 16 bytes at a time whatever the row's first address and its length. There are
-// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no --use_fast_math). Left out: rows kept in registers (a slice of a
-// real vocabulary does not fit), several rows a block (small vocabularies get small blocks instead), and bulk copies.
+// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no
+// --use_fast_math). Left out: rows kept in registers (a slice of a real vocabulary does not fit), several rows a block (small
+// vocabularies get small blocks instead), and bulk copies.
 #include "../rows.h"
 #include "launch.h"
 #include "logits.h"
