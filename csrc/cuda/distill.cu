@@ -96,7 +96,6 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
     float g[N] = {};
     if (live) {
       float y[N] = {};
-      const int target = others.column - static_cast<int>(j);
       if (ON_CHIP) load<N>(logits + j, g, aligned);
       else student.read<N, 1>(g, j, step, aligned);
       if (ON_CHIP) load<N>(kept + j, y, aligned);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
         for (int i = 0; i < N; i++) {
           const float z = g[i], log_s = z - t.lse;
           const float of_teacher = ON_CHIP ? y[i] : contrast<K, Accurate>(log_s, y[i] - t.teacher_lse, t.alpha).kept;
-          const float own = i == target ? others.target : 0.0f;
+          const float own = static_cast<int>(j) + i == others.column ? others.target : 0.0f;
           g[i] = student.t.slope(z) * (gradient_at<K, Accurate>(log_s, of_teacher, t) + own);
         }
       });
