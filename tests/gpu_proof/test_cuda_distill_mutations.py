@@ -56,7 +56,8 @@ DISTILL = {
         "cuda/distill.cu", "static_cast<int>(j) + i == others.column ? others.target : 0.0f", "0.0f", "error",
     ),
     "the target one column off": (
-        "cuda/distill.cu", "static_cast<int>(j) + i == others.column ?", "static_cast<int>(j) + i + 1 == others.column ?", "error",
+        "cuda/distill.cu",
+        "static_cast<int>(j) + i == others.column ?", "static_cast<int>(j) + i + 1 == others.column ?", "error",
     ),
     "the slope of the softcap forgotten": (
         "cuda/distill.cu", "student.t.slope(z) * (gradient_at", "student.t.flat * (gradient_at", "error",
