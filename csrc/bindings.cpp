@@ -119,6 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Teacher> teacher(m, "Teacher");
   teacher.def(py::init<>()).def_readwrite("stride", &Teacher::stride).def_readwrite("alpha", &Teacher::alpha);
   teacher.def_readwrite("gradient", &Teacher::gradient);
+  itself(teacher);
   address(teacher, "logits", &Teacher::logits);
   address(teacher, "lse", &Teacher::lse);
   address(teacher, "weights", &Teacher::weights);
@@ -126,6 +127,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Buckets> buckets(m, "Buckets");
   buckets.def(py::init<>()).def_readwrite("k", &Buckets::k);
+  itself(buckets);
   address(buckets, "ids", &Buckets::ids);
   address(buckets, "logprobs", &Buckets::logprobs);
   address(buckets, "rest", &Buckets::rest);

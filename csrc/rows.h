@@ -66,8 +66,9 @@ template <class R> void row_stats(const Rows& rows, const Stats& stats);
 template <class R> void grad_logits(const Rows& rows, const Coefs& coefs, bool raw, uint8_t* live);
 // Both, with the policy arithmetic between them, one row at a time while it is in cache.
 template <class R> void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, uint8_t* live);
+
 // Below, taught [rows] says which row of the teacher's goes with each of the student's, -1 for none; null = its own. Student
-// rows are logits (z) with one target each, and Coefs is what other terms of the loss add to their gradient.
+// rows are logits (z), on a GPU products, with one target each, and Coefs is what other terms of the loss add to their gradient.
 //
 // The k largest of each row into ids, largest first and the lower of equal ones before.
 template <class R> void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets);
@@ -79,7 +80,7 @@ template <class R> void fused_distill(const Rows& rows, const Coefs& coefs, cons
 template <class R> void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets, uint8_t* live);
 // One number for the sizes of the structs above: two libraries that differ in it must not pass them to each other.
 constexpr uint64_t layout() {
-  constexpr uint64_t sizes[] = {sizeof(Rows), sizeof(Stats), sizeof(Coefs), sizeof(Policy), sizeof(PolicyParams)};
+  constexpr uint64_t sizes[] = {sizeof(Rows), sizeof(Stats), sizeof(Coefs), sizeof(Policy), sizeof(PolicyParams), sizeof(Teacher), sizeof(Buckets)};
   uint64_t n = 1;
   for (const uint64_t size : sizes) n = n * 1009 + size;
   return n;

@@ -4,63 +4,39 @@
 #include <vector>
 
 #include "cpu/sweeps.h"
+#include "divergence.h"
 
 namespace drift {
 namespace {
 
-enum class Kind { none, forward, reverse, mixed };  // no teacher, KL(t||s), KL(s||t), between
-
-// What the gradient of a row is made of besides its logits.
-template <class R>
-struct Terms {
-  R lse, P, E, H;                       // further terms: -P p - E p (log p + H)
-  const R* teacher = nullptr;           // z of the teacher
-  R teacher_lse = 0, alpha = 0;
-  R weight = 0, student_kl = 0;         // student_kl: KL(s||t) or KL(s||M)
+struct Fast {  // the exp and log that vectorise
+  template <class R>
+  static ALWAYS_INLINE R exp(R x) { return fast_exp(x); }
+  template <class R>
+  static ALWAYS_INLINE R log(R x) { return fast_log(x); }
 };
-
-template <class R>
-struct LogRatios { R student, teacher; };  // log(s/M), log(t/M)
-
-// Written so that no exp overflows, and that a probability of 0 on one side leaves the other's term finite.
-template <class R>
-ALWAYS_INLINE LogRatios<R> against_mixture(R log_s, R log_t, R alpha) {
-  const R u = log_t - log_s;
-  const bool more = u > 0;
-  const R own = more ? alpha : R(1) - alpha;
-  const R r = fast_log(own + (R(1) - own) * fast_exp(more ? -u : u));  // log(M / max(s, t))
-  return {(more ? -u : R(0)) - r, (more ? R(0) : u) - r};
-}
 
 // d(loss)/dz of one element; v and y are its two logits.
 template <Kind K, class R>
-ALWAYS_INLINE R gradient_at(R v, R y, const Terms<R>& t) {
-  const R log_s = v - t.lse, s = fast_exp(log_s), log_t = y - t.teacher_lse;
-  R g = -t.P * s - (s != 0 ? t.E * s * (log_s + t.H) : R(0));
-  if (K == Kind::forward) g += t.weight * (s - fast_exp(log_t));
-  if (K == Kind::reverse) g += s != 0 ? t.weight * s * (log_s - log_t - t.student_kl) : R(0);
-  if (K == Kind::mixed) {
-    const auto r = against_mixture(log_s, log_t, t.alpha);
-    g += s != 0 ? t.weight * (R(1) - t.alpha) * s * (r.student - t.student_kl) : R(0);
-  }
-  return g;
+ALWAYS_INLINE R gradient_of(R v, R y, const Terms<R>& t) {
+  const R log_s = v - t.lse;
+  return gradient_at<K, Fast>(log_s, contrast<K, Fast>(log_s, y - t.teacher_lse, t.alpha).kept, t);
 }
 
 template <Kind K, bool CAPPED, class R>
-ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Terms<R>& terms, R flat, R per_cap) {
+ALWAYS_INLINE void grad_sweep(R* __restrict z, const R* __restrict y, int64_t V, const Terms<R>& terms, R flat, R per_cap) {
   const Terms<R> t = terms;
-  const R* __restrict y = t.teacher;
 #pragma omp simd
   for (int64_t i = 0; i < V; i++) {
-    const R v = z[i], g = gradient_at<K>(v, K == Kind::none ? R(0) : y[i], t) * flat;
+    const R v = z[i], g = gradient_of<K>(v, K == Kind::none ? R(0) : y[i], t) * flat;
     z[i] = CAPPED ? g * (R(1) - v * per_cap * v * per_cap) : g;
   }
 }
 
 template <Kind K, class R>
-ALWAYS_INLINE void grad_any(R* z, int64_t V, const Terms<R>& terms, const Transform<R>& t) {
+ALWAYS_INLINE void grad_any(R* z, const R* y, int64_t V, const Terms<R>& terms, const Transform<R>& t) {
   const R flat = t.logit_scale * t.inv_temperature, per_cap = t.softcap != 0 ? R(1) / (t.inv_temperature * t.softcap) : R(0);
-  t.softcap != 0 ? grad_sweep<K, true>(z, V, terms, flat, per_cap) : grad_sweep<K, false>(z, V, terms, flat, per_cap);
+  t.softcap != 0 ? grad_sweep<K, true>(z, y, V, terms, flat, per_cap) : grad_sweep<K, false>(z, y, V, terms, flat, per_cap);
 }
 
 template <class R>
@@ -74,14 +50,9 @@ ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int6
     R a = 0, c = 0;
 #pragma omp simd reduction(+ : a, c)
     for (int64_t i = b; i < end; i++) {
-      const R log_s = z[i] - lse, log_t = y[i] - teacher_lse, s = fast_exp(log_s), t = fast_exp(log_t);
-      if (K == Kind::forward) c += t != 0 ? t * (log_t - log_s) : R(0);
-      if (K == Kind::reverse) a += s != 0 ? s * (log_s - log_t) : R(0);
-      if (K == Kind::mixed) {
-        const auto r = against_mixture(log_s, log_t, alpha);
-        a += s != 0 ? s * r.student : R(0);
-        c += t != 0 ? t * r.teacher : R(0);
-      }
+      const auto both = contrast<K, Fast>(z[i] - lse, y[i] - teacher_lse, alpha);
+      if (K != Kind::forward) a += both.student;
+      if (K != Kind::reverse) c += both.teacher;
     }
     student += a;
     teacher += c;
@@ -120,7 +91,7 @@ ALWAYS_INLINE void select(const R* __restrict z, int64_t V, int64_t k, int64_t* 
 template <class R>
 struct Sweeps {
   Kls<R> (*kl)(Kind, const R*, const R*, int64_t, R, R, R);
-  void (*grad)(Kind, R*, int64_t, const Terms<R>&, const Transform<R>&);
+  void (*grad)(Kind, R*, const R*, int64_t, const Terms<R>&, const Transform<R>&);
   R (*lse)(R*, int64_t);
   void (*select)(const R*, int64_t, int64_t, int64_t*, std::pair<R, int64_t>*);
 };
@@ -135,12 +106,12 @@ struct Sweeps {
         default: return kl_sweep<Kind::mixed>(z, y, V, lse, teacher_lse, alpha);                        \
       }                                                                                                 \
     }                                                                                                   \
-    TARGET static void grad(Kind kind, R* z, int64_t V, const Terms<R>& terms, const Transform<R>& t) { \
+    TARGET static void grad(Kind kind, R* z, const R* y, int64_t V, const Terms<R>& terms, const Transform<R>& t) { \
       switch (kind) {                                                                                   \
-        case Kind::none: return grad_any<Kind::none>(z, V, terms, t);                                   \
-        case Kind::forward: return grad_any<Kind::forward>(z, V, terms, t);                             \
-        case Kind::reverse: return grad_any<Kind::reverse>(z, V, terms, t);                             \
-        default: return grad_any<Kind::mixed>(z, V, terms, t);                                          \
+        case Kind::none: return grad_any<Kind::none>(z, y, V, terms, t);                                   \
+        case Kind::forward: return grad_any<Kind::forward>(z, y, V, terms, t);                             \
+        case Kind::reverse: return grad_any<Kind::reverse>(z, y, V, terms, t);                             \
+        default: return grad_any<Kind::mixed>(z, y, V, terms, t);                                          \
       }                                                                                                 \
     }                                                                                                   \
     TARGET static R lse(R* z, int64_t V) {                                                              \
@@ -184,12 +155,12 @@ bool any(const Other<R>& o, const Coefs& c, int64_t i) { return o.target != 0 ||
 
 // The gradient of row i over its z, with the target's own term.
 template <class R>
-void differentiate(const Rows& rows, int64_t i, Kind kind, const Other<R>& o) {
+void differentiate(const Rows& rows, int64_t i, Kind kind, const R* teacher, const Other<R>& o) {
   R* z = row_of<R>(rows, i);
   const auto transform = transform_of<R>(rows, i);
   const int64_t y = o.target != 0 ? rows.targets[i] : -1;
   const R slope = y >= 0 ? transform.slope(z[y]) : R(0);
-  sweeps<R>().grad(kind, z, rows.vocab, o.terms, transform);
+  sweeps<R>().grad(kind, z, teacher, rows.vocab, o.terms, transform);
   if (y >= 0) z[y] += slope * o.target;
 }
 
@@ -235,25 +206,25 @@ void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, c
 
 template <class R>
 void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live) {
-  const Kind kind = teacher.alpha == 0 ? Kind::forward : teacher.alpha == 1 ? Kind::reverse : Kind::mixed;
+  const Kind kind = kind_of(teacher.alpha);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
     const int64_t j = taught_row(taught, i);
     auto o = other_terms<R>(rows, coefs, i);
     auto& t = o.terms;
     t.alpha = R(teacher.alpha);
+    const R* y = nullptr;
     if (j >= 0) {
-      t.teacher = static_cast<const R*>(teacher.logits) + j * teacher.stride;
+      y = static_cast<const R*>(teacher.logits) + j * teacher.stride;
       t.teacher_lse = static_cast<const R*>(teacher.lse)[j];
       t.weight = at<R>(teacher.weights, i, R(0));
-      const auto kl = sweeps<R>().kl(kind, row_of<R>(rows, i), t.teacher, rows.vocab, t.lse, t.teacher_lse, t.alpha);
+      const auto kl = sweeps<R>().kl(kind, row_of<R>(rows, i), y, rows.vocab, t.lse, t.teacher_lse, t.alpha);
       t.student_kl = kl.student;
-      const R mixed = (R(1) - t.alpha) * kl.student + t.alpha * kl.teacher;
-      put<R>(teacher.divergence, j, kind == Kind::forward ? kl.teacher : kind == Kind::reverse ? kl.student : mixed);
+      put<R>(teacher.divergence, j, divergence_of(kind, t.alpha, kl.student, kl.teacher));
     }
     if (!teacher.gradient) continue;
     live[i] = t.weight != 0 || any(o, coefs, i);
-    if (live[i]) differentiate(rows, i, t.weight != 0 ? kind : Kind::none, o);
+    if (live[i]) differentiate(rows, i, t.weight != 0 ? kind : Kind::none, y, o);
   }
 }
 
@@ -282,13 +253,13 @@ void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, c
     std::vector<Own> own(k);
     for (int64_t a = 0; a < k; a++) {
       const R v = z[ids[a]], slope = transform.slope(v);
-      own[a] = {slope, slope * gradient_at<Kind::none>(v, R(0), o.terms) + (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
+      own[a] = {slope, slope * gradient_of<Kind::none>(v, R(0), o.terms) + (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
     }
     if (drest != 0) {  // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
       const R share = std::min(std::expm1(-static_cast<const R*>(buckets.rest)[j]), HUGE_SHARE);
       o.terms.P = std::min(std::max(others + kept - drest * share, -HUGE_SHARE), HUGE_SHARE);
     }
-    differentiate(rows, i, Kind::none, o);
+    differentiate<R>(rows, i, Kind::none, nullptr, o);
     for (int64_t a = 0; a < k; a++) z[ids[a]] = own[a].rest + own[a].slope * dlogprobs[a];
   }
 }

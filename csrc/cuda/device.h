@@ -126,9 +126,21 @@ struct Sums {
     if (o.max != top) o.rescale(top);
     e += o.e, ed += o.ed, ee += o.ee, z += o.z;
   }
+
+  static __device__ __forceinline__ Sums nothing() { return {-INFINITY, 0, 0, 0, 0}; }
 };
 
-__device__ __forceinline__ Sums nothing() { return {-INFINITY, 0, 0, 0, 0}; }
+// N plain sums.
+template <int N>
+struct Totals {
+  float of[N];
+
+  __device__ __forceinline__ void add(const Totals& o) {
+#pragma unroll
+    for (int i = 0; i < N; i++) of[i] += o.of[i];
+  }
+  static __device__ __forceinline__ Totals nothing() { return {}; }
+};
 
 // ---- reductions
 
@@ -155,6 +167,13 @@ __device__ __forceinline__ Sums warp_sum(Sums s) {
   return s;
 }
 
+template <int N>
+__device__ __forceinline__ Totals<N> warp_sum(Totals<N> s) {
+#pragma unroll
+  for (int i = 0; i < N; i++) s.of[i] = warp_sum(s.of[i]);
+  return s;
+}
+
 // The blocks that share a row. Before sm_90 there is no cluster: a row is one block's.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct Cluster {
@@ -177,16 +196,27 @@ struct Cluster {
 
 // The sums of a whole row, in warp 0 of every block of its cluster (elsewhere: something else). Until the cluster's next
 // sync() other blocks may still be reading this one's shared memory.
-__device__ __forceinline__ Sums row_sum(const Cluster& cluster, Sums s) {
-  __shared__ Sums partial[MAX_WARPS];
+template <class T>
+__device__ __forceinline__ T row_sum(const Cluster& cluster, T s) {
+  __shared__ T partial[MAX_WARPS];
   s = warp_sum(s);
   if (lane() == 0) partial[warp()] = s;
   cluster.sync();
   if (warp() != 0) return s;
   const unsigned warps = blockDim.x / WARP;
-  Sums total = nothing();
+  T total = T::nothing();
   for (unsigned k = lane(); k < warps * cluster.size(); k += WARP) total.add(cluster.shared_of(partial, k / warps)[k % warps]);
   return warp_sum(total);
+}
+
+// The same in every thread, after which shared memory is free again.
+template <class T>
+__device__ __forceinline__ T row_total(const Cluster& cluster, T s) {
+  __shared__ T total;
+  s = row_sum(cluster, s);
+  if (threadIdx.x == 0) total = s;
+  cluster.sync();
+  return total;
 }
 
 }  // namespace drift

@@ -3,18 +3,17 @@
 //
 // `fused_policy` reads a row from memory once where the slices fit on chip (shared memory, added up over the cluster), else
 // twice. Logits are read and gradients written 16 bytes at a time whatever the row's first address and its length. There are
-// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no --use_fast_math). Left out: rows kept in registers (a slice of a
-// real vocabulary does not fit), several rows a block (small vocabularies get small blocks instead), and bulk copies.
+// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no
+// --use_fast_math). Left out: rows kept in registers (a slice of a real vocabulary does not fit), several rows a block (small
+// vocabularies get small blocks instead), and bulk copies.
 #include "../rows.h"
-#include "device.h"
-
-#define DRIFT_EXPORT extern "C" __attribute__((visibility("default")))
+#include "launch.h"
+#include "logits.h"
 
 namespace drift {
 namespace {
 
 enum Mode { STATS, GRAD, POLICY };
-enum OutType : int { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 struct Job {
   Rows rows;
@@ -31,47 +30,6 @@ struct RowStats { float max, lse, entropy, mean, log_sum_sq; };
 struct Slope { float logprobs, entropy; bool live; };  // d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
 struct Entry { float coef, weight; };
 struct Span { int64_t begin, end; };
-
-__device__ __forceinline__ float at(const void* p, int64_t i, float otherwise) { return p ? static_cast<const float*>(p)[i] : otherwise; }
-__device__ __forceinline__ void put(void* p, int64_t i, float v) { if (p) static_cast<float*>(p)[i] = v; }
-
-// x -> z, and dz/dx from z. PLAIN: neither bias nor softcap.
-template <bool PLAIN>
-struct Transform {
-  const float* bias;
-  float scale, softcap, per_cap, inverse, flat, tanh_of;
-
-  __device__ Transform(const Rows& rows, int64_t row, bool identity) {
-    inverse = identity ? 1.0f : at(rows.inv_temperature, row, float(rows.scalar_inv_temperature));
-    scale = identity ? 1.0f : float(rows.logit_scale);
-    softcap = identity ? 0.0f : float(rows.softcap);
-    bias = identity ? nullptr : static_cast<const float*>(rows.bias);
-    per_cap = 1.0f / softcap;
-    flat = scale * inverse;
-    tanh_of = 1.0f / (inverse * softcap);
-  }
-  // Rounded before anything is subtracted, so that a target's logit is the very number that went into the sums.
-  __device__ __forceinline__ float operator()(float x, int64_t column) const {
-    if (PLAIN) return __fmul_rn(x, flat);
-    float u = scale * (bias ? x + bias[column] : x);
-    if (softcap != 0) u = softcap * tanhf(u * per_cap);
-    return __fmul_rn(u, inverse);
-  }
-  __device__ __forceinline__ float slope(float z) const {
-    if (PLAIN || softcap == 0) return flat;
-    const float t = z * tanh_of;
-    return flat * fmaf(-t, t, 1.0f);
-  }
-};
-
-__host__ __device__ __forceinline__ int64_t columns_of(int64_t vocab, int64_t blocks) {
-  return ((vocab + blocks - 1) / blocks + 31) / 32 * 32;
-}
-
-__device__ __forceinline__ Slice slice_of(int64_t vocab, const Cluster& cluster) {
-  const int64_t columns = columns_of(vocab, cluster.size()), begin = columns * cluster.rank();
-  return {begin < vocab ? begin : vocab, begin + columns < vocab ? begin + columns : vocab};
-}
 
 __device__ RowStats finish(const Sums& s, int64_t vocab) {
   const double log_e = log(double(s.e));
@@ -129,7 +87,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
     if (threadIdx.x == 0) shared_stats = {0, at(job.coefs.lse, row, 0.0f), at(job.coefs.row_entropy, row, 0.0f), 0, 0};
     __syncthreads();
   } else {
-    Sums sums = nothing();
+    Sums sums = Sums::nothing();
     for_columns<4, 4>(slice, lead, [&](int64_t j, int64_t step, auto width, auto count) {
       constexpr int N = decltype(width)::value, U = decltype(count)::value;
       float z[N * U];
@@ -220,38 +178,11 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
 
 // ---- host
 
-struct Launch {
-  int threads, cluster, on_chip;
-  bool valid() const {
-    return threads >= WARP && threads <= MAX_THREADS && threads % WARP == 0 && cluster >= 1 && cluster <= MAX_CLUSTER &&
-           (cluster & (cluster - 1)) == 0;
-  }
-};
-
 template <Mode MODE, bool ON_CHIP, class Out>
 cudaError_t launch(const Job& job, const Launch& how, cudaStream_t stream) {
   const bool plain = !job.rows.bias && job.rows.softcap == 0;
   const auto kernel = plain ? row_kernel<MODE, ON_CHIP, true, Out> : row_kernel<MODE, ON_CHIP, false, Out>;
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = how.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.gridDim = dim3(static_cast<unsigned>(job.rows.rows * how.cluster));
-  config.blockDim = dim3(how.threads);
-  config.stream = stream;
-  if (how.cluster > 1) {
-    cudaFuncAttributes compiled;
-    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
-    if (compiled.ptxVersion < 90) return cudaErrorInvalidClusterSize;  // this code would take each block for a whole cluster
-    config.attrs = &cluster, config.numAttrs = 1;
-  }
-  if (ON_CHIP) {
-    config.dynamicSmemBytes = (columns_of(job.rows.vocab, how.cluster) + 4) * sizeof(float);
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes)))
-      return error;
-  }
-  return cudaLaunchKernelEx(&config, kernel, job);
+  return start(kernel, job, job.rows.rows, how, ON_CHIP ? (columns_of(job.rows.vocab, how.cluster) + 4) * sizeof(float) : 0, stream);
 }
 
 template <Mode MODE, bool ON_CHIP>
@@ -266,26 +197,11 @@ cudaError_t launch(const Job& job, int out_type, const Launch& how, cudaStream_t
   }
 }
 
-// run() on `device`, and the device that was current back afterwards.
-template <class F>
-int on_device(int device, F run) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (!error && before != device) error = cudaSetDevice(device);
-  if (error) return error;
-  error = run();
-  if (error) cudaGetLastError();  // it is reported here; nobody else shall find it
-  if (before == device) return error;
-  const cudaError_t back = cudaSetDevice(before);
-  return error ? error : back;
-}
-
 template <Mode MODE>
 int enqueue(int device, void* stream, const Job& job, int out_type, const Launch& how) {
   const Rows& r = job.rows;
-  const bool sizes = r.rows >= 0 && r.vocab > 0 && r.stride >= r.vocab && r.rows * how.cluster <= INT32_MAX;
   const bool output = !job.out || (job.out_stride >= r.vocab && job.out != r.logits);
-  if (!sizes || !output || !how.valid() || (r.rows && !(r.logits && (r.targets || r.row_ptr)))) return cudaErrorInvalidValue;
+  if (!takes(r, how) || !output || (r.rows && !(r.targets || r.row_ptr))) return cudaErrorInvalidValue;
   if (r.rows == 0) return cudaSuccess;
   return on_device(device, [&] {
     const auto s = static_cast<cudaStream_t>(stream);

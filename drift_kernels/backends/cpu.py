@@ -90,10 +90,9 @@ def fused_policy(
 
 def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
     """The k largest of logits [C, V], largest first [n, k] int64; row i of `taught` [C] says which of n it is, −1 none."""
-    b = _cpu.Buckets()
     ids = torch.empty((n, k), dtype=torch.int64)
-    b.ids, b.k = _address(ids), k
-    _cpu.top_k(structs.rows(logits, chunk), _address(taught), b, logits.dtype == torch.float64)
+    double = logits.dtype == torch.float64
+    _cpu.top_k(structs.rows(logits, chunk), _address(taught), structs.buckets(ids), double)
     return ids
 
 
@@ -101,10 +100,9 @@ def bucket_logprobs(
     logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by logits [C, V]."""
-    b = _cpu.Buckets()
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
-    b.ids, b.k, b.logprobs, b.rest = _address(ids), ids.shape[1], _address(logprobs), _address(others)
+    b = structs.buckets(ids, logprobs, others)
     _cpu.bucket_logprobs(structs.rows(logits, chunk), _address(taught), _address(lse), b, logits.dtype == torch.float64)
     return logprobs, others
 
@@ -131,10 +129,8 @@ def fused_distill(
     `teacher_chunk` goes unread: the teacher's are logits by now, where other backends have products still. `weights` [C] are
     the divergences', the coefficients what other terms add (see `grad_logits`). Returns live rows [C] too.
     """
-    t = _cpu.Teacher()
-    t.logits, t.stride, t.lse, t.alpha = teacher.data_ptr(), teacher.stride(0), _address(teacher_lse), alpha
-    divergence, live = logits.new_empty(teacher.shape[0]), torch.empty(logits.shape[0], dtype=torch.uint8)
-    t.weights, t.divergence, t.gradient = _address(weights), _address(divergence), gradient
+    t, divergence = structs.teacher(teacher, teacher_lse, weights, alpha, gradient)
+    live = torch.empty(logits.shape[0], dtype=torch.uint8)
     c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
     double = logits.dtype == torch.float64
     _cpu.fused_distill(structs.rows(logits, chunk), c, _address(taught), t, live.data_ptr(), double)
@@ -156,9 +152,7 @@ def grad_buckets(
     lse_coefs: Tensor | None = None,
 ) -> Tensor:
     """Logits [C, V] become d(loss)/d(product), by the derivatives of what `bucket_logprobs` gave; returns live rows [C]."""
-    b = _cpu.Buckets()
-    b.ids, b.k, b.rest = _address(ids), ids.shape[1], _address(rest)
-    b.dlogprobs, b.drest = _address(dlogprobs), _address(drest)
+    b = structs.buckets(ids, None, rest, dlogprobs, drest)
     live = torch.empty(logits.shape[0], dtype=torch.uint8)
     c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
     double = logits.dtype == torch.float64

@@ -1,83 +1,26 @@
 """CUDA C++ kernels (`csrc/cuda`) on torch tensors: fp32 logits [C, V] of M entries, gradients out of place.
 
-The kernels are a library of their own, which loads on first use and also where there is no driver. They are enqueued on
-torch's current stream of the logits' device; nothing here waits for them. Left out: float64 (the cpu backend), squeezing out
-rows whose gradient is zero (their rows of `out` are zero), and distillation.
+Kernels are enqueued on torch's current stream of the logits' device; nothing here waits for them. Left out: float64 (the cpu
+backend), and squeezing out rows whose gradient is zero (their rows of `out` are zero).
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from ctypes import byref, c_char_p, c_int, c_int64, c_uint64, c_void_p
+from ctypes import byref, c_int
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 from drift_kernels.backends import structs
+from drift_kernels.backends.cuda_library import library
 from drift_kernels.backends.params import Chunk
-from drift_kernels.backends.tuning import tuning
+from drift_kernels.backends.tuning import VARIABLE, tuning
 from drift_kernels.spec import PolicySpec
 
-BUILD = "FORCE_CUDA=1 pip install --no-build-isolation -e . (needs nvcc; CUDA_HOME names its toolkit)"
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HINTS = {
-    "cudaErrorNoDevice": "no NVIDIA GPU is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES",
-    "cudaErrorInsufficientDriver": "there is no NVIDIA driver, or it is older than this build's CUDA: update the driver, or "
-    "build with an older toolkit",
-    "cudaErrorNoKernelImageForDevice": f"not built for this GPU: TORCH_CUDA_ARCH_LIST=<its capability> {BUILD}",
-    "cudaErrorUnsupportedPtxVersion": "the driver is older than the toolkit this was built with: update it, or name the "
-    f"GPU's capability: TORCH_CUDA_ARCH_LIST=<capability> {BUILD}",
-    "cudaErrorInvalidValue": "a size or a launch choice does not fit: look at DRIFT_TUNING",
-    "cudaErrorInvalidClusterSize": "this build or GPU has no clusters of that size: set a smaller cluster in DRIFT_TUNING",
-}
-_SIGNATURES = {
-    "layout": (c_uint64, ()),
-    "error_name": (c_char_p, (c_int,)),
-    "error_text": (c_char_p, (c_int,)),
-    "device_count": (c_int, (c_void_p,)),
-    "limits": (c_int, (c_int, c_void_p, c_void_p)),
-    "row_stats": (c_int, (c_int, c_void_p, c_void_p, c_void_p, c_int, c_int)),
-    "grad_logits": (c_int, (c_int, *[c_void_p] * 3, c_int, c_void_p, c_int64, c_int, c_void_p, c_int, c_int)),
-    "fused_policy": (c_int, (c_int, *[c_void_p] * 5, c_int64, c_int, c_void_p, c_int, c_int, c_int)),
-}
-
-
-# ---- the library
-
-
-@lru_cache(maxsize=1)
-def library() -> Callable[..., int]:
-    """The library's entries as call(name, *arguments), which raises RuntimeError; ImportError says how to build it."""
-    package = Path(__file__).parent.parent
-    found = sorted(package.glob("_cuda*.so"))
-    if not found:
-        raise ImportError(f"the CUDA library is not built; build it with: {BUILD}")
-    return bind(found[0])
-
-
-def bind(path: Path) -> Callable[..., int]:
-    """As `library`, for the library at `path`. Calls release the GIL."""
-    handle = ctypes.CDLL(str(path))
-    entries = {name: getattr(handle, f"drift_cuda_{name}") for name in _SIGNATURES}
-    for name, (result, arguments) in _SIGNATURES.items():
-        entries[name].restype, entries[name].argtypes = result, arguments
-    if entries["layout"]() != _cpu.layout:
-        raise ImportError(f"{path.name} and the C++ extension are of different sources; build both: {BUILD}")
-
-    def call(name: str, *arguments) -> int:
-        error = entries[name](*arguments)
-        if error:
-            title = entries["error_name"](error).decode()
-            hint = HINTS.get(title, "CUDA_LAUNCH_BLOCKING=1 shows which call failed")
-            raise RuntimeError(f"{name}: {title} ({entries['error_text'](error).decode()}); {hint}")
-        return error
-
-    return call
+PAIR = "fused_distill"  # has launch choices of its own in the tuning file: it keeps two rows on chip
 
 
 def unavailable() -> str | None:
@@ -109,8 +52,8 @@ class Launch:
 
 
 @lru_cache(maxsize=64)
-def choose(vocabulary: int, twice: bool, shared_bytes: int, clusters: bool) -> Launch:
-    """The launch for rows of `vocabulary` logits that are needed `twice` (statistics, then gradient) or once.
+def choose(vocabulary: int, twice: bool, shared_bytes: int, clusters: bool, pair: bool = False) -> Launch:
+    """The launch for rows of `vocabulary` logits, or a `pair` of them, needed `twice` (sums, then gradient) or once.
 
     A row needed once is one block's. A row needed twice is kept on chip by the fewest blocks whose slices leave room for two
     blocks a multiprocessor (one loads while the other stores), or else by the fewest that hold it at all; where the largest
@@ -120,7 +63,7 @@ def choose(vocabulary: int, twice: bool, shared_bytes: int, clusters: bool) -> L
     if twice:
         sizes = (1, 2, 4, 8) if clusters else (1,)
         for room in (shared_bytes // 2 - 1536, shared_bytes - 1024):
-            fits = [n for n in sizes if 4 * (-(-vocabulary // n) + 36) <= room]
+            fits = [n for n in sizes if (8 if pair else 4) * (-(-vocabulary // n) + 36) <= room]
             if fits:
                 cluster, on_chip = fits[0], True
                 break
@@ -128,7 +71,11 @@ def choose(vocabulary: int, twice: bool, shared_bytes: int, clusters: bool) -> L
     while threads < 512 and threads * 16 < vocabulary // cluster:
         threads *= 2
     chosen = {"threads": threads, "cluster": cluster, "on_chip": on_chip}
-    return Launch(**chosen | tuning("cuda", tuple(chosen)))
+    found = tuning("cuda", (*chosen, PAIR))
+    own = found.get(PAIR, {}) if pair else {name: value for name, value in found.items() if name != PAIR}
+    if not isinstance(own, dict) or not own.keys() <= chosen.keys():
+        raise ValueError(f"{VARIABLE}: 'cuda': {PAIR!r} is {own!r}; it takes {', '.join(chosen)}")
+    return Launch(**chosen | own)
 
 
 @lru_cache(maxsize=64)
@@ -242,3 +189,122 @@ def fused_policy(
     arguments = (rows.address, stats.address, policy.address, where, stride, out_type, live.data_ptr())
     library()("fused_policy", device, stream, *arguments, how.threads, how.cluster, how.on_chip)
     return outputs | more, live
+
+
+def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
+    """The k largest logits of products [C, V], largest first and the lower of equal ones before: ids [n, k] int64.
+
+    Row i of `taught` [C] says which of n it is, −1 none; None = its own. A NaN counts as −∞. ValueError where k does not fit
+    into a block's shared memory.
+    """
+    device, stream = _place(logits)
+    shared, clusters = _limits(device)
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k={k} of a vocabulary of {logits.shape[1]}")
+    how = choose(logits.shape[1], False, shared, clusters)
+    tile = 4 * how.threads  # columns looked at together
+    room = 1 << (k + tile - 1).bit_length()
+    if 8 * room > shared:
+        largest = (1 << (shared // 8).bit_length() - 1) - tile
+        raise ValueError(f"k={k} does not fit into {shared} bytes of shared memory; this backend takes k ≤ {largest}")
+    ids = torch.empty((n, k), dtype=torch.int64, device=logits.device)
+    rows, b = _taught_rows(logits, chunk), structs.buckets(ids)
+    which = structs.address(taught, logits.device)
+    library()("top_k", device, stream, rows.address, which, b.address, room, how.threads)
+    return ids
+
+
+def bucket_logprobs(
+    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V] and their lse [C].
+
+    An id outside the vocabulary has log-prob NaN.
+    """
+    device, stream = _place(logits)
+    logprobs = logits.new_empty(ids.shape)
+    others = logits.new_empty(ids.shape[0]) if rest else None
+    rows, b = _taught_rows(logits, chunk), structs.buckets(ids, logprobs, others)
+    given = (structs.address(taught, logits.device), structs.address(lse, logits.device))
+    threads = choose(logits.shape[1], False, *_limits(device)).threads
+    library()("bucket_logprobs", device, stream, rows.address, *given, b.address, threads)
+    return logprobs, others
+
+
+def fused_distill(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    teacher: Tensor,
+    teacher_chunk: Chunk,
+    teacher_lse: Tensor,
+    weights: Tensor,
+    alpha: float,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+    *,
+    gradient: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergences [n] of products [C, V] from the teacher's [n, V], and with `gradient` d(loss)/d(product) into `out` [C, V].
+
+    `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns with the divergences
+    which rows are not all zero [C] uint8, None without a gradient.
+    """
+    device, stream = _place(logits)
+    _place(teacher)
+    if teacher.shape[1] != logits.shape[1] or teacher.device != logits.device:
+        raise ValueError(
+            f"teacher's logits {tuple(teacher.shape)} on {teacher.device} need the student's vocabulary and device, "
+            f"{logits.shape[1]} on {logits.device}"
+        )
+    if gradient and out is None:
+        raise ValueError("gradient=True needs out, where gradients are written")
+    where, stride, out_type = _output(logits, out) if gradient and out is not None else (0, 0, 0)
+    rows, its = _taught_rows(logits, chunk), structs.rows(teacher, teacher_chunk)
+    t, divergence = structs.teacher(teacher, teacher_lse, weights, alpha, gradient)
+    c = structs.coefs(logits.device, coefs, lse, entropy_coefs, entropy, lse_coefs)
+    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device) if gradient else None
+    how = choose(logits.shape[1], gradient, *_limits(device), True)
+    arguments = (rows.address, c.address, structs.address(taught, logits.device), its.address, t.address, where, stride)
+    written = (out_type, 0 if live is None else live.data_ptr())
+    library()("fused_distill", device, stream, *arguments, *written, how.threads, how.cluster, how.on_chip)
+    return divergence, live
+
+
+def grad_buckets(
+    logits: Tensor,
+    chunk: Chunk,
+    taught: Tensor | None,
+    ids: Tensor,
+    rest: Tensor | None,
+    dlogprobs: Tensor,
+    drest: Tensor | None,
+    lse: Tensor,
+    coefs: Tensor | None = None,
+    entropy_coefs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    lse_coefs: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """d(loss)/d(product) of products [C, V] into `out`, by the derivatives of what `bucket_logprobs` gave; live rows [C]."""
+    device, stream = _place(logits)
+    where, stride, out_type = _output(logits, out)
+    rows, b = _taught_rows(logits, chunk), structs.buckets(ids, None, rest, dlogprobs, drest)
+    c = structs.coefs(logits.device, coefs, lse, entropy_coefs, entropy, lse_coefs)
+    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device)
+    arguments = (rows.address, c.address, structs.address(taught, logits.device), b.address, where, stride, out_type)
+    threads = choose(logits.shape[1], False, *_limits(device)).threads
+    library()("grad_buckets", device, stream, *arguments, live.data_ptr(), threads)
+    return live
+
+
+def _taught_rows(logits: Tensor, chunk: Chunk):
+    """Rows of one target each; ValueError for several."""
+    if chunk.row_ptr is not None:
+        raise ValueError("distillation takes one target a row; row_ptr must be None")
+    return structs.rows(logits, chunk)

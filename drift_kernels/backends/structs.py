@@ -83,6 +83,34 @@ def policy(
     return p, outputs
 
 
+def teacher(logits: Tensor, lse: Tensor, weights: Tensor, alpha: float, gradient: bool):
+    """A teacher's logits [n, V] with their lse [n], the weights [C] of its divergences, and room for these [n]."""
+    t, device = _cpu.Teacher(), logits.device
+    divergence = logits.new_empty(logits.shape[0])
+    t.logits, t.stride, t.lse, t.alpha = logits.data_ptr(), logits.stride(0), address(lse, device), alpha
+    t.weights, t.divergence, t.gradient = address(weights, device), divergence.data_ptr(), gradient
+    return t, divergence
+
+
+def buckets(
+    ids: Tensor,
+    logprobs: Tensor | None = None,
+    rest: Tensor | None = None,
+    dlogprobs: Tensor | None = None,
+    drest: Tensor | None = None,
+):
+    """Tokens `ids` [n, k] with their log-probs [n, k], that of all others [n], and the derivatives by both."""
+    b, device = _cpu.Buckets(), ids.device
+    b.ids, b.k, b.logprobs, b.rest = (
+        address(ids, device),
+        ids.shape[1],
+        address(logprobs, device),
+        address(rest, device),
+    )
+    b.dlogprobs, b.drest = address(dlogprobs, device), address(drest, device)
+    return b
+
+
 def policy_params(spec: PolicySpec):
     """The spec as `csrc/policy.h` wants it."""
     p = _cpu.PolicyParams()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -16,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from drift_kernels.backends import cuda
+from drift_kernels.backends import cuda, cuda_library
 
 ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent / "simt"
 ORDERS = (0, 1, 2, 3)  # warps and blocks forwards or backwards, lanes forwards or backwards
-FLAGS = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
-SANITIZED = "SIMT_SANITIZED"  # environment: build under the sanitizers, with these changes (JSON)
+LIBRARY = "SIMT_LIBRARY"  # environment: the library that the value tests take, instead of one of their own
 H100_SHARED = 232_448  # bytes a block may have
+_objects: dict[tuple, Path] = {}
 
 
 def translate(text: str, counter) -> str:
@@ -38,37 +38,66 @@ def translate(text: str, counter) -> str:
     return re.sub(r"__shared__ (\w+) (\w+)((?:\[\w+\])*);", static, text)
 
 
-def build(folder: Path, *, sanitize: bool = False, changes: tuple[tuple[str, str, str], ...] = (), level: str = "-O1"):
-    """Compiles csrc/cuda into `folder`. `changes` are (file below csrc, text, its replacement), each found exactly once."""
-    counter = itertools.count(1)
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cu") and p.parent.name in ("csrc", "cuda")]
-    texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources}
+def build(
+    folder: Path,
+    *,
+    sanitize: bool = False,
+    changes: tuple[tuple[str, str, str], ...] = (),
+    within: str | None = None,
+    level: str = "-O1",
+) -> Path:
+    """Compiles csrc/cuda in `folder`, and returns the library.
+
+    `changes` are (file below csrc, text, its replacement), each found exactly once. `within` is the one .cu file that they are
+    made for; the others are compiled as they are. What was compiled before is taken from there.
+    """
+    sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cu")]
+    texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources if p.parent.name in ("csrc", "cuda")}
+    changed = dict(texts)
     for name, old, new in changes:
-        assert texts[name].count(old) == 1, f"{name} has {texts[name].count(old)} times: {old}"
-        texts[name] = texts[name].replace(old, new)
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(translate(text, counter))
+        assert changed[name].count(old) == 1, f"{name} has {changed[name].count(old)} times: {old}"
+        changed[name] = changed[name].replace(old, new)
+    for subfolder, written in (("plain", texts), ("changed", changed)):
+        counter = itertools.count(1)
+        for name, text in written.items():
+            (folder / subfolder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / subfolder / name).write_text(translate(text, counter))
+    flags = (*FLAGS, level, *(SANITIZE if sanitize else ()))
+    units = sorted((name for name in texts if name.endswith(".cu")), key=lambda name: name != within)
+    # changed ones first: of a header's functions the linker takes the first that it finds
+    objects = [_object(folder / ("changed" if within in (None, name) else "plain") / name, flags) for name in units]
     library = folder / "emulated.so"
-    optimise = [level, *SANITIZE] if sanitize else [level]
-    command = ["g++", *FLAGS, *optimise, f"-I{SIMT}", "-x", "c++", str(folder / "cuda/rows.cu"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    _compile([*flags, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 
+def _object(source: Path, flags: tuple[str, ...]) -> Path:
+    """A .cu file's object, or that of an earlier build from the same text of it and of all that it includes."""
+    command = [*flags, f"-I{SIMT}", "-x", "c++", "-c", str(source)]
+    rule = _compile([*command, "-MM"]).replace("\\\n", " ")
+    key = (source.name, flags, tuple(Path(path).read_text() for path in rule.split(": ", 1)[1].split()))
+    if key not in _objects:
+        _compile([*command, "-o", str(source.with_suffix(".o"))])
+        _objects[key] = source.with_suffix(".o")
+    return _objects[key]
+
+
+def _compile(arguments: list[str]) -> str:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def build_as_asked(folder: Path) -> Path:
-    """As they are, or as the environment asks."""
-    changes = os.environ.get(SANITIZED)
-    if changes is None:
-        return build(folder)
-    return build(folder, sanitize=True, changes=tuple(tuple(change) for change in json.loads(changes)), level="-O0")
+    """As they are, or the library that the environment names."""
+    asked = os.environ.get(LIBRARY)
+    return Path(asked) if asked else build(folder)
 
 
 @contextmanager
 def running(library: Path, monkeypatch):
     """`drift_kernels.backends.cuda` on CPU tensors, through the emulated library; yields set(order, shared, clusters)."""
-    call, settings = cuda.bind(library), ctypes.CDLL(str(library)).simt_set
+    call, settings = cuda_library.bind(library), ctypes.CDLL(str(library)).simt_set
     limits = {"shared": H100_SHARED, "clusters": True}
 
     def choose(order: int = 0, shared: int = H100_SHARED, clusters: bool = True) -> None:

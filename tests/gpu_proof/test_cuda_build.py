@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_int
 from pathlib import Path
 
@@ -15,19 +16,18 @@ import pytest
 import torch
 
 from drift_kernels import _cpu
-from drift_kernels.backends import available_backends, cuda
+from drift_kernels.backends import available_backends, cuda, cuda_library
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "csrc/cuda/rows.cu"
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = ROOT / "build/gpu-proof/cuda-kernels.json"
 ARCHITECTURES = ("80", "90a", "100a")
-MODES, TYPES = (
-    ("row_stats", "grad_logits", "fused_policy"),
-    {"float": "fp32", "__half": "fp16", "__nv_bfloat16": "bf16"},
-)
-KERNEL = re.compile(r"row_kernel<\(.*?Mode\)(\d), (true|false), (true|false), (\w+)>")
+MODES = ("row_stats", "grad_logits", "fused_policy")
+TYPES = {"float": "fp32", "__half": "fp16", "__nv_bfloat16": "bf16"}
+COUNT = 20 + 7 + 5  # 2 statistics, 6 gradients, 12 policies; distillation; buckets
 REGISTERS = 65_536 // (2 * 512)  # so that two blocks of 512 threads share a multiprocessor
 STATIC_SHARED = 1024  # bytes; what a row on chip leaves free, see `cuda.choose`
+MARKS = 16_384  # bytes more of `bucket_logprobs`
 
 
 def nvcc() -> str:
@@ -53,33 +53,44 @@ def demangled(text: str) -> str:
 
 
 def kernel_name(text: str) -> str:
-    """The instance as "mode, chip or sweeps, plain or full, type"."""
-    match = KERNEL.search(text)
+    """The instance as what it does, where the rows lie, which options it knows, and the type it writes."""
+
+    def place(on_chip: str) -> str:
+        return "on chip" if on_chip == "true" else "from memory"
+
+    if match := re.search(r"row_kernel<\(.*?Mode\)(\d), (true|false), (true|false), (\w+)>", text):
+        mode, on_chip, plain, kind = match.groups()
+        return ", ".join((MODES[int(mode)], place(on_chip), "plain" if plain == "true" else "full", TYPES[kind]))
+    if match := re.search(r"distill_kernel<(true|false), (true|false), (\w+)>", text):
+        gradient, on_chip, kind = match.groups()
+        return f"fused_distill, {place(on_chip)}, {TYPES[kind] if gradient == 'true' else 'value'}"
+    if match := re.search(r"grad_buckets_kernel<(\w+)>", text):
+        return f"grad_buckets, {TYPES[match[1]]}"
+    match = re.search(r"(bucket|top_k)_kernel\(", text)
     assert match, text
-    mode, on_chip, plain, kind = match.groups()
-    parts = (
-        MODES[int(mode)],
-        "on chip" if on_chip == "true" else "from memory",
-        "plain" if plain == "true" else "full",
-    )
-    return ", ".join((*parts, TYPES[kind]))
+    return {"bucket": "bucket_logprobs", "top_k": "top_k"}[match[1]]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Per architecture (cubin, ptxas' report); all three are compiled side by side."""
+    """Per architecture (cubins, ptxas' report); two files at a time."""
     compiler, folder = nvcc(), tmp_path_factory.mktemp("cubin")
 
-    def start(arch):
-        command = [compiler, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", str(SOURCE)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen([*command, "-o", str(folder / arch)], stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    def compile_one(job: tuple[str, Path]) -> tuple[Path, str]:
+        arch, source = job
+        cubin = folder / f"{source.stem}-{arch}"
+        command = [compiler, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", str(source)]
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return cubin, done.stdout + done.stderr
 
-    running = {arch: start(arch) for arch in ARCHITECTURES}
-    reports = {arch: process.communicate()[0] for arch, process in running.items()}
-    for arch, process in running.items():
-        assert process.returncode == 0, reports[arch]
-    return {arch: (folder / arch, demangled(reports[arch])) for arch in ARCHITECTURES}
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(compile_one, [(arch, source) for arch in ARCHITECTURES for source in SOURCES]))
+    each = {arch: made[i * len(SOURCES) : (i + 1) * len(SOURCES)] for i, arch in enumerate(ARCHITECTURES)}
+    return {
+        arch: ([cubin for cubin, _ in files], demangled("".join(report for _, report in files)))
+        for arch, files in each.items()
+    }
 
 
 def resources(report: str) -> dict[str, dict[str, int]]:
@@ -102,47 +113,65 @@ def test_no_kernel_spills_and_two_blocks_share_a_multiprocessor(compiled):
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
     for arch, kernels in table.items():
-        assert len(kernels) == 20, sorted(kernels)  # 2 statistics + 6 gradients + 12 policies
+        assert len(kernels) == COUNT, sorted(kernels)
         for name, used in kernels.items():
             assert used["stack"] == used["spill_stores"] == used["spill_loads"] == 0, (arch, name, used)
             assert 0 < used["registers"] <= REGISTERS, (arch, name, used)
-            assert used["static_shared"] <= STATIC_SHARED, (arch, name, used)
+            marks = MARKS if name == "bucket_logprobs" else 0
+            assert used["static_shared"] <= STATIC_SHARED + marks, (arch, name, used)
 
 
-def machine_code(cubin: Path) -> dict[str, str]:
+def machine_code(cubins: list[Path]) -> dict[str, str]:
     """SASS by kernel."""
-    dump = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    return {kernel_name(part): part for part in demangled(dump).split("Function : ")[1:]}
+    found = {}
+    for cubin in cubins:
+        dump = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        found |= {kernel_name(part): part for part in demangled(dump).split("Function : ")[1:]}
+    return found
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_move_sixteen_bytes_at_a_time(compiled, arch):
-    cluster_barriers = 0
-    for name, code in machine_code(compiled[arch][0]).items():
+    cluster_barriers = dict.fromkeys(("fused_policy", "fused_distill"), 0)
+    code_of = machine_code(compiled[arch][0])
+    assert len(code_of) == COUNT, sorted(code_of)
+    for name, code in code_of.items():
         assert re.search(r"LDG\.E\S*\.128", code), f"{name}: no 16-byte load"
-        if "row_stats" not in name:
+        if not re.search("row_stats|value|top_k|bucket_logprobs", name):
             assert re.search(r"STG\.E\S*\.128", code), f"{name}: no 16-byte store"
         if "on chip" in name:
             assert re.search(r"STS\.128", code), f"{name}: no 16-byte store to shared memory"
             assert re.search(r"LDS\.128", code), f"{name}: no 16-byte load from shared memory"
         assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\b", code), f"{name}: an atomic"
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
-        cluster_barriers += len(re.findall(r"UCGABAR_ARV", code))
-    assert (cluster_barriers > 0) == (arch != "80")
+        if (kernel := name.split(",")[0]) in cluster_barriers:
+            cluster_barriers[kernel] += len(re.findall(r"UCGABAR_ARV", code))
+    assert all((count > 0) == (arch != "80") for count in cluster_barriers.values()), cluster_barriers
 
 
-def test_the_intermediate_code_has_what_the_source_says():
+# How often each vector access is written, at least: row kernels load five times a sweep (four at once, then one) and store
+# five times where it is kept on chip; a pair is read and kept in both its rows.
+VECTORS = {
+    "rows": {"ld.global.v4": 80, "st.global.wb.v4": 30, "ld.shared.v4": 10, "st.shared.v4": 30},
+    "distill": {"ld.global.v4": 20, "st.global.wb.v4": 6, "ld.shared.v4": 6, "st.shared.v4": 18},
+    "buckets": {"ld.global.v4": 8, "st.global.wb.v4": 3},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_the_intermediate_code_has_what_the_source_says(source):
     """16-byte accesses where they are meant, reads of other blocks' shared memory, and the accurate exp."""
-    command = [nvcc(), "-O3", "-std=c++17", "-ptx", "-arch=compute_90", str(SOURCE), "-o", "-"]
+    command = [nvcc(), "-O3", "-std=c++17", "-ptx", "-arch=compute_90", str(source), "-o", "-"]
     ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for instruction in ("mapa", "barrier.cluster.arrive", "barrier.cluster.wait"):
         assert instruction in ptx, instruction
-    # five loads a sweep (four at once, then one), and five stores where it is kept on chip
-    for vector, least in {"ld.global.v4": 80, "st.global.wb.v4": 30, "ld.shared.v4": 10, "st.shared.v4": 30}.items():
+    for vector, least in VECTORS[source.stem].items():
         assert ptx.count(vector) >= least, (vector, ptx.count(vector))
     assert not re.search(r"(ld|st)\.(global|shared)\.v2\.f32", ptx), "a vector was cut"
     assert "div.approx" not in ptx  # of --use_fast_math
-    assert "ex2.approx.f32" not in ptx  # likewise; expf scales its argument and uses ex2.approx.ftz.f32
+    # likewise; expf scales its argument and uses ex2.approx.ftz.f32, but for expm1f, which has its own
+    assert ptx.count("ex2.approx.f32") == (3 if source.stem == "buckets" else 0)
+    assert "lg2.approx.f32" not in ptx
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +193,12 @@ def library(tmp_path_factory):
 def test_the_library_needs_neither_a_driver_nor_a_cuda_runtime(library):
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"libcuda|libcudart|libtorch|libpython", needed), needed
-    assert callable(cuda.bind(library))
+    assert callable(cuda_library.bind(library))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CANNOT RUN: there is a GPU, so the entry succeeds")
 def test_an_error_comes_back_by_name_with_what_to_do(library):
-    call, shared, clusters = cuda.bind(library), c_int(), c_int()
+    call, shared, clusters = cuda_library.bind(library), c_int(), c_int()
     with pytest.raises(RuntimeError, match=r"limits: cudaError(InsufficientDriver|NoDevice) \(.+\); .*driver|GPU"):
         call("limits", 0, byref(shared), byref(clusters))
     rows, stats = _cpu.Rows(), _cpu.Stats()
@@ -181,12 +210,28 @@ def test_an_error_comes_back_by_name_with_what_to_do(library):
     rows.rows, rows.logits, rows.targets = 1, 16, 16
     with pytest.raises(RuntimeError, match=r"row_stats: cudaError(InsufficientDriver|NoDevice)"):
         call("row_stats", 0, 0, rows.address, stats.address, 64, 1)
+    teacher, buckets, coefs = _cpu.Teacher(), _cpu.Buckets(), _cpu.Coefs()
+    for name, *arguments in (
+        ("fused_distill", coefs.address, 0, rows.address, teacher.address, 0, 0, 0, 0, 64, 1, 0),
+        ("bucket_logprobs", 0, 0, buckets.address, 64),
+        ("grad_buckets", coefs.address, 0, buckets.address, 0, 0, 0, 0, 64),
+        ("top_k", 0, buckets.address, 512, 64),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: cudaErrorInvalidValue .* DRIFT_TUNING"):
+            call(name, 0, 0, rows.address, *arguments)  # neither log-sum-exps nor a k
+    coefs.lse = 16
+    arguments = (coefs.address, 0, rows.address, teacher.address, 0, 0, 0, 0, 64, 1, 0)
+    with pytest.raises(RuntimeError, match=r"fused_distill: cudaError(InsufficientDriver|NoDevice)"):
+        call("fused_distill", 0, 0, rows.address, *arguments)
+    buckets.k = 1
+    with pytest.raises(RuntimeError, match=r"top_k: cudaError(InsufficientDriver|NoDevice)"):
+        call("top_k", 0, 0, rows.address, 0, buckets.address, 512, 64)
 
 
 def test_a_library_of_other_sources_is_refused(library, monkeypatch):
-    monkeypatch.setattr(cuda._cpu, "layout", 1)
+    monkeypatch.setattr(cuda_library._cpu, "layout", 1)
     with pytest.raises(ImportError, match="different sources; build both: FORCE_CUDA=1"):
-        cuda.bind(library)
+        cuda_library.bind(library)
 
 
 def test_the_reason_why_the_backend_cannot_run(library, monkeypatch):
@@ -195,7 +240,7 @@ def test_the_reason_why_the_backend_cannot_run(library, monkeypatch):
         cuda, "library", missing := lambda: (_ for _ in ()).throw(ImportError("not built; FORCE_CUDA=1"))
     )
     assert available_backends()["cuda"] == "not built; FORCE_CUDA=1", missing
-    monkeypatch.setattr(cuda, "library", lambda: cuda.bind(library))
+    monkeypatch.setattr(cuda, "library", lambda: cuda_library.bind(library))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "is built without CUDA" in (available_backends()["cuda"] or "")
     if not torch.cuda.is_available():

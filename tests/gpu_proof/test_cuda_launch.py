@@ -16,6 +16,7 @@ from test_cuda_values import Case
 from drift_kernels.backends import cuda
 from drift_kernels.backends.cuda import Launch
 from drift_kernels.backends.tuning import VARIABLE
+from drift_kernels.backends.tuning import _read as tuning_file
 from drift_kernels.spec import PolicySpec
 
 A100_SHARED = 166_912
@@ -47,6 +48,36 @@ def test_the_rule(rule, vocabulary, twice, shared, clusters, expected):
     assert rule(vocabulary, twice, shared, clusters) == expected
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "shared", "clusters", "expected"),
+    [
+        (151_936, H100_SHARED, True, Launch(512, 8, True)),  # one block a multiprocessor
+        (32_000, H100_SHARED, True, Launch(512, 4, True)),
+        (262_144, H100_SHARED, True, Launch(512, 1, False)),
+        (20_000, A100_SHARED, False, Launch(512, 1, True)),
+        (32_000, A100_SHARED, False, Launch(512, 1, False)),
+        (1, H100_SHARED, True, Launch(32, 1, True)),
+    ],
+)
+def test_the_rule_for_a_pair_of_rows(rule, vocabulary, shared, clusters, expected):
+    assert rule(vocabulary, True, shared, clusters, True) == expected
+    assert rule(vocabulary, False, shared, clusters, True) == rule(vocabulary, False, shared, clusters)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_the_rule_keeps_on_chip_fits(rule, pair):
+    """Slices and static shared memory within a block's limit, and as many blocks as hold the rows if any do."""
+    for shared, clusters in ((H100_SHARED, True), (A100_SHARED, False), (49_152, False)):
+        for vocabulary in range(1, 500_000, 997):
+            how = rule(vocabulary, True, shared, clusters, pair)
+            bytes_of = {n: (1 + pair) * 4 * (math.ceil(math.ceil(vocabulary / n) / 32) * 32 + 4) + 1024 for n in (1, 8)}
+            if how.on_chip:
+                columns = math.ceil(math.ceil(vocabulary / how.cluster) / 32) * 32
+                assert (1 + pair) * 4 * (columns + 4) + 1024 <= shared, vocabulary
+            else:
+                assert bytes_of[8 if clusters else 1] + 300 > shared, vocabulary
+
+
 def test_two_blocks_fit_on_a_multiprocessor_by_the_rule(rule):
     """Slices, static shared memory and the system's KiB of two blocks, in the 228 KiB of an H100's multiprocessor."""
     for vocabulary in range(1000, 229_000, 997):
@@ -61,6 +92,18 @@ def test_a_tuning_file_overrides_the_rule(rule, tmp_path, monkeypatch):
     path.write_text(json.dumps({"cuda": {"threads": 256, "cluster": 4}, "triton": {"anything": 1}}))
     monkeypatch.setenv(VARIABLE, str(path))
     assert rule(151_936, True, H100_SHARED, True) == Launch(256, 4, True)
+    assert rule(151_936, True, H100_SHARED, True, True) == Launch(512, 8, True), "a pair has choices of its own"
+    own = tmp_path / "pair.json"
+    own.write_text(json.dumps({"cuda": {"threads": 256, "fused_distill": {"cluster": 1, "on_chip": False}}}))
+    monkeypatch.setenv(VARIABLE, str(own))
+    rule.cache_clear()
+    assert rule(151_936, True, H100_SHARED, True, True) == Launch(512, 1, False)
+    assert rule(151_936, True, H100_SHARED, True) == Launch(256, 8, True)
+    own.write_text(json.dumps({"cuda": {"fused_distill": {"blocks": 1}}}))
+    tuning_file.cache_clear()
+    rule.cache_clear()
+    with pytest.raises(ValueError, match=r"'fused_distill' is \{'blocks': 1\}; it takes threads, cluster, on_chip"):
+        rule(151_936, True, H100_SHARED, True, True)
     other = tmp_path / "wrong.json"
     other.write_text('{"cuda": {"warps": 4}}')
     monkeypatch.setenv(VARIABLE, str(other))
@@ -140,7 +183,9 @@ extern "C" __attribute__((visibility("default"))) const char* run(int which, flo
 def emulation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simt")
     (folder / "kernels.cpp").write_text(translate(KERNELS, itertools.count(1)))
-    subprocess.run(["g++", *FLAGS, f"-I{SIMT}", str(folder / "kernels.cpp"), "-o", str(folder / "k.so")], check=True)
+    subprocess.run(
+        ["g++", *FLAGS, "-shared", f"-I{SIMT}", str(folder / "kernels.cpp"), "-o", str(folder / "k.so")], check=True
+    )
     library = ctypes.CDLL(str(folder / "k.so"))
     library.run.restype, library.run.argtypes = ctypes.c_char_p, (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 

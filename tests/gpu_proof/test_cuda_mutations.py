@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mutants
 import pytest
 import test_cuda_values as values
 import torch
-from emulate import ORDERS, SANITIZED, build, launches, padded, running
+from emulate import ORDERS, launches, padded, running
 
 # name: (file below csrc, text, replacement, what the failure says)
 MISTAKES = {
@@ -82,7 +76,7 @@ MISTAKES = {
         "gradient: error",
     ),
     "softcap without its slope": (
-        "cuda/rows.cu",
+        "cuda/logits.h",
         "if (PLAIN || softcap == 0) return flat;",
         "return flat;",
         "gradient: error",
@@ -123,70 +117,22 @@ def verify(library: Path, monkeypatch) -> None:
                 assert all(torch.equal(found[0], other) for other in found), "orders of warps and lanes differ"
 
 
-def outcome(library: Path) -> str:
-    """ "" where `verify` passes in a process of its own, else what it says or the signal that ended it."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child starts none
-        child = os.fork()
-    if child == 0:
-        said = ""
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                verify(library, patch)
-        except BaseException:
-            said = traceback.format_exc()
-        os.write(write, said[-8000:].encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    status = os.waitpid(child, 0)[1]
-    return f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
-
-
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
-    """The kernels as they are, and with each mistake; compiled two at a time, without optimisation."""
-    folder = tmp_path_factory.mktemp("mutants")
-
-    def make(item):
-        name, change = item
-        return name, build(folder / re.sub(r"\W", "_", name), changes=(change[:3],) if change else (), level="-O0")
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(make, [("as they are", None), *MISTAKES.items()]))
+    changes = {name: mistake[:3] for name, mistake in MISTAKES.items()}
+    with mutants.libraries(tmp_path_factory.mktemp("mutants"), changes, "cuda/rows.cu") as found:
+        yield found
 
 
 def test_the_kernels_as_they_are_pass(libraries):
-    assert outcome(libraries["as they are"]) == ""
+    assert mutants.outcome(verify, libraries[mutants.AS_THEY_ARE].result()) == ""
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen(libraries, name):
-    said = outcome(libraries[name])
+    said = mutants.outcome(verify, libraries[name].result())
     assert said, "not seen"
     assert re.search(MISTAKES[name][3], said), said
-
-
-def sanitized(chosen: str, *changes: tuple[str, str, str]) -> subprocess.CompletedProcess:
-    """The `chosen` value tests with the kernels under the address and alignment sanitizers."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    options = {"LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", SANITIZED: json.dumps(changes)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        values.__file__,
-        "-k",
-        chosen,
-    ]
-    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)
 
 
 HEAD, SIZES = "everything", "4096-csr-everything or 33-csr-everything or 1-csr-everything"
@@ -198,32 +144,27 @@ SANITIZED_RUNS = {  # name: (value tests, change, what it says)
     ),
     "too little shared memory": (
         "fused_policy and 4096-one-plain",
-        ("columns_of(job.rows.vocab, how.cluster) + 4)", "columns_of(job.rows.vocab, how.cluster))"),
+        ("cuda/rows.cu", "columns_of(job.rows.vocab, how.cluster) + 4)", "columns_of(job.rows.vocab, how.cluster))"),
         "overflow",
     ),
     "a vector load off its boundary": (
         "fused_policy and 4096-one-plain",
-        ("source + slice.begin + out_lead) == 0", "source + slice.begin + out_lead) >= 0"),
+        ("cuda/rows.cu", "source + slice.begin + out_lead) == 0", "source + slice.begin + out_lead) >= 0"),
         "misaligned",
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def sanitized_runs():
-    """The runs of `SANITIZED_RUNS`, side by side."""
-
-    def run(item):
-        name, (chosen, change, _) = item
-        return name, sanitized(chosen, *([("cuda/rows.cu", *change)] if change else []))
-
-    with ThreadPoolExecutor(len(SANITIZED_RUNS)) as pool:
-        return dict(pool.map(run, SANITIZED_RUNS.items()))
+def sanitized_runs(tmp_path_factory):
+    runs = {name: (values.__file__, chosen, change or None) for name, (chosen, change, _) in SANITIZED_RUNS.items()}
+    with mutants.sanitized(tmp_path_factory.mktemp("sanitized"), runs) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", SANITIZED_RUNS)
 def test_values_under_the_sanitizers(sanitized_runs, name):
-    done, says = sanitized_runs[name], SANITIZED_RUNS[name][2]
+    done, says = sanitized_runs[name].result(), SANITIZED_RUNS[name][2]
     output = done.stdout[-4000:] + done.stderr[-4000:]
     assert (done.returncode == 0) == (name == "as they are"), output
     assert says in done.stdout + done.stderr, output

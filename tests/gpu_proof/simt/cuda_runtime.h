@@ -28,6 +28,12 @@ inline int __all_sync(unsigned mask, int p, int line = __builtin_LINE()) { retur
 template <class T>
 void __stwb(T* p, T v) { *p = v; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 
 // ---- host
 

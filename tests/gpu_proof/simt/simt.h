@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -50,7 +51,7 @@ struct Context { void* top = nullptr; };
 extern "C" void simt_switch(Context* from, const Context* to);
 asm(R"(
 .text
-.globl simt_switch
+.weak simt_switch
 .hidden simt_switch
 .type simt_switch, @function
 simt_switch:
@@ -118,7 +119,7 @@ struct Block {
   dim3 index;
   unsigned rank = 0;  // in its cluster
   std::vector<Fiber> fibers;
-  std::map<int, Memory> shared;  // by variable; 0 is the dynamic one
+  std::map<std::pair<int, size_t>, Memory> shared;  // by variable (0 is the dynamic one) and, for templates, its size
   bool ended = false;
 };
 
@@ -177,7 +178,7 @@ inline void wait(State state, int line) {
 // ---- shared memory
 
 inline char* memory(Block& block, int variable, size_t size) {
-  Memory& m = block.shared[variable];
+  Memory& m = block.shared[{variable, size}];
   if (!m.base) {
     if (posix_memalign(reinterpret_cast<void**>(&m.base), 16, size ? size : 1)) abort();
     m.size = size;
@@ -194,12 +195,12 @@ T* dynamic_shared() { return reinterpret_cast<T*>(memory(*SIMT_NOW.block, 0, mac
 template <class T>
 T* shared_of(T* mine, unsigned rank) {
   const char* p = reinterpret_cast<const char*>(mine);
-  for (auto& [variable, m] : SIMT_NOW.block->shared)
+  for (auto& [key, m] : SIMT_NOW.block->shared)
     if (p >= m.base && p < m.base + m.size) {
       if (rank >= machine.cluster.size()) break;
       Block& other = machine.cluster[rank];
       if (other.ended) fail("shared memory of block " + std::to_string(rank) + " of a cluster is read after that block has ended");
-      return reinterpret_cast<T*>(memory(other, variable, m.size) + (p - m.base));
+      return reinterpret_cast<T*>(memory(other, key.first, m.size) + (p - m.base));
     }
   fail("map_shared_rank of an address that is not in shared memory, or of a block that is not in the cluster");
   to_scheduler(DONE);
@@ -279,7 +280,7 @@ inline void run_cluster() {
       for (const Fiber& f : b.fibers) done &= f.state == DONE;
       if (done && !b.ended) {
         b.ended = progress = true;
-        for (auto& [variable, m] : b.shared) memset(m.base, 0xFF, m.size);
+        for (auto& [key, m] : b.shared) memset(m.base, 0xFF, m.size);
       }
       finished &= done;
     }
