@@ -357,7 +357,9 @@ class _Loop:
                 epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
             )
             for sample, lesson in zip(samples, found):
-                for part in sample.parts if lesson is not None else ():
+                if lesson is None:
+                    continue
+                for part in sample.parts:
                     tokenizer, own = self.policy.tokenizer, part.trajectory
                     part.taught = teacher_trajectory(tokenizer, own, part.messages, lesson)
         routes = self.router.update(

@@ -316,7 +316,7 @@ def fused(
         rows.check_finite(tokens)
         rows.check_finite(Tokens(weights=lessons.weights))
     head = None if teacher.hidden is None else TeacherLogits(x, teacher, call)
-    sweep = _sweep_over(x, options, plan, _beside(x, teacher, head, call))
+    sweep = driver.sweep_over(x, options, plan, _beside(x, teacher, head, call))
     if head is not None:
         head.block.reserve(min(sweep.limit, plan.count))
     normalizer = sweep.divisor(normalizer)
@@ -361,15 +361,6 @@ def fused(
     return total, sweep.finish(), sweep.scatter(collected, options.outputs)
 
 
-def _sweep_over(x: Inputs, call: Call, plan: rows.Plan, beside: tuple[int, int]) -> Sweep | Staging:
-    sweep = driver.sweep_over(x, call, plan, beside)
-    if not hasattr(sweep.kernels, "fused_distill"):
-        raise NotImplementedError(
-            f"backend={driver.backend_of(x, call)!r} has no kernels for this loss; 'triton' has, and 'cpu' for CPU tensors"
-        )
-    return sweep
-
-
 def _beside(x: Inputs, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> tuple[int, int]:
     """Bytes of the workspace besides what the student takes, once and for each row."""
     k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
@@ -386,7 +377,7 @@ def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if x.active is not None and plan.entries is None:
         plan = rows.plan(rows.unmasked(x.targets, x.active, call.head.ignore_index), None)
     pairs = 2 * ID_BYTES if driver.backend_of(x, call) == "cpu" else ID_BYTES * SORTED_IDS  # a thread sorts k pairs
-    sweep = _sweep_over(x, call, plan, (0, (k + 1) * (pairs + dtype.itemsize)))
+    sweep = driver.sweep_over(x, call, plan, (0, (k + 1) * (pairs + dtype.itemsize)))
     ids = torch.zeros((T, k), dtype=torch.int64, device=device)
     logprobs, rest = torch.zeros((T, k), dtype=dtype, device=device), torch.zeros(T, dtype=dtype, device=device)
     for piece in sweep.pieces(plan, sweep.chunks(0, plan.count)):

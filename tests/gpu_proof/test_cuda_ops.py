@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+
 import pytest
+import test_triton_distill_ops as distilling
 import torch
 from emulate import build_as_asked, running
 from test_losses import SPECS
@@ -44,3 +49,47 @@ def test_every_loss_in_bf16(library, monkeypatch, name):
         dtype, scale = (torch.float32, 20.0) if what == "loss" else (torch.bfloat16, None)
         ok, line = within_budget(a, o, e, dtype, scale)
         assert ok, f"{what}: {line}"
+
+
+DISTILLED = [*itertools.product(["distill", "hybrid"], distilling.MODES, [torch.bfloat16])]
+
+
+@pytest.mark.parametrize(("op", "mode", "dtype"), [*DISTILLED, ("hybrid", "JSD", torch.float32)])
+def test_distillation(library, monkeypatch, op, mode, dtype):
+    """The modes and shapes that Triton's ops are tried with, `active=` given and not."""
+    case, (teacher, spec) = (
+        make_case(distilling.T, distilling.D, distilling.V, dtype=dtype, seed=2),
+        distilling.MODES[mode],
+    )
+
+    def alone(h, w, b, config):
+        known, options = teacher(dtype, h.dtype), {"targets": case.targets, "spec": spec, "softcap": 5.0}
+        return dk.distill_loss(h, w, known, case.token_weights, bias=b, temperature=0.7, config=config, **options).loss
+
+    loss = alone if op == "distill" else distilling.hybrid(case, mode, dtype, distilling.ACTIVE, temperature=0.8)
+    ours = dataclasses.replace(distilling.config(dtype), backend="cuda")
+
+    def all_of(config, kind):
+        return gradients(lambda *leaves: loss(*leaves, config), case.leaves(kind))
+
+    own, oracle = (all_of(distilling.REFERENCE, kind) for kind in (dtype, torch.float64))
+    monkeypatch.setattr(backends, "resolve", lambda name, device: name)
+    with running(library, monkeypatch):
+        actual = all_of(ours, dtype)
+    for what, a, o, e in zip(("loss", "hidden", "weight", "bias"), actual, own, oracle):
+        bounds = (torch.float32, max(1.0, math.log(distilling.V), float(e.abs()))) if what == "loss" else (dtype, None)
+        ok, line = within_budget(a, o, e, *bounds)
+        assert ok, f"{what}: {line}"
+
+
+def test_topk_logprobs(library, monkeypatch):
+    case = make_case(30, 16, 203, dtype=torch.float32, seed=4)
+    exact = dk.topk_logprobs(case.hidden.double(), case.weight.double(), 9, config=distilling.REFERENCE)
+    monkeypatch.setattr(backends, "resolve", lambda name, device: name)
+    with running(library, monkeypatch):
+        found = dk.topk_logprobs(
+            case.hidden, case.weight, 9, config=dk.KernelConfig(backend="cuda", workspace_bytes=1 << 16)
+        )
+    assert torch.equal(found.ids, exact.ids)
+    torch.testing.assert_close(found.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.rest.double(), exact.rest, rtol=1e-5, atol=1e-5)
