@@ -81,7 +81,9 @@ def inspect_rows(
 ) -> list[Row]:
     """What `check_trained` looks at. Raises ValueError for shapes that do not fit, or markers without one of `trained_roles`."""
     if markers is not None and not set(trained_roles) <= markers.keys():
-        raise ValueError(f"markers are of {sorted(markers)}, but {sorted(trained_roles)} may be trained: name those too")
+        raise ValueError(
+            f"markers are of {sorted(markers)}, but {sorted(trained_roles)} may be trained: name those too"
+        )
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     made = []
     for row, marks, mask in zip(*(_rows(t, cu_seqlens) for t in _same_shape(ids, labels, attention_mask))):
@@ -120,7 +122,9 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
         if ids and ids not in found.values():
             found[role] = ids
     if not {"user", "assistant"} <= found.keys():
-        raise ValueError(f"the chat template begins turns with {found}: not user and assistant; name `markers` yourself")
+        raise ValueError(
+            f"the chat template begins turns with {found}: not user and assistant; name `markers` yourself"
+        )
     return found
 
 
@@ -130,7 +134,9 @@ def _same_shape(ids: Any, labels: Any, mask: Any) -> Iterator[list[Tensor]]:
     mask = [torch.ones_like(row) for row in ids] if mask is None else [torch.as_tensor(row) for row in mask]
     shapes = [[tuple(row.shape) for row in values] for values in (ids, labels, mask)]
     if shapes[0] != shapes[1] or shapes[0] != shapes[2] or any(len(shape) != 1 for shape in shapes[0]):
-        raise ValueError(f"ids, labels and attention_mask have rows of {shapes[0]}, {shapes[1]} and {shapes[2]}; one shape")
+        raise ValueError(
+            f"ids, labels and attention_mask have rows of {shapes[0]}, {shapes[1]} and {shapes[2]}; one shape"
+        )
     yield from (ids, labels, mask)
 
 

@@ -40,15 +40,22 @@ GRPO = {
     ),
     "off-policy-mask": dict(loss_type="dapo", off_policy_mask_threshold=0.0005, **ITERATE),
     "high-entropy": dict(loss_type="dapo", top_entropy_quantile=0.4, beta=0.1, **ITERATE),
-    "entropy-bonus": dict(loss_type="dapo", entropy_coef=0.05, gradient_accumulation_steps=2, **ITERATE | {"max_steps": 4}),
+    "entropy-bonus": dict(
+        loss_type="dapo", entropy_coef=0.05, gradient_accumulation_steps=2, **ITERATE | {"max_steps": 4}
+    ),
     "entropy-bonus-beta": dict(loss_type="dr_grpo", entropy_coef=0.05, beta=0.2, **ITERATE),
     "entropy-bonus-bnpo": dict(loss_type="bnpo", entropy_coef=0.1, **ITERATE),
     "entropy-bonus-sequence": dict(
         loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-3, entropy_coef=0.1, **ITERATE
     ),
     "entropy-adaptive": dict(  # on and off: the target lies where the entropy is
-        loss_type="cispo", epsilon_high=1.01, use_adaptive_entropy=True, entropy_coef=0.05, entropy_coef_delta=0.02,
-        entropy_target=3.9, **ITERATE,
+        loss_type="cispo",
+        epsilon_high=1.01,
+        use_adaptive_entropy=True,
+        entropy_coef=0.05,
+        entropy_coef_delta=0.02,
+        entropy_target=3.9,
+        **ITERATE,
     ),
     "accumulation": dict(loss_type="dapo", gradient_accumulation_steps=2, max_steps=4),
     "accumulation-grpo": dict(loss_type="grpo", gradient_accumulation_steps=2, max_steps=4),

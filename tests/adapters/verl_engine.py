@@ -126,9 +126,7 @@ def engine(folder: Path, strategy: str, implementation: str | None, drift: bool,
         target_modules=["q_proj", "v_proj"],
     )
     whole = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    settings = FSDPEngineConfig(
-        strategy=strategy, mixed_precision=whole, use_torch_compile=False, use_orig_params=lora
-    )
+    settings = FSDPEngineConfig(strategy=strategy, mixed_precision=whole, use_torch_compile=False, use_orig_params=lora)
     # some gradients are zero but for rounding, which Adam would blow up
     optimizer = FSDPOptimizerConfig(lr=1e-2, total_training_steps=10, override_optimizer_config={"eps": 1e-4})
     made = EngineRegistry.new("language_model", strategy, model, settings, optimizer, CheckpointConfig())
