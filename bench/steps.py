@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,8 @@ def _sft(way: str, shape: Shape, steps: int, folder: str) -> Any:
 
     from drift_kernels.adapters.trl import DriftSFTTrainer
 
-    kind, more = trl.SFTTrainer, {}
+    kind: Any = trl.SFTTrainer
+    more: dict[str, Any] = {}
     if way == "DriftSFTTrainer":
         kind, more = DriftSFTTrainer, {"normalize": "tokens"}
     data = Dataset.from_list(_rows(shape, steps, weighted=bool(more)))
@@ -136,7 +137,7 @@ def _grpo(way: str, shape: Shape, steps: int, folder: str) -> Any:
     args = trl.GRPOConfig(
         **_settings(shape, steps, folder), num_generations=4, max_completion_length=shape.trained, beta=0.0
     )
-    kind = DriftGRPOTrainer if way == "DriftGRPOTrainer" else trl.GRPOTrainer
+    kind: Any = DriftGRPOTrainer if way == "DriftGRPOTrainer" else trl.GRPOTrainer
     data = Dataset.from_dict({"prompt": ["<unk>"] * shape.rows * steps})
     model = _model(shape)
     batch = _completions(model, shape)

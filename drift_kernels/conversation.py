@@ -93,7 +93,7 @@ def inspect_rows(
         problems = []
         if marks.dtype != torch.bool and bool((marks != row)[trained].any()):
             problems.append("labels are other tokens than those in their places (shifted already?)")
-        roles = _roles(row.tolist(), markers) if markers is not None else [None] * len(row)
+        roles = _roles(row.tolist(), markers or {})
         made.append(Row(row.tolist(), trained.tolist(), roles, ()))
         problems += _problems(made[-1], set(trained_roles), ends)
         made[-1] = Row(made[-1].ids, made[-1].trained, roles, tuple(problems))

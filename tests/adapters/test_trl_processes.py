@@ -1,4 +1,4 @@
-"""Two processes have the loss of one, or of TRL's two: denominators are global, gradients pass through DDP's and FSDP2's hooks."""
+"""Two processes have the loss of one, or of TRL's two: global denominators, gradients through DDP's and FSDP2's hooks."""
 
 from __future__ import annotations
 
@@ -70,3 +70,10 @@ def test_grpo_in_two_processes_is_trls(loss_type, way, tmp_path):
 def test_under_fsdp2_gradients_are_those_of_one_process(head, through, tmp_path):
     what = f"sharded:{head}:{through}"
     assert tiny.differences(run(what, tmp_path / "1", 1, 6), run(what, tmp_path / "2", 2, 3)) < 2e-4
+
+
+def test_a_root_that_reshards_leaves_compute_loss_func_no_head(tmp_path):
+    with pytest.raises(AssertionError, match="lm_head is sharded where the loss is made"):
+        run("sharded:resharded:compute_loss_func", tmp_path / "1", 2, 3)
+    what = "sharded:resharded:model"
+    assert tiny.differences(run(what, tmp_path / "2", 1, 6), run(what, tmp_path / "3", 2, 3)) < 2e-4

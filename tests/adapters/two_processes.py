@@ -64,7 +64,7 @@ def trainer(path: str, size: int):
 
 
 def sharded(path: str, size: int, head: str, through: str):
-    """A model under FSDP2, by hand: each rank half the rows, gradients of the mean. The head by itself, or with the rest."""
+    """A model under FSDP2, by hand: each rank half the rows, gradients of the mean. The head a unit of its own, or the root's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -77,7 +77,7 @@ def sharded(path: str, size: int, head: str, through: str):
         mesh = init_device_mesh("cpu", (world,))
         for module in [*model.model.layers, *([model.lm_head] if head == "alone" else [])]:
             fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True if head == "resharded" else None)
         rows = {k: v[dist.get_rank() :: world] for k, v in rows.items()}
     for _ in range(2):  # gradients add up
         if loss_of is None:

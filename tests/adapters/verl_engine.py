@@ -4,6 +4,7 @@ verl has no CPU among its platforms, but a registry for others: `OnCpu` is one, 
 of verl is replaced but by the adapter: the engine's forward, its loss, FSDP, clipping and AdamW are verl's.
 """
 
+# ruff: noqa: E402  (verl reads the environment when it is imported)
 from __future__ import annotations
 
 import contextlib

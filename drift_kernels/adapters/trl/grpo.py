@@ -76,10 +76,10 @@ def policy_spec(args: Any) -> dk.PolicySpec:
 
 
 def _refuse_bonus(args: Any) -> None:
-    """TRL's bonus is a mean over tokens whatever the loss is a mean over: one coefficient is it where all tokens weigh the same."""
+    """TRL's bonus is a mean over tokens, whatever its loss is: one coefficient makes it only where all tokens weigh the same."""
+    by_sequence = AGGREGATIONS.get(args.loss_type) == "sequence_mean_token_mean"
     found = {
-        f"loss_type={args.loss_type!r}, which averages each sequence first": AGGREGATIONS.get(args.loss_type)
-        == "sequence_mean_token_mean",
+        f"loss_type={args.loss_type!r}, which averages each sequence first": by_sequence,
         f"top_entropy_quantile={args.top_entropy_quantile}, which the bonus goes by and the KL does not": (
             args.top_entropy_quantile < 1.0
         ),
