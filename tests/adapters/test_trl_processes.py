@@ -14,6 +14,8 @@ import tiny
 import torch
 from test_trl_swap import TIMES
 
+pytestmark = pytest.mark.timeout(1200)  # processes import what they need one after another on a busy machine
+
 SCRIPT = Path(__file__).parent / "two_processes.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}  # this checkout, installed or not
 
@@ -65,8 +67,10 @@ def test_grpo_in_two_processes_is_trls(loss_type, way, tmp_path):
     logs_agree(tmp_path / "trl", tmp_path / way)
 
 
-@pytest.mark.parametrize("through", ["model", "compute_loss_func"])
-@pytest.mark.parametrize("head", ["alone", "together", "tied"])
+CASES = [(head, through) for head in ("alone", "together", "tied") for through in ("model", "compute_loss_func")]
+
+
+@pytest.mark.parametrize(("head", "through"), [*CASES, ("resharded", "model")])
 def test_under_fsdp2_gradients_are_those_of_one_process(head, through, tmp_path):
     what = f"sharded:{head}:{through}"
     assert tiny.differences(run(what, tmp_path / "1", 1, 6), run(what, tmp_path / "2", 2, 3)) < 2e-4
@@ -75,5 +79,3 @@ def test_under_fsdp2_gradients_are_those_of_one_process(head, through, tmp_path)
 def test_a_root_that_reshards_leaves_compute_loss_func_no_head(tmp_path):
     with pytest.raises(AssertionError, match="lm_head is sharded where the loss is made"):
         run("sharded:resharded:compute_loss_func", tmp_path / "1", 2, 3)
-    what = "sharded:resharded:model"
-    assert tiny.differences(run(what, tmp_path / "2", 1, 6), run(what, tmp_path / "3", 2, 3)) < 2e-4

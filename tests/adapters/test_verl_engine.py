@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 
+pytestmark = pytest.mark.timeout(1200)  # verl's imports take their time on a busy machine
+
 SCRIPT = Path(__file__).parent / "verl_engine.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}  # this checkout, installed or not
 MIXED = "got mixed torch.Tensor and DTensor"
