@@ -67,6 +67,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds -q
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.sweeps
+	$(BIN)/python -m bench.steps
 
 study: $(VENV)/.installed
 	$(BIN)/drift study configs/study.yaml

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import memory, report, sweeps
+from bench import memory, report, steps, sweeps
 from bench.cases import CASES, Problem, eager_loss, log_probs, make
 from bench.measure import run_case
 from bench.peers import CONTENDERS, Contender
@@ -148,3 +148,75 @@ def test_no_bf16_products_where_instructions_are_limited():
             assert cpu.has_bf16_gemm() == (has and name == "avx512")
     finally:
         _cpu.limit_isa(None)
+
+
+NEEDS = {"trainer": "accelerate", "sft": "trl", "grpo": "trl"}
+
+
+@pytest.mark.filterwarnings("default")  # trainers warn about themselves
+@pytest.mark.parametrize("name", steps.CASES)
+def test_a_whole_step_is_the_same_with_and_without(name):
+    pytest.importorskip(NEEDS[name])
+    plain, *others = (steps.run(name, way, 1, steps.SMALL) for way in steps.CASES[name].ways)
+    assert len(plain[0]["seconds"]) == 1
+    assert len(plain[0]["losses"]) == 2
+    assert plain[1]["lm_head.weight"].abs().max() > 0
+    for other in others:
+        assert steps.differences(other, plain) == ""
+
+
+def _ran(losses=(2.0, 1.9), scale=1.0, seconds=(3.0, 1.0, 2.0)):
+    numbers = {"seconds": list(seconds), "losses": list(losses), "added": 5 << 20, "peak": 7 << 20}
+    return numbers, {"w": scale * torch.arange(4.0)}
+
+
+def _measure(**ways):
+    """The sft case, its processes made up: by way, what each gives in turn, or the error it dies of."""
+
+    def runner(case, way, steps, shape, sizes):
+        found = ways.get(way.strip("()"), _ran())
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    found = steps.measure("sft", steps.SMALL, 2, 3, True, lambda text: None, runner)
+    return found, {entry["name"]: entry for entry in found["entries"]}
+
+
+def test_steps_are_medians_and_ratios_of_processes():
+    found, entries = _measure(DriftSFTTrainer=_ran(seconds=(0.5, 0.5, 9.0)))
+    assert entries["DriftSFTTrainer"]["times"] == {0: 0.5, 1: 0.5}
+    assert entries["without"]["seconds"] == 2.0
+    assert entries["DriftSFTTrainer"]["faster"] == 4.0
+    assert (entries["enable()"]["added_bytes"], entries["enable()"]["peak_bytes"]) == (5 << 20, 7 << 20)
+    where = {"cpu": "c", "isa": [], "torch_isa": "t", "threads": 1, "python": "3"}
+    table = steps.markdown({"machine": where, "date": "d", "versions": {"trl": None}, "cases": [found]})
+    assert "| without | 2.000 | – | 5 | 7 |" in table
+    assert "| DriftSFTTrainer | 0.500 | 4.00 | 5 | 7 |" in table
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "reason"),
+    [
+        (_ran(losses=(2.0, 1.8)), "failed", "wrong: losses differ"),
+        (_ran(losses=(2.0,)), "failed", "wrong: 1 losses, not 2"),
+        (_ran(losses=(2.0, float("nan"))), "failed", "wrong: losses differ: nan"),
+        (_ran(scale=1.001), "failed", "wrong: the gradient of w differs by"),
+        ((_ran()[0], {}), "failed", "wrong: gradients of ['w'] on one side only"),
+        (RuntimeError("out of luck"), "failed", "out of luck"),
+        (RuntimeError("ModuleNotFoundError: No module named 'trl'"), "unavailable", "No module named 'trl'"),
+    ],
+)
+def test_a_trainer_that_differs_gets_no_numbers(found, status, reason):
+    _, entries = _measure(enable=found)
+    entry = entries["enable()"]
+    assert entry["status"] == status
+    assert reason in entry["reason"]
+    assert (entry["seconds"], entry["peak_bytes"], entry["times"]) == (None, None, {})
+    assert entries["DriftSFTTrainer"]["status"] == "ok"
+
+
+def test_without_the_trainer_itself_nothing_is_timed():
+    _, entries = _measure(without=RuntimeError("out of luck"))
+    assert entries["without"]["reason"] == "out of luck"
+    assert "nothing without to compare with" in entries["DriftSFTTrainer"]["reason"]

@@ -21,7 +21,7 @@ KERNELS = [
     "driver",
 ]
 KERNELS += ["distill_driver", "inputs", "teachers", "scored", "autograd", "distill_autograd", "ops", "distill_ops"]
-KERNELS += ["testing", "adapters"]
+KERNELS += ["testing", "conversation", "adapters"]
 TRAINER = [  # lowest first; rooms of one level never import each other
     {"algorithms", "section"},
     {"types", "online_config", "mathverify", "intervals", "tools"},

@@ -147,7 +147,11 @@ def head_of(model: Any) -> Head:
         )
     layer = getattr(module, "base_layer", module)
     if isinstance(layer.weight, DTensor):
-        raise NotImplementedError("lm_head is split over tensor-parallel ranks, which is not supported")
+        raise NotImplementedError(
+            "lm_head is sharded where the loss is made: split over tensor-parallel ranks, or by an FSDP2 root that reshards "
+            "after its forward while compute_loss_func comes after that; neither is supported (reshard_after_forward=False, "
+            "or apply(model) alone)"
+        )
     return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
 
 

@@ -40,6 +40,23 @@ GRPO = {
     ),
     "off-policy-mask": dict(loss_type="dapo", off_policy_mask_threshold=0.0005, **ITERATE),
     "high-entropy": dict(loss_type="dapo", top_entropy_quantile=0.4, beta=0.1, **ITERATE),
+    "entropy-bonus": dict(
+        loss_type="dapo", entropy_coef=0.05, gradient_accumulation_steps=2, **ITERATE | {"max_steps": 4}
+    ),
+    "entropy-bonus-beta": dict(loss_type="dr_grpo", entropy_coef=0.05, beta=0.2, **ITERATE),
+    "entropy-bonus-bnpo": dict(loss_type="bnpo", entropy_coef=0.1, **ITERATE),
+    "entropy-bonus-sequence": dict(
+        loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-3, entropy_coef=0.1, **ITERATE
+    ),
+    "entropy-adaptive": dict(  # on and off: the target lies where the entropy is
+        loss_type="cispo",
+        epsilon_high=1.01,
+        use_adaptive_entropy=True,
+        entropy_coef=0.05,
+        entropy_coef_delta=0.02,
+        entropy_target=3.9,
+        **ITERATE,
+    ),
     "accumulation": dict(loss_type="dapo", gradient_accumulation_steps=2, max_steps=4),
     "accumulation-grpo": dict(loss_type="grpo", gradient_accumulation_steps=2, max_steps=4),
     "checkpointing": dict(loss_type="dapo", activation_checkpointing=True, max_steps=4),
@@ -142,7 +159,10 @@ def test_grpo_takes_vllms_corrections_and_tool_masks(level, loss_type, threshold
 
 def test_grpo_refuses_by_name(tmp_path):
     for message, changes in {
-        "entropy_coef": dict(entropy_coef=0.01),
+        "loss_type='grpo', which averages": dict(entropy_coef=0.01, loss_type="grpo"),
+        "loss_type='sapo', which averages": dict(use_adaptive_entropy=True, loss_type="sapo"),
+        "top_entropy_quantile=0.5": dict(entropy_coef=0.01, top_entropy_quantile=0.5),
+        "entropy_coef=-0.1, less than 0": dict(entropy_coef=-0.1),
         "cap on cispo": dict(loss_type="cispo", epsilon_high=0.5),
         "must exceed 1 . clip_high": dict(delta=1.1),
         "must be at least 0": dict(off_policy_mask_threshold=-0.1),

@@ -3,8 +3,8 @@
     trainer = DriftGRPOTrainer(model=…, reward_funcs=…, args=GRPOConfig(…), train_dataset=…)
 
 The loss is made inside the model's forward by `policy_loss`. TRL's own arithmetic then runs once more on the [B, T]
-log-probs and entropies that came of it, without gradient: that is where its metrics come from, by its names. Left out: the
-entropy bonus (its denominator is another one than the loss's) and what is not text.
+log-probs and entropies that came of it, without gradient: that is where its metrics come from, by its names. Left out:
+what is not text.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ def policy_spec(args: Any) -> dk.PolicySpec:
     """The loss that a `GRPOConfig` describes; ValueError names an option that is not mapped.
 
     TRL's numbers are taken as TRL means them: for cispo `epsilon_high` is the cap itself, `sapo_temperature_*` go by the
-    sign of the advantage, importance_sampling_level="sequence" is the mean log-ratio of a sequence (GSPO).
+    sign of the advantage, importance_sampling_level="sequence" is the mean log-ratio of a sequence (GSPO). An entropy bonus is
+    not in it: its coefficient depends on the batch (and, where it adapts, on the step), and `DriftGRPOTrainer` adds it.
     """
     if args.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={args.loss_type!r} is not mapped; DriftGRPOTrainer knows {', '.join(LOSS_TYPES)}")
     if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
-        raise ValueError(
-            "entropy_coef and use_adaptive_entropy are not mapped: TRL's bonus is a mean of its own; use GRPOTrainer with "
-            "drift_kernels.adapters.trl.enable()"
-        )
+        _refuse_bonus(args)
     if args.off_policy_mask_threshold is not None and args.off_policy_mask_threshold < 0:
         raise ValueError(f"off_policy_mask_threshold={args.off_policy_mask_threshold} must be at least 0")
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
@@ -77,13 +75,32 @@ def policy_spec(args: Any) -> dk.PolicySpec:
     )
 
 
+def _refuse_bonus(args: Any) -> None:
+    """TRL's bonus is a mean over tokens, whatever its loss is: one coefficient makes it only where all tokens weigh the same."""
+    by_sequence = AGGREGATIONS.get(args.loss_type) == "sequence_mean_token_mean"
+    found = {
+        f"loss_type={args.loss_type!r}, which averages each sequence first": by_sequence,
+        f"top_entropy_quantile={args.top_entropy_quantile}, which the bonus goes by and the KL does not": (
+            args.top_entropy_quantile < 1.0
+        ),
+        f"entropy_coef={args.entropy_coef}, less than 0": args.entropy_coef < 0,
+    }
+    refused = [name for name, is_on in found.items() if is_on]
+    if refused:
+        raise ValueError(
+            f"an entropy bonus is not mapped for {' and '.join(refused)}; use GRPOTrainer with "
+            "drift_kernels.adapters.trl.enable()"
+        )
+
+
 class DriftGRPOTrainer(GRPOTrainer):
     """As `GRPOTrainer`, in one pass over the head: 2 products for rows read and 4 for rows whose gradient is not zero.
 
     Mapped: every loss_type of TRL, importance_sampling_level, epsilon, epsilon_high, delta, beta, use_bias_correction_kl,
     off_policy_mask_threshold, top_entropy_quantile (one scoring pass more), tool masks, vLLM's importance sampling
-    correction in all its modes, cast_lm_head_to_fp32, PEFT but for prompt learning. Raises ValueError for entropy bonuses, a
-    router loss, images, and an option `PolicySpec` cannot hold.
+    correction in all its modes, entropy bonuses (fixed or adaptive) of losses that weigh all tokens the same,
+    cast_lm_head_to_fp32, PEFT but for prompt learning. Raises ValueError for other entropy bonuses, a router loss, images,
+    and an option `PolicySpec` cannot hold.
     """
 
     args: Any
@@ -126,6 +143,8 @@ class DriftGRPOTrainer(GRPOTrainer):
         """loss (0-d), and per-token logprobs and entropy [B, T] without gradient."""
         completion, mask = inputs["completion_ids"], _mask(inputs)
         length, targets = completion.shape[1], completion.masked_fill(~mask, -100)
+        normalizer = self._normalizer(inputs, mask)
+        spec = self._with_bonus(self._spec_for(inputs), normalizer, mask)
 
         def inside(hidden: Tensor, head: Head) -> dict[str, Tensor]:
             hidden = hidden[:, -length - 1 : -1]  # row i predicts completion token i
@@ -139,9 +158,9 @@ class DriftGRPOTrainer(GRPOTrainer):
                     hidden,
                     head.weight,
                     targets,
-                    spec=self._spec_for(inputs),
+                    spec=spec,
                     outputs=("logprobs", "entropy"),
-                    normalizer=self._normalizer(inputs, mask),
+                    normalizer=normalizer,
                     **self._data(inputs, chosen),
                     **options,
                 )
@@ -177,6 +196,18 @@ class DriftGRPOTrainer(GRPOTrainer):
             spec = replace(spec, correction="token_truncate", correction_bounds=NO_BOUND)  # TRL has bounded it
         return spec
 
+    def _with_bonus(self, spec: dk.PolicySpec, normalizer: Tensor | float, mask: Tensor) -> dk.PolicySpec:
+        """`spec` with TRL's entropy bonus, a mean over this micro-batch's tokens, in units of the loss's denominator."""
+        on = not self.use_adaptive_entropy or self._last_world_entropy <= self.args.entropy_target
+        if not on or self.entropy_coef == 0.0:
+            return spec
+        count = mask.sum().clamp(min=1) * self._accumulated()
+        return replace(spec, entropy_coef=float(self.entropy_coef * normalizer / count))  # one read from a GPU
+
+    def _accumulated(self) -> Any:
+        """Micro-batches of an optimizer step; 1 in evaluation."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
     def _data(self, inputs: dict[str, Any], chosen: Tensor | None) -> dict[str, Tensor | None]:
         """Per-token tensors [B, T]; what multiplies the objective alone goes into the advantages."""
         advantages, old = inputs["advantages"], inputs.get("old_per_token_logps")
@@ -205,9 +236,7 @@ class DriftGRPOTrainer(GRPOTrainer):
 
     def _normalizer(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | float:
         """TRL's denominators, gradient accumulation included."""
-        training = self.model.training
-        steps = self.current_gradient_accumulation_steps if training else 1.0
-        rows = len(mask)
+        steps, rows = self._accumulated(), len(mask)
         match self.loss_type:
             case "grpo" | "sapo" | "luspo":
                 return float(rows * steps)
@@ -216,7 +245,7 @@ class DriftGRPOTrainer(GRPOTrainer):
             case "dr_grpo":
                 return float(rows * self.args.max_completion_length * steps)
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        return items * steps / self.args.steps_per_generation if training else items
+        return items * steps / self.args.steps_per_generation if self.model.training else items
 
 
 def _mask(inputs: dict[str, Any]) -> Tensor:

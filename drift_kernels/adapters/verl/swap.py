@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 import drift_kernels as dk
 from drift_kernels.adapters._common import Support
@@ -29,6 +30,8 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         raise NotImplementedError("a temperature per sample is not supported by verl's fused kernels, nor here")
+    if isinstance(weight, DTensor):
+        weight = _gathered(weight)
     found = dk.linear_logprob(
         hidden,
         weight.to(hidden.dtype) if not torch.is_autocast_enabled(hidden.device.type) else weight,
@@ -39,6 +42,18 @@ def _score(
     )
     assert found.entropy is not None
     return found.logprobs, found.entropy
+
+
+def _gathered(weight: DTensor) -> Tensor:
+    """A head that FSDP2 sharded by itself (verl does where embeddings are not tied), whole, outside its module's forward.
+
+    No hook of FSDP's sees it then, so that its gradient is averaged over ranks here, as FSDP averages all others.
+    """
+    mesh = weight.device_mesh
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
 
 
 def _linear_cross_entropy(config: dk.KernelConfig) -> Any:
