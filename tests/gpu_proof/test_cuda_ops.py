@@ -88,7 +88,7 @@ def test_topk_logprobs(library, monkeypatch):
     monkeypatch.setattr(backends, "resolve", lambda name, device: name)
     with running(library, monkeypatch):
         found = dk.topk_logprobs(
-            case.hidden, case.weight, 9, config=dk.KernelConfig(backend="cuda", workspace_bytes=1 << 16)
+            case.hidden.float(), case.weight.float(), 9, config=dk.KernelConfig(backend="cuda", workspace_bytes=1 << 16)
         )
     assert torch.equal(found.ids, exact.ids)
     torch.testing.assert_close(found.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
