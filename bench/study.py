@@ -33,7 +33,7 @@ from drift.run import rollout_path
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: written by python -m bench.study -->", "<!-- /methods -->"
-FEW = 3  # seeds at most of what is not a method of its own
+FEW = 3  # seeds at most of a sweep
 MARGIN = 0.03  # of non-inferiority, a share of problems
 T95 = (
     6.314,
@@ -126,7 +126,7 @@ SMOKE_VARIANTS = ("A", "GRPO", "B", "A, β = 0.1")
 
 def config_of(variant: Variant, out: Path, count: int, smoke: bool) -> Config:
     """The run that a variant is part of; `count` seeds."""
-    seeds = range(count if variant.group == "methods" else min(count, FEW))
+    seeds = range(count if variant.group in ("methods", "ablations") else min(count, FEW))
     where = (f"name={slug(variant.folder)}", f"output_dir={out}", f"seeds={list(seeds)}", "track.progress=false")
     small = (*SMOKE, *(() if "online=null" in variant.overrides else SMOKE_ONLINE)) if smoke else ()
     return load(ROOT / "configs" / "online.yaml", [*variant.overrides, *small, *where])
@@ -269,38 +269,26 @@ def markdown(result: dict[str, Any]) -> str:
     multi, mean, single = result["measures"]
     names = [multi.replace("_at_", "@"), mean.replace("_at_", "@"), "single turn"]
     base = " | ".join(f"{100 * result['base'][key]:.1f}" for key in result["measures"])
-    heads = [
-        *names,
-        f"{names[0]} − GRPO's",
-        f"not worse by {100 * MARGIN:.0f}",
-        "tokens sampled",
-        "trained",
-        "s a seed",
-    ]
-    lines = [
-        f"| variant | {' | '.join(heads)} |",
-        "|---|---:|---:|---:|---:|:---:|---:|---:|---:|---:|",
-        f"| base | {base} | | | | | | |",
-    ]
-    against = {verdict["name"]: verdict for verdict in result["against_grpo"][multi]}
+    gaps = [f"{name} − GRPO's" for name in names[:2]]
+    heads = ["variant", *names, *gaps, "k tokens sampled", "trained", "s a seed", "of GRPO's"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1), f"| base | {base} |" + " |" * 6]
+    against = [{verdict["name"]: verdict for verdict in result["against_grpo"][key]} for key in (multi, mean)]
     group = "methods"
     for row in result["variants"]:
         if row["group"] != group:
             group = row["group"]
-            lines.append(f"| *{TITLES[group]}* | | | | | | | | | |")
+            lines.append(f"| *{TITLES[group]}* |" + " |" * 9)
+        found = [verdicts[row["name"]] for verdicts in against]
         cells = [_mean(row["results"][key]) for key in (multi, mean, single)]
-        verdict = against[row["name"]]
-        gap = f"{100 * verdict['mean']:+.1f} ± {100 * verdict['stderr']:.1f}"
-        last = ("", "") if row["name"] == "GRPO" else (gap, "yes" if verdict["not_inferior"] else "not shown")
-        counts = f"{row['generated_tokens'] / 1e3:.0f} k | {row['trained_tokens'] / 1e3:.0f} k | {row['seconds']:.0f}"
-        counts += f" | {verdict['time']:.2f}"
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {' | '.join(last)} | {counts} |")
+        cells += ["", ""] if row["name"] == "GRPO" else [_gap(verdict) for verdict in found]
+        cells += [f"{row[key] / 1e3:.0f}" for key in ("generated_tokens", "trained_tokens")]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['seconds']:.0f} | {found[0]['time']:.2f} |")
+    seeds = len(result["seeds"])
     lines += [
         "",
-        f"Percent of {result['problems']} held-out problems, means over {len(result['seeds'])} seeds ± standard error "
-        f"(below the first group: {min(FEW, len(result['seeds']))} seeds); differences are paired by seed. “Not worse” where the "
-        f"one-sided 95 % bound of the difference (Student's t over seeds) lies above −{100 * MARGIN:.0f} points. Seconds: "
-        "sampling and training, without evaluation, beside other runs.",
+        f"Percent of {result['problems']} held-out problems: means ± standard errors over {seeds} seeds (of other bands, β and γ "
+        f"{min(FEW, seeds)}). Differences are paired by seed; ✓: not worse than GRPO by {100 * MARGIN:.0f} points, the one-sided "
+        "95 % bound by Student's t over seeds lying above. Seconds: sampling and training, without evaluation.",
     ]
     return "\n".join(lines)
 
@@ -315,6 +303,10 @@ TITLES = {  # of groups
 def _mean(values: Sequence[float]) -> str:
     mean, stderr = mean_stderr(values)
     return f"{100 * mean:.1f} ± {100 * stderr:.1f}"
+
+
+def _gap(verdict: dict[str, Any]) -> str:
+    return f"{100 * verdict['mean']:+.1f} ± {100 * verdict['stderr']:.1f}{' ✓' if verdict['not_inferior'] else ''}"
 
 
 def splice(file: Path, text: str) -> None:
