@@ -155,7 +155,7 @@ def perform(variants: Sequence[Variant], configs: dict[str, Config], out: Path, 
         folder = out / slug(name)
         if name != first:
             _share(out / slug(first), folder, reads[name])
-        log, path = out / f"{slug(name)}.log", folder.with_suffix(".yaml")
+        log, path = (out / f"{slug(name)}{kind}" for kind in (".log", ".yaml"))
         path.write_text(dump(configs[name]), encoding="utf-8")
         with log.open("w") as file:
             command = [sys.executable, "-m", "drift.cli", "run", str(path)]

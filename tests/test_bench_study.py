@@ -74,6 +74,7 @@ def test_a_small_one_from_end_to_end_and_again(tmp_path, capsys):
     assert all(variant["generated_tokens"] > 0 for variant in by_name.values())
     assert by_name["A"]["generated_tokens"] == by_name["A, β = 0.1"]["generated_tokens"]  # the same trajectories
     assert by_name["A"]["trained_tokens"] < by_name["A"]["generated_tokens"]  # last turns
+    assert (tmp_path / "out" / "A-beta-0.1.yaml").exists()  # each run has a config of its own, dots in its name or not
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/seed-0/eval-*.json")}
     assert study.main(arguments) == result
     assert {file: file.stat().st_mtime_ns for file in before} == before
