@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -165,30 +166,39 @@ def test_what_goes_wrong_in_the_thread_surfaces_with_its_traceback(tmp_path):
 class Endless(HFEngine):
     """Its second batch never ends."""
 
-    seen = ()
+    seen, interrupts = (), False
 
     def generate(self, prompts, **settings):
         if len(self.seen) >= 3:
             while True:
+                if self.interrupts and _waits(threading.main_thread()):
+                    Endless.interrupts = False
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 self.policy.model(input_ids=torch.tensor([[1, 2]]))
         Endless.seen += (len(prompts),)
         return super().generate(prompts, **settings)
 
 
+def _waits(thread):
+    """Whether it is in `Ahead.result`, waiting."""
+    frame, names = sys._current_frames()[thread.ident], []
+    while frame is not None:
+        names.append(frame.f_code)
+        frame = frame.f_back
+    return names[0].co_name == "wait" and Ahead.result.__code__ in names
+
+
 @pytest.mark.parametrize("where", ["accumulate", "waiting"])
 def test_an_interrupt_leaves_no_thread(tmp_path, monkeypatch, where):
     """Ctrl-C while the policy trains, and while it waits for samples that never come."""
-    main = threading.main_thread().ident
-    Endless.seen = ()
-    begun, accumulate = time.monotonic(), Branches.accumulate
+    Endless.seen, Endless.interrupts = (), where == "waiting"
+    begun = time.monotonic()
 
     def interrupted(*arguments):
-        if where == "accumulate":
-            raise KeyboardInterrupt
-        threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
-        return accumulate(*arguments)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Branches, "accumulate", interrupted)
+    if where == "accumulate":
+        monkeypatch.setattr(Branches, "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         through(config(tmp_path), engine=Endless)
     assert time.monotonic() - begun < 60  # for ever, where the thread is waited for

@@ -113,8 +113,8 @@ def test_rows_that_nothing_reads_are_not_computed(monkeypatch):
     computed = []
     original = driver.Sweep.__init__
 
-    def spy(self, x, call, plan):
-        original(self, x, call, plan)
+    def spy(self, x, call, plan, *beside):
+        original(self, x, call, plan, *beside)
         computed.append(plan.count)
 
     monkeypatch.setattr(driver.Sweep, "__init__", spy)
