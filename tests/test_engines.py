@@ -1,4 +1,4 @@
-"""The engine on a vLLM server, against a stand-in for one (tests/vllm has the real thing); the engine in process is in
+"""The engine on a vLLM server, against a stand-in for one (tests/vllm_server has the real thing); the engine in process is in
 test_policy.py."""
 
 import subprocess

@@ -131,7 +131,9 @@ def test_edges_are_where_the_cpu_kernels_have_them(library, monkeypatch, alpha):
     lse, teacher_lse, weights = s.logsumexp(-1), t.logsumexp(-1), torch.rand(8) + 0.5
     others = (torch.randn(8), torch.randn(8), torch.rand(8), torch.randn(8))
     theirs = s.clone()
-    expected, live = cpu.fused_distill(theirs, chunk, None, t, teacher_lse, weights, alpha, lse, *others, gradient=True)
+    expected, live = cpu.fused_distill(
+        theirs, chunk, None, t, chunk, teacher_lse, weights, alpha, lse, *others, gradient=True
+    )
     with running(library, monkeypatch):
         for launch in LAUNCHES.values():
             with monkeypatch.context() as patch:
