@@ -401,6 +401,8 @@ def _ill_typed(error: Any) -> str:
             return f"{where}is missing; add it to the file, or give {path}=…"
         case "value_error":
             return f"{where}{error['ctx']['error']}"
+        case "string_pattern_mismatch" if error["loc"][-1] == "url":
+            return f"{where}{error['input']!r} should read http://HOST:PORT"
         case "string_pattern_mismatch":
             return f"{where}{error['input']!r} should be letters, digits, '_', '-' and '.', since it names a folder"
         case "model_type" | "model_attributes_type":

@@ -18,13 +18,13 @@ PACKAGES = {
     "transformers": "",
     "reasoning-gym": "",
     "math-verify": "",
-    "triton": 'pip install "drift-rl[triton]", on Linux',
-    "flash-attn": 'pip install "drift-rl[flash-attn]", where there is CUDA',
+    "triton": 'pip install -e ".[triton]", on Linux',
+    "flash-attn": 'pip install -e ".[flash-attn]", where there is CUDA',
     "httpx2": "pip install httpx2 (Python 3.11 or later), for engine.kind=vllm",
-    "peft": 'pip install "drift-rl[lora]"',
-    "tensorboard": 'pip install "drift-rl[tensorboard]"',
-    "wandb": 'pip install "drift-rl[wandb]"',
-    "trackio": 'pip install "drift-rl[trackio]"',
+    "peft": 'pip install -e ".[lora]"',
+    "tensorboard": 'pip install -e ".[tensorboard]"',
+    "wandb": 'pip install -e ".[wandb]"',
+    "trackio": 'pip install -e ".[trackio]"',
 }  # package -> how an optional one is had
 EXTENSIONS = ("drift_kernels._cpu", "drift._packing")
 _ISA_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}

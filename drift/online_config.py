@@ -163,4 +163,6 @@ class OnlineConfig(Section):
         if not algorithm.curriculum:
             sets["curriculum"] = {"warmup_steps": 0, "transition_steps": 0}
         given = {key: data.get(key, {}) for key in sets}
-        return data | {k: preset(given[k], name, sets[k]) if isinstance(given[k], dict) else given[k] for k in sets}
+        return data | {
+            k: preset(given[k], name, sets[k], f"online.{k}.") if isinstance(given[k], dict) else given[k] for k in sets
+        }

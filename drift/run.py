@@ -60,7 +60,9 @@ def run(config: Config) -> dict[str, Any]:
     """
     folder = Path(config.output_dir) / config.name
     if (summary := _finished(folder, config)) is not None:
-        Track(None).say(f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.arms)}")
+        Track(None).say(
+            f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.trained)}"
+        )
         return summary
     _claim(folder, config)
     transformers_logging.disable_progress_bar()

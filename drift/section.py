@@ -21,10 +21,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def preset(data: dict[str, Any], name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`data` with the values that a preset sets; a key that was given another value is a contradiction."""
-    for key, value in values.items():
-        given = data.get(key, value)
-        if (tuple(given) if isinstance(given, list) else given) != value:
-            raise ValueError(f"{key} {given!r} contradicts {name}, which sets it to {value!r}; drop one")
+def preset(data: dict[str, Any], name: str, values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """`data` with the values that a preset sets; keys that were given other values are contradictions.
+
+    section: whose keys these are, where it is not the one that complains.
+    """
+    given = {key: data.get(key, value) for key, value in values.items()}
+    wrong = [key for key, value in given.items() if (tuple(value) if isinstance(value, list) else value) != values[key]]
+    if wrong:
+        said = ", ".join(f"{section}{key} {given[key]!r}" for key in wrong)
+        sets = f"{'it' if len(wrong) == 1 else 'them'} to {', '.join(repr(values[key]) for key in wrong)}"
+        drop = f"drop one; {section.rstrip('.')}={{}} drops all that a file says" if section else "drop one"
+        raise ValueError(f"{said} contradicts {name}, which sets {sets}; {drop}")
     return {**data, **values}

@@ -113,7 +113,11 @@ def markdown(result: dict[str, Any]) -> str:
             cell for m in (multi, "single") for cell in (f"{100 * measures[m]['mean']:.1f} %", _range(measures[m]))
         ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    lines += ["", f"| difference in {name}, points | mean ± s.e. | > 2 s.e. | 95 % interval |", "|---|---:|:---:|---:|"]
+    lines += [
+        "",
+        f"| difference in {name}, points | mean ± s.e. | ahead by > 2 s.e. | 95 % interval |",
+        "|---|---:|:---:|---:|",
+    ]
     for key, measures in result["differences"].items():
         at = measures[multi]
         verdict = "yes" if at["beyond_twice_stderr"] else "no"
@@ -142,7 +146,7 @@ def table(result: dict[str, Any]) -> Table:
     name = multi.replace("multi_at_", "multi@")
     shown = Table(title=f"{result['name']}: {len(result['seeds'])} seeds, {result['problems']} problems", box=None)
     shown.add_column("arm")
-    for heading in (name, "95 %", "single", "95 %", "drift ahead", "> 2 s.e."):
+    for heading in (name, "95 %", "single", "95 %", "drift ahead", "ahead by > 2 s.e."):
         shown.add_column(heading, justify="right", no_wrap=True)
     for arm, measures in result["arms"].items():
         ahead = result["differences"].get(f"drift - {arm}", {}).get(multi)

@@ -78,7 +78,7 @@ def warm_start(
     else:
         _, state = checkpoint.load(path, optimizer, job)
         result, every = WarmStart(**state["result"]), state["every"]
-    with track.progress("warm start", settings.max_steps) as bar:
+    with track.progress(f"warm start to {settings.target_low:.0%} solved", None) as bar:
         bar.advance(result.steps)
         while result.solved < settings.target_low:
             until = min(result.steps + every, settings.max_steps)

@@ -10,6 +10,7 @@ counts here is what the trainer is given.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,10 @@ class Row:
     problems: tuple[str, ...]
 
 
-def show_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool = True, **options: Any) -> str:
-    """Every conversation as text: trained tokens green (without `colour`: in ⟦ ⟧), what must not be trained on red.
+def show_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool | None = None, **options: Any) -> str:
+    """Every conversation as text: trained tokens green (without `colour`: in ⟦ ⟧), what must not be on red.
+
+    colour: None is for on a terminal.
 
     The arguments are `check_trained`'s; nothing is raised, problems stand below their conversation.
     """
@@ -44,7 +47,7 @@ def show_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool = True, 
     return "\n".join(_drawn(number, row, decode, colour, allowed) for number, row in enumerate(rows))
 
 
-def check_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool = True, **options: Any) -> str:
+def check_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool | None = None, **options: Any) -> str:
     """As `show_trained`, once nothing is wrong; else ValueError with the conversations where something is.
 
     ids       [B, L] tensor, a list of rows, or [1, T] with `cu_seqlens` [S + 1] where conversations lie end to end
@@ -184,8 +187,9 @@ def _turns(row: Row) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def _drawn(number: int, row: Row, decode: Decode, colour: bool, allowed: Collection[str]) -> str:
+def _drawn(number: int, row: Row, decode: Decode, colour: bool | None, allowed: Collection[str]) -> str:
     """Token by token, so that bytes of a character split over tokens show as they are."""
+    colour = sys.stdout.isatty() if colour is None else colour
     out, before = [f"[{number}] "], None
     for token, trained, role in zip(row.ids, row.trained, row.roles):
         bad = trained and role is not None and role not in allowed

@@ -498,7 +498,7 @@ def test_settings():
     for settings, said in (
         (
             {"online": {"algorithm": "sdpo", "router": {"mode": "grpo"}}},
-            "online: mode 'grpo' contradicts algorithm sdpo",
+            "online: online.router.mode 'grpo' contradicts algorithm sdpo",
         ),
         (
             {"online": {"algorithm": "grpo", "curriculum": {"warmup_steps": 3}}},

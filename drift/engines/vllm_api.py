@@ -49,7 +49,13 @@ def server_command(
     """
     host, _, port = url.removesuffix("/").rpartition("//")[2].partition(":")
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that hand weights over
-    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    words = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(Path(model).resolve() if Path(model).is_dir() else model),
+    ]
     words += ["--host", host, "--port", port or "80", "--dtype", dtype]
     words += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "drift.engines.vllm_worker.Weights"]
     if lora_rank:
