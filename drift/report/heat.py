@@ -152,7 +152,11 @@ def _gap(text: str) -> str:
 def _token(row: Mapping[str, Any], m: Map, place: int) -> str:
     value = row[m.name][place]
     level = round(LEVELS * min(max((value - m.low) / (m.high - m.low), 0), 1)) if _is_number(value) else 0
-    said = [f"{label} {row[name][place]:.3g}" for name, label in HOVER.items() if name in row and _is_number(row[name][place])]
+    said = [
+        f"{label} {row[name][place]:.3g}"
+        for name, label in HOVER.items()
+        if name in row and _is_number(row[name][place])
+    ]
     text = str(row["tokens"][place])
     shown = esc(text).replace("\n", "⏎\n")
     return f'<i class="h{level}" title="{esc(" · ".join(said))}">{shown}</i>'
