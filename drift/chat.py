@@ -3,11 +3,16 @@ chat template puts between one assistant turn and the next.
 
 The text that a template adds after an assistant turn is found by rendering the conversation with a marker in place of
 that turn: whatever the template does with earlier turns (some drop old thinking) does not touch ids already sampled.
+
+Turns are begun and ended by the template and by the model alone: where a prompt, feedback or a tool's result spells a
+special token, such as <|im_end|>, it is given to the model as the letters that it is made of.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from jinja2 import TemplateError
@@ -31,7 +36,39 @@ def encode(tokenizer: Any, rendered: str) -> list[int]:
 
 def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
     """`messages` as ids, with the opening of an assistant turn (and a template's prefill) at the end if wanted."""
-    return encode(tokenizer, text(tokenizer, messages, add_generation_prompt))
+    quoted, mark = _quoted(tokenizer, messages)
+    return _encode_quoted(tokenizer, text(tokenizer, quoted, add_generation_prompt), mark)
+
+
+def _quoted(tokenizer: Any, messages: Messages) -> tuple[Messages, str]:
+    """The messages with a mark on either side of each special token that others than the assistant spell, and the mark."""
+    mark = _absent(messages)
+    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
+    special = re.compile("|".join(map(re.escape, reversed(names))) or "(?!)")
+    quoted = [
+        {**m, "content": special.sub(lambda found: f"{mark}{found[0]}{mark}", m["content"])}
+        if m["role"] != "assistant" and isinstance(m["content"], str)
+        else m
+        for m in messages
+    ]
+    return quoted, mark
+
+
+def _encode_quoted(tokenizer: Any, rendered: str, mark: str) -> list[int]:
+    """Ids of what was rendered from `_quoted` messages."""
+    ids: list[int] = []
+    for place, piece in enumerate(rendered.split(mark)):
+        if place % 2:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        elif piece:
+            ids += encode(tokenizer, piece)
+    return ids
+
+
+def _absent(messages: Messages) -> str:
+    """Text that no message holds, so that it can mark a place."""
+    marks = (f"\u2402{number}\u2403" for number in count())
+    return next(mark for mark in marks if not any(mark in str(m["content"]) for m in messages))
 
 
 def decode(policy: Policy, ids: Sequence[int]) -> str:
@@ -51,8 +88,9 @@ def after_turn(tokenizer: Any, messages: Messages) -> str:
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     if last < 0 or last == len(messages) - 1:
         raise ValueError("messages: expected an assistant message and then at least one other")
-    marked = [{**m, "content": _MARK} if i == last else m for i, m in enumerate(messages)]
-    parts = text(tokenizer, marked, add_generation_prompt=True).split(_MARK)
+    mark = _absent(messages)
+    marked = [{**m, "content": mark} if i == last else m for i, m in enumerate(messages)]
+    parts = text(tokenizer, marked, add_generation_prompt=True).split(mark)
     if len(parts) != 2:
         raise ValueError(
             f"the chat template shows the last assistant message {len(parts) - 1} times; history=template would do"
@@ -62,7 +100,8 @@ def after_turn(tokenizer: Any, messages: Messages) -> str:
 
 def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
     """The next prompt: `ids` as sampled, then what the template adds up to the next assistant turn."""
-    added = encode(policy.tokenizer, after_turn(policy.tokenizer, messages))
+    quoted, mark = _quoted(policy.tokenizer, messages)
+    added = _encode_quoted(policy.tokenizer, after_turn(policy.tokenizer, quoted), mark)
     if ids and added and ids[-1] in policy.eos_ids and added[0] in policy.eos_ids:
         added = added[1:]  # the model has ended its turn itself
     return [*ids, *added]

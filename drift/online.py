@@ -304,8 +304,9 @@ class _Loop:
     def _read(self, row: store.Row) -> Sample:
         weights, messages = self.config.weights, row["messages"]
         *earlier, last = chat.to_trajectories(self.policy, row, index=0, turns="assistant")
-        told = [message["content"] for message in messages if message["role"] == "user"]
         ends = [place for place, message in enumerate(messages, 1) if message["role"] == "assistant"]
+        ends = ends[-(len(earlier) + len(last.turns)) :]  # without those that the environment opened with
+        told = [message["content"] for message in messages[ends[0] :] if message["role"] == "user"]
         result: dict[str, Any] = {
             "solved_at": row["t_star"] or 0,
             "reward": trajectory_return(row, weights.gamma, weights.repetition),
@@ -315,7 +316,7 @@ class _Loop:
         return Sample(
             last,
             messages,
-            feedback=told[-1] if len(told) > 1 else None,
+            feedback=told[-1] if told else None,
             row=row,
             earlier=[Sample(turn, messages[:end], **result) for turn, end in zip(earlier, ends)],
             **result,
@@ -351,7 +352,7 @@ class _Loop:
                 attempts,
                 self.online.teacher,
                 self.buffer,
-                prompts=[sample.messages[0]["content"] for sample in samples],
+                prompts=[_question(sample.messages) for sample in samples],
                 strip=self.online.buffer.strip_thinking,
                 step=number,
                 epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
@@ -376,6 +377,11 @@ class _Loop:
             for sample in samples:
                 if sample.solved_at:
                     self.buffer.add(sample.problem_id, sample.text, sample.reward, number)
+
+
+def _question(messages: chat.Messages) -> str:
+    """The first user message."""
+    return next((message["content"] for message in messages if message["role"] == "user"), "")
 
 
 def _batch(count: int, size: int, seed: int, step: int) -> list[int]:

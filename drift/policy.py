@@ -117,7 +117,8 @@ class Policy:
 def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
-    Raises ValueError where attention cannot run as asked, or where the tokenizer has no chat template.
+    New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, or where the tokenizer has no
+    chat template.
     """
     dtype = DTYPES[config.dtype]
     attention = register(config.attention, device=device, dtype=dtype)
@@ -138,7 +139,9 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
 
             model = PeftModel.from_pretrained(model, config.path, is_trainable=True)
     if config.lora is not None:
-        model = _with_lora(model, config.lora)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _with_lora(model, config.lora)
     model.to(device)
     if config.gradient_checkpointing:
         # gradient_checkpointing_enable before transformers 5.24

@@ -248,6 +248,7 @@ def _read_curves(records: Records) -> None:
                 row = json.loads(line)
                 step = int(row.pop("step"))
                 numbers = {k: float(v) for k, v in row.items() if k != "time" and type(v) in (int, float)}
+                numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 unreadable += 1
                 continue

@@ -23,6 +23,7 @@ Tensors here are [T], a pack, or [B, L]; time is the last dimension. Everything 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -150,14 +151,14 @@ class StepMean:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def advance(self, reduce: Callable[..., list[float]] | None = None) -> None:
-        """Ends a step. A step without tokens leaves `value` as it was.
+        """Ends a step. A step without tokens, or whose sum is not finite, leaves `value` as it was.
 
         reduce: (sum, count) → the same summed over ranks, such as `drift.distributed.sum_values`; every rank calls it.
         """
         total, count = [0.0, 0.0] if self._sums is None else self._sums.tolist()
         if reduce is not None:
             total, count = reduce(total, count)
-        if count:
+        if count and math.isfinite(total):
             self.value = max(total / count, self.floor)
         self._sums = None
 

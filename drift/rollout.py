@@ -7,6 +7,7 @@ was in again and writes what is missing, ends with the same file as one that ran
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,8 +97,13 @@ class Episode:
     def answered(self, step: Step, turns: int) -> None:
         """Adds what the environment says to the last turn; the attempt number `turns` is the last one.
 
-        Raises ValueError for a step that leaves nothing to go on from, or a turn of tool calls with an outcome.
+        Raises ValueError for a step that leaves nothing to go on from, speaks as the assistant, or has a reward that is not
+        finite, and for a turn of tool calls with an outcome.
         """
+        if any(message["role"] == "assistant" for message in step.messages) or not math.isfinite(step.reward):
+            raise ValueError(
+                f"environment: {step} should have a finite reward, and messages of other roles than assistant"
+            )
         if step.tool_calls:
             if step.reward or step.done:
                 raise ValueError(

@@ -283,7 +283,8 @@ def rewind(path: str | Path, step: int) -> int:
     """Cuts off an online training's rows from the first one past `step` on; returns how many lines went.
 
     For a training that goes on from a checkpoint of that step and will write those rows again. A torn last line goes
-    too. A missing file has nothing to lose. Raises StoreError where a row has no `step`: then another wrote the file.
+    too. A missing file has nothing to lose. Raises StoreError where a line is not JSON, or a row has no `step`: then
+    another wrote the file.
     """
     path = Path(path)
     if not path.exists():
@@ -292,9 +293,14 @@ def rewind(path: str | Path, step: int) -> int:
     kept = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        row = json.loads(line) if line.strip() else {"step": 0}
-        where = f"{path}:{number}: the row has no step, so no online training wrote it; move the file away"
-        _expect(isinstance(row, dict) and _is_count(row.get("step")), where)
+        where, row = f"{path}:{number}", {"step": 0}
+        if line.strip():
+            try:
+                row = _decode(line)
+            except StoreError as error:
+                raise StoreError(f"{where}: {error}") from None
+        step_known = isinstance(row, dict) and _is_count(row.get("step"))
+        _expect(step_known, f"{where}: the row has no step, so no online training wrote it; move the file away")
         if row["step"] > step:
             os.truncate(path, kept)
             return len(lines) - number + 1

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from drift.online_config import OnlineConfig
-from drift.track import plain
+from drift.track import plain, repair
 from drift.types import PackedBatch
 
 VALUES = ("logprobs", "entropy", "teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "bonus")
@@ -77,9 +77,10 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def append(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to the file, which is made if absent."""
+    """Adds rows to the file, which is made if absent; a last line that an interruption tore is cut off."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    repair(path)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(plain(dict(row)), allow_nan=False) + "\n")

@@ -109,7 +109,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _repair(path: Path) -> int:
+def repair(path: Path) -> int:
     """Cut a last line that was torn while it was written; returns the bytes cut."""
     if not path.exists():
         return 0
@@ -202,7 +202,7 @@ class Track:
         folder = Path(run_dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if cut := _repair(path):
+        if cut := repair(path):
             self.say(f"{path}: the last line was torn ({cut} bytes); it is left out")
         self._sinks = [_open_sink(name, folder) for name in sinks]
         self._file = path.open("a", encoding="utf-8")

@@ -73,7 +73,7 @@ class Watch:
         self.config = config
         self.warnings: list[str] = []  # of the last step
         self._recent: dict[str, list[float]] = {"entropy": [], "repeat_rate": [], "solved": []}
-        self._start: float | None = None  # entropy of the first step
+        self._start: float | None = None  # entropy of the first step that had one
         self._best = 0.0  # the best window's solved share
         self._signs: list[str] = []  # that stand
         self._metrics: dict[str, float] = {}
@@ -93,7 +93,8 @@ class Watch:
         threshold before `window` steps are in.
         """
         solved = sum(map(bool, correct)) / max(len(correct), 1)
-        self._start = float(entropy) if self._start is None else self._start
+        if self._start is None and math.isfinite(entropy):
+            self._start = float(entropy)
         for name, value in (("entropy", entropy), ("repeat_rate", repeat_rate), ("solved", solved)):
             self._recent[name] = [*self._recent[name], float(value)][-self.config.window :]
         self._metrics = {f"pass_at_{k}": value for k, value in pass_at(problem_ids, correct).items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Row:
     trained: list[bool]
     roles: list[str | None]
     problems: tuple[str, ...]
+    begins: frozenset[int] = frozenset()  # places where a turn's marker stands
 
 
 def show_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool | None = None, **options: Any) -> str:
@@ -83,6 +84,8 @@ def inspect_rows(
     ignore_index: int = -100,
 ) -> list[Row]:
     """What `check_trained` looks at. Raises ValueError for shapes that do not fit, or markers without one of `trained_roles`."""
+    if markers is not None and not all(len(marker) for marker in markers.values()):
+        raise ValueError(f"markers {dict(markers)} should have an id each, at least: nothing stands everywhere")
     if markers is not None and not set(trained_roles) <= markers.keys():
         raise ValueError(
             f"markers are of {sorted(markers)}, but {sorted(trained_roles)} may be trained: name those too"
@@ -96,10 +99,10 @@ def inspect_rows(
         problems = []
         if marks.dtype != torch.bool and bool((marks != row)[trained].any()):
             problems.append("labels are other tokens than those in their places (shifted already?)")
-        roles = _roles(row.tolist(), markers or {})
-        made.append(Row(row.tolist(), trained.tolist(), roles, ()))
-        problems += _problems(made[-1], set(trained_roles), ends)
-        made[-1] = Row(made[-1].ids, made[-1].trained, roles, tuple(problems))
+        roles, begins = _roles(row.tolist(), markers or {})
+        found = Row(row.tolist(), trained.tolist(), roles, (), begins)
+        problems += _problems(found, set(trained_roles), ends)
+        made.append(replace(found, problems=tuple(problems)))
     return made
 
 
@@ -148,19 +151,23 @@ def _rows(rows: list[Tensor], cu_seqlens: Any) -> list[Tensor]:
         return rows
     if len(rows) != 1:
         raise ValueError(f"cu_seqlens is for one flattened row, not {len(rows)}")
-    return list(rows[0].split(torch.as_tensor(cu_seqlens).diff().tolist()))
+    edges = torch.as_tensor(cu_seqlens).tolist()
+    if edges != sorted(edges) or [edges[0], edges[-1]] != [0, len(rows[0])]:
+        raise ValueError(f"cu_seqlens {edges} should rise from 0 to the {len(rows[0])} tokens of the row")
+    return list(rows[0].split(torch.tensor(edges).diff().tolist()))
 
 
-def _roles(ids: list[int], markers: Markers) -> list[str | None]:
-    """Of each token, the role of the last marker at or before it."""
+def _roles(ids: list[int], markers: Markers) -> tuple[list[str | None], frozenset[int]]:
+    """Of each token, the role of the last marker at or before it; and where markers begin."""
     roles: list[str | None] = []
-    current = None
+    begins, current = set(), None
     for place in range(len(ids)):
         for role, marker in markers.items():
             if ids[place : place + len(marker)] == list(marker):
                 current = role
+                begins.add(place)
         roles.append(current)
-    return roles
+    return roles, frozenset(begins)
 
 
 def _problems(row: Row, allowed: set[str], ends: set[int]) -> Iterator[str]:
@@ -181,7 +188,7 @@ def _turns(row: Row) -> Iterator[tuple[int, int]]:
     keys = row.roles if known else row.trained
     start = 0
     for place in range(1, len(keys) + 1):
-        if place == len(keys) or keys[place] != keys[start]:
+        if place == len(keys) or keys[place] != keys[start] or place in row.begins:
             if any(row.trained[start:place]):
                 yield start, place
             start = place

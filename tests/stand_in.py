@@ -22,7 +22,8 @@ class StandIn:
     """Serves `model` at `url` while it is entered.
 
     faults   one for each completion from now on, first come first served: an HTTP status, "drop" (no answer), "abort" (one
-             sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, or None
+             sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, a function
+             of a completion's choices that returns others, or None
     lacks    parts of "ids", "prompt ids", "same prompt", "logprobs", "n", "completions", "rpc", "extension", "adapters"
     raw      log-probs before temperature
     deaf     loads nothing and says it did; "head": everything but the tied head, as vLLM on a CPU
@@ -142,7 +143,8 @@ class StandIn:
                 top = {"prompt_token_ids": prompt}
             else:
                 choices = [{**choice, "prompt_token_ids": prompt} for choice in choices]
-        return 200, {"choices": choices[::-1], **top}
+        choices = fault(choices[::-1]) if callable(fault) else choices[::-1]
+        return 200, {"choices": choices, **top}
 
     def choice(self, index, body, ids, logprobs):
         found = {"index": index, "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length"}

@@ -83,6 +83,15 @@ def test_what_is_wrong_is_said_of_its_row(tokenizer, trained, problem):
     assert (RED in shown) == ("in a turn of" in problem)
 
 
+def test_two_turns_in_a_row_end_each(tokenizer):
+    """Also where nobody speaks between them."""
+    ids, trained = [USR, 6, EOS, BOT, 7, BOT, 8, EOS], [0, 0, 0, 0, 1, 0, 1, 1]
+    with pytest.raises(ValueError, match="the turn at tokens 3 to 4 is trained up to id 7, which does not end it"):
+        check_trained([ids], [labels(trained, ids)], **options(tokenizer))
+    ids, trained = [*ids[:5], EOS, *ids[5:]], [*trained[:5], 1, *trained[5:]]
+    assert check_trained([ids], [labels(trained, ids)], **options(tokenizer)).count("⟦") == 2
+
+
 def test_labels_that_were_shifted_are_told(tokenizer):
     with pytest.raises(ValueError, match="shifted already"):
         check_trained([IDS], [[*labels()[1:], -100]], **options(tokenizer))
@@ -116,3 +125,7 @@ def test_what_does_not_fit_is_refused(tokenizer):
         check_trained([IDS, IDS], [labels(), labels()], cu_seqlens=[0, 13], **options(tokenizer))
     with pytest.raises(ValueError, match=r"markers are of \['user'\]"):
         check_trained([IDS], [labels()], tokenizer.decode, markers={"user": [USR]})
+    with pytest.raises(ValueError, match="should rise from 0 to the 13 tokens"):
+        check_trained([IDS], [labels()], cu_seqlens=[0, 7, 12], **options(tokenizer))
+    with pytest.raises(ValueError, match="nothing stands everywhere"):
+        check_trained([IDS], [labels()], tokenizer.decode, markers={"user": [USR], "assistant": []})

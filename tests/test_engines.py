@@ -1,6 +1,7 @@
 """The engine on a vLLM server, against a stand-in for one (tests/vllm_server has the real thing); the engine in process is in
 test_policy.py."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -431,6 +432,49 @@ def test_a_server_that_lacks_something_is_refused_in_words(policy, lacks, words)
         assert command in text
         assert "VLLM_SERVER_DEV_MODE=1" in command
         assert "--worker-extension-cls drift.engines.vllm_worker.Weights" in command
+
+
+def nonsense(**changes):
+    """Of the last choice; a value for the first token of a list."""
+
+    def spoil(choices):
+        made = dict(choices[-1])
+        for key, value in changes.items():
+            if key == "logprob":
+                made["logprobs"] = {"token_logprobs": [value, *made["logprobs"]["token_logprobs"][1:]]}
+            elif key == "token":
+                made["token_ids"] = [value, *made["token_ids"][1:]]
+            else:
+                made[key] = value
+        return [*choices[:-1], made]
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (nonsense(logprob=math.nan), "log-probs [nan"),
+        (nonsense(logprob=-math.inf), "log-probs [-inf"),
+        (nonsense(logprob=0.5), "log-probs [0.5"),
+        (nonsense(logprob="a"), "finite and at most 0"),
+        (nonsense(token=len(TOKENIZER)), f"each in [0, {len(TOKENIZER)})"),
+        (nonsense(token=-1), "token ids [-1"),
+        (nonsense(token="7"), "token ids ['7'"),
+        (nonsense(token_ids=[], logprobs={"token_logprobs": []}), "one at least"),
+        (nonsense(index=1), "should be there once"),
+        (nonsense(index=None), "should be there once"),
+        (lambda choices: choices[1:], "2 choices where n=3"),
+        (lambda choices: [3, *choices[1:]], "should be there once"),
+        (lambda choices: [{**choice, "logprobs": {"content": [3]}} for choice in choices], "no log-prob for each"),
+    ],
+)
+def test_samples_that_no_model_makes_are_refused(policy, server, fault, words):
+    with opened(policy, server) as engine:
+        server.faults = [fault]
+        with pytest.raises(EngineError) as failure:
+            engine.generate([PROMPTS[0]] * 3, seed=3, **HOW)
+    assert words in str(failure.value)
 
 
 def test_log_probs_before_temperature_are_refused(policy):

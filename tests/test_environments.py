@@ -221,6 +221,8 @@ def test_environments_that_nobody_can_go_on_from(policy):
         ([Step()], "not done and has no messages"),
         ([Step([said], tool_calls=1, reward=1.0)], "has no reward"),
         ([Step(tool_calls=1, done=True)], "ends no episode"),
+        ([Step([{"role": "assistant", "content": "1"}, said])], "other roles than assistant"),
+        ([Step([said], reward=float("nan"))], "finite reward"),
     ):
         with pytest.raises(ValueError, match=complaint):
             scripted(policy, {"q0": ["x"] * 9}, settings, environment=Says(*steps))

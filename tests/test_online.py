@@ -17,6 +17,7 @@ from drift.branches import Branches, Sample
 from drift.config import ConfigError, dump, load, parse
 from drift.curriculum import Phase
 from drift.engines.hf import HFEngine
+from drift.environments import FEEDBACK, VerifyEnvironment
 from drift.offpolicy import log_ratios
 from drift.optimizer import MasterAdamW
 from drift.policy import load_policy
@@ -442,6 +443,36 @@ def test_each_turn_as_the_template_renders_it(tmp_path):
         sum(part["loss_mask"]) for s in samples for part in (s.row, *s.row["earlier_turns"])
     )
     assert math.isfinite(loop.step(0)["loss"])
+
+
+@pytest.mark.parametrize("history", ["keep", "template"])
+def test_an_environment_that_opens_with_examples(tmp_path, history):
+    """Their assistant turns are nobody's samples, and their questions no feedback."""
+
+    class Shows(VerifyEnvironment):
+        def reset(self, problem):
+            shown = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+            return [{"role": "system", "content": "s"}, *shown, {"role": "user", "content": problem.prompt}]
+
+    made = config(tmp_path, rollout={"n": 2, "turns": 2, "history": history}, online={"prompts": 2, "steps": 1})
+    policy, task = load_policy(made.model, seed=0), WordTask(2)
+    lines = {"b": [None, say("no"), say("never")]}  # the engine counts the example as a turn
+    loop = online._Loop(policy, ScriptedEngine(policy, lines), task, task.problems("train"), made, 0, Shows(task, 2))
+    loop.buffer.add("p0", say("a0"), 1.0, 0)
+    samples = loop._sample(0)
+    assert {sample.feedback for sample in samples} == {FEEDBACK}
+    loop._route(samples, 0)
+    for sample in samples:
+        assert [part.messages[-1]["content"] for part in sample.parts] == {
+            "keep": [say("never")],
+            "template": [say("no"), say("never")],
+        }[history]
+        assert (sample.taught is not None) == (sample.problem_id == "p0")
+    assert math.isfinite(loop.step(0)["loss"])
+    if history == "template":
+        row = samples[0].row
+        single = {**row, **row["earlier_turns"][0], "messages": row["messages"][:5], "earlier_turns": []}
+        assert loop._read(single).feedback is None  # which the question is not
 
 
 def test_advantages():

@@ -84,6 +84,13 @@ def test_lora_trains_adapters_alone_and_saves_them(tmp_path):
     assert (tmp_path / "adapters" / "adapter_config.json").is_file()
 
 
+def test_adapters_follow_from_the_seed():
+    lora = {"hidden_size": 16, "layers": 1, "heads": 2, "lora": {"rank": 2, "alpha": 4}}
+    states = [load_policy(ModelConfig(**lora), seed=seed).state() for seed in (5, 5, 6)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0] if "lora_A" in name)
+
+
 def test_adapters_on_the_head_are_refused(tmp_path):
     load_policy(ModelConfig(), seed=1).save(tmp_path)
     policy = load_policy(ModelConfig(path=str(tmp_path), lora=LoRAConfig(rank=2, alpha=4.0, target_modules=["q_proj"])))

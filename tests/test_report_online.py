@@ -1,6 +1,7 @@
 """The page of an online run: its sections, its heat maps, and what is left of them where files are missing or broken."""
 
 import json
+import math
 import re
 
 import pytest
@@ -193,6 +194,20 @@ def test_broken_files_are_reported_not_fatal(tmp_path):
     assert "seed-0/drift/examples.jsonl: 3 lines cannot be read" in text
     assert "seed-0/drift/rollouts.jsonl: 1 rows are left out" in text
     assert "token by token" in text
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    """As another program may have written them."""
+    folder = make_online_run(tmp_path / "run", seeds=1)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    spoilt = [{key: value if key in ("step", "time") else math.nan for key, value in row.items()} for row in rows]
+    write_lines(folder / "metrics.jsonl", [*spoilt[:-1], rows[-1]])
+    examples = folder / "seed-0" / "drift" / "examples.jsonl"
+    lines = [json.loads(line) for line in examples.read_text().splitlines()]
+    write_lines(examples, [row | {"entropy": [math.nan, math.inf, *row["entropy"][2:]]} for row in lines])
+    assert "token by token" in text_of(page_of(folder))
+    write_lines(folder / "metrics.jsonl", spoilt)
+    page_of(folder)
 
 
 def test_a_step_that_was_stored_twice_counts_once(tmp_path):

@@ -154,6 +154,10 @@ def test_mean_over_the_previous_step():
     assert mean.value == 3.0
     mean.advance()
     assert mean.value == 3.0  # no tokens: as before
+    for bad in (math.nan, math.inf):  # the step is skipped, and must not spoil the next one
+        mean.add(torch.tensor([bad, 1.0]), torch.tensor([True, True]))
+        mean.advance()
+        assert mean.value == 3.0
     again = StepMean()
     again.load_state_dict(mean.state_dict())
     assert again.metrics() == {"mean": 3.0}

@@ -305,3 +305,8 @@ def test_rewind_keeps_the_steps_that_count(tmp_path):
     with pytest.raises(StoreError, match=r"r.jsonl:1: the row has no step"):
         rewind(path, 0)
     assert path.read_bytes().count(b"\n") == 1
+    for broken in (b'{"step": 1, "pro\n', b"\x00" * 9):  # amid the file; after a power cut
+        path.write_bytes(whole + broken)
+        with pytest.raises(StoreError, match=r"r.jsonl:7: not JSON in UTF-8"):
+            rewind(path, 9)
+        assert path.read_bytes() == whole + broken

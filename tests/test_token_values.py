@@ -86,3 +86,11 @@ def test_rows_are_appended_and_what_is_not_finite_is_null(tmp_path):
         {"step": 1, "gate": [0.5, None]},
         {"step": 2},
     ]
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    token_values.append(path, [{"step": 1}, {"step": 2}])
+    path.write_bytes(path.read_bytes()[:-5])
+    token_values.append(path, [{"step": 2}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}]

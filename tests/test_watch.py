@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import json
+import math
 
 import pytest
 
@@ -72,6 +73,14 @@ def test_entropy_is_held_against_the_first_step_even_where_it_falls_at_once():
     steps(made, 1.0, 0.0, 0.5)
     [said] = steps(made, 0.2, 0.0, 0.5, count=2)
     assert said == "entropy has fallen to 47% of its start, 0.467 nats from 1"
+
+
+def test_a_step_that_is_not_finite_is_no_start():
+    made = Watch(WatchConfig(window=2, entropy_below=0.5))
+    assert steps(made, math.nan, 0.0, 0.5, count=2) == []
+    steps(made, 1.0, 0.0, 0.5, count=2)
+    [said] = steps(made, 0.1, 0.0, 0.5, count=2)
+    assert said.startswith("entropy has fallen to 10% of its start")
 
 
 def test_nothing_is_said_before_the_window_is_full_nor_of_what_was_never_there():

@@ -303,10 +303,8 @@ class VLLMEngine:
                 raise
 
     def _send(self, request: _Request, stop: threading.Event | None = None) -> Answer:
-        ends, prompt, n = self.policy.eos_ids, request.body.get("prompt"), len(request.places)
-
         def read(answer: Any) -> Answer:
-            return read_answer(answer, n, ends, prompt, request.path)
+            return self._read(answer, len(request.places), request.body.get("prompt"), request.path)
 
         return self.client.ask(request.path, request.body, read=read, after_failure=self._look, stop=stop)
 
@@ -342,7 +340,10 @@ class VLLMEngine:
     def _compatible(self) -> None:
         prompt, n = self._probes[0], 2
         answer = self.client.once(COMPLETIONS, self._body(prompt, n, 1, 1.0, seed=0))
-        read_answer(answer, n, self.policy.eos_ids, prompt, COMPLETIONS)
+        self._read(answer, n, prompt, COMPLETIONS)
+
+    def _read(self, answer: Any, n: int, prompt: list[int] | None, path: str) -> Answer:
+        return read_answer(answer, n, self.policy.eos_ids, prompt, path, self.policy.head()[0].shape[0])
 
     def _ask_state(self) -> State:
         return self.client.ask(RPC, {"method": "drift_state"}, read=read_state)

@@ -6,6 +6,7 @@ A completion's `choices` carry `token_ids` (return_token_ids), `prompt_token_ids
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from drift.engines import Sample
 from drift.engines.client import Passing, Refused
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+ROUNDING = 1e-3  # by which a log-prob may come out above 0
 
 
 class State(NamedTuple):
@@ -78,8 +80,11 @@ def read_state(answer: Any) -> State:
         raise Refused(f"its workers do not have drift's extension: {str(answer)[:200]}", 200) from error
 
 
-def read_answer(answer: Any, n: int, ends: frozenset[int], prompt: list[int] | None, path: str) -> Answer:
-    """The choices of an answer. Raises Refused where it lacks something, Passing where a sample was cut off."""
+def read_answer(
+    answer: Any, n: int, ends: frozenset[int], prompt: list[int] | None, path: str, vocabulary: int
+) -> Answer:
+    """The choices of an answer, by their index. Raises Refused where it lacks something or holds what no model of this
+    vocabulary samples, Passing where a sample was cut off."""
 
     def lacks(what: str) -> Refused:
         return Refused(f"{path} gave {what}", 200)
@@ -89,19 +94,26 @@ def read_answer(answer: Any, n: int, ends: frozenset[int], prompt: list[int] | N
         raise lacks("no choices")
     if len(choices) != n:
         raise lacks(f"{len(choices)} choices where n={n} were asked for")
+    ordered = {choice.get("index", place): choice for place, choice in enumerate(choices) if isinstance(choice, dict)}
+    if ordered.keys() != {*range(n)}:
+        raise lacks(f"choices {list(ordered)} where each of 0…{n - 1} should be there once")
     found = Answer([], [])
-    for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
+    for choice in (ordered[place] for place in range(n)):
         if choice.get("finish_reason") not in ("stop", "length"):
             raise Passing(f"{path}: a sample ended by {choice.get('finish_reason')!r}")
         ids = choice.get("token_ids")
         if not isinstance(ids, list):
             raise lacks("no token ids (return_token_ids)")
+        if not ids or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+            raise lacks(f"token ids {str(ids)[:80]}; there should be one at least, each in [0, {vocabulary})")
         given = choice.get("prompt_token_ids", answer.get("prompt_token_ids"))
         if not isinstance(given, list) or (prompt is not None and given != prompt):
             raise lacks("other prompt ids than it was sent" if isinstance(given, list) else "no prompt ids")
         logprobs = _logprobs(choice.get("logprobs"))
         if logprobs is None or len(logprobs) != len(ids) or any(value is None for value in logprobs):
             raise lacks("no log-prob for each token id (logprobs)")
+        if not all(type(value) in (int, float) and -math.inf < value <= ROUNDING for value in logprobs):
+            raise lacks(f"log-probs {str(logprobs)[:80]}; each should be finite and at most 0")
         found.prompts.append(given)
         found.samples.append(Sample(ids, logprobs, bool(ids) and ids[-1] in ends))
     return found
@@ -112,5 +124,5 @@ def _logprobs(given: Any) -> list[Any] | None:
     if not isinstance(given, dict):
         return None
     if isinstance(content := given.get("content"), list):
-        return [token.get("logprob") for token in content]
-    return given.get("token_logprobs")
+        return [token.get("logprob") if isinstance(token, dict) else None for token in content]
+    return listed if isinstance(listed := given.get("token_logprobs"), list) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def _maps(records: Records, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Map
     most = online.rhythm.bonus_maximum if online else 2.0
 
     def highest(name: str) -> float:
-        values = [value for row in rows for value in row.get(name) or [] if isinstance(value, (int, float))]
+        values = [value for row in rows for value in row.get(name) or [] if _is_number(value)]
         return max(values, default=0.0) or 1.0
 
     gate, bonus = Map("gate", "gate", 0, 1, "drift"), Map("bonus", "bonus", 1, max(most, 1.0 + 1e-6), "other")
@@ -150,13 +151,16 @@ def _gap(text: str) -> str:
 
 def _token(row: Mapping[str, Any], m: Map, place: int) -> str:
     value = row[m.name][place]
-    known = isinstance(value, (int, float))
-    level = round(LEVELS * min(max((value - m.low) / (m.high - m.low), 0), 1)) if known else 0
-    said = [f"{label} {row[name][place]:.3g}" for name, label in HOVER.items() if _is_number(row, name, place)]
+    level = round(LEVELS * min(max((value - m.low) / (m.high - m.low), 0), 1)) if _is_number(value) else 0
+    said = [
+        f"{label} {row[name][place]:.3g}"
+        for name, label in HOVER.items()
+        if name in row and _is_number(row[name][place])
+    ]
     text = str(row["tokens"][place])
     shown = esc(text).replace("\n", "⏎\n")
     return f'<i class="h{level}" title="{esc(" · ".join(said))}">{shown}</i>'
 
 
-def _is_number(row: Mapping[str, Any], name: str, place: int) -> bool:
-    return name in row and isinstance(row[name][place], (int, float))
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
