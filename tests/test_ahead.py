@@ -188,6 +188,15 @@ def _waits(thread):
     return names[0].co_name == "wait" and Ahead.result.__code__ in names
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler, which is not there in a process that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["accumulate", "waiting"])
 def test_an_interrupt_leaves_no_thread(tmp_path, monkeypatch, where):
     """Ctrl-C while the policy trains, and while it waits for samples that never come."""
