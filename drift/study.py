@@ -146,7 +146,7 @@ def table(result: dict[str, Any]) -> Table:
     name = multi.replace("multi_at_", "multi@")
     shown = Table(title=f"{result['name']}: {len(result['seeds'])} seeds, {result['problems']} problems", box=None)
     shown.add_column("arm")
-    for heading in (name, "95 %", "single", "95 %", "drift ahead", "ahead by > 2 s.e."):
+    for heading in (name, "95 %", "single", "95 %", "drift ahead", "> 2 s.e."):
         shown.add_column(heading, justify="right", no_wrap=True)
     for arm, measures in result["arms"].items():
         ahead = result["differences"].get(f"drift - {arm}", {}).get(multi)

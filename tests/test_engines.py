@@ -559,7 +559,7 @@ def test_the_worker_needs_none_of_drifts_dependencies():
 
 def test_the_documented_commands_are_the_ones_that_errors_name():
     text = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
-    assert f"    {server_command('runs/online/base', cpu=True)}\n" in text
+    assert f"    {server_command('runs/online-vllm/base', cpu=True)}\n" in text
     big = server_command("Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", lora_rank=16)
     assert f"    {big}\n" in text
 
