@@ -104,6 +104,8 @@ def main(what: str, path: str, size: int) -> None:
     if dist.is_initialized():  # nobody leaves while another still talks to it
         dist.barrier()
         dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(0)  # threads of gloo's may outlive the group, and abort a process that ends while they run
 
 
 if __name__ == "__main__":
