@@ -1,9 +1,6 @@
 """The engine on a vLLM server, against a stand-in for one (tests/vllm_server has the real thing); the engine in process is in
 test_policy.py."""
 
-import math
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +15,7 @@ from stand_in import StandIn
 from transformers.models.qwen2 import Qwen2Config
 
 from drift.config import Config, ConfigError, EngineConfig, parse
-from drift.engines import EngineError, client, open_engine, vllm_worker
+from drift.engines import EngineError, client, open_engine
 from drift.engines.client import backoff
 from drift.engines.hf import HFEngine
 from drift.engines.vllm import VLLMEngine, server_command
@@ -405,156 +402,7 @@ def test_adapters_on_another_base_are_seen(server):
         pass
 
 
-# --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("lacks", "words"),
-    [
-        ("completions", "Unexpected fields in the request: {'return_token_ids'}"),
-        ("ids", "no token ids"),
-        ("prompt ids", "no prompt ids"),
-        ("same prompt", "other prompt ids than it was sent"),
-        ("logprobs", "no log-prob for each token id"),
-        ("n", "1 choices where n=2 were asked for"),
-        ("rpc", "/collective_rpc: HTTP 404"),
-        ("extension", "no attribute 'drift_state'"),
-    ],
-)
-def test_a_server_that_lacks_something_is_refused_in_words(policy, lacks, words):
-    with StandIn(causal_lm(shape()), lacks=[lacks]) as standing:
-        with pytest.raises(EngineError) as failure, opened(policy, standing):
-            pass
-        text = str(failure.value)
-        assert text.startswith(f"engine.url={standing.url}: it lacks what training needs")
-        assert words in text
-        command = server_command("MODEL", url=standing.url, cpu=True)
-        assert command in text
-        assert "VLLM_SERVER_DEV_MODE=1" in command
-        assert "--worker-extension-cls drift.engines.vllm_worker.Weights" in command
-
-
-def nonsense(**changes):
-    """Of the last choice; a value for the first token of a list."""
-
-    def spoil(choices):
-        made = dict(choices[-1])
-        for key, value in changes.items():
-            if key == "logprob":
-                made["logprobs"] = {"token_logprobs": [value, *made["logprobs"]["token_logprobs"][1:]]}
-            elif key == "token":
-                made["token_ids"] = [value, *made["token_ids"][1:]]
-            else:
-                made[key] = value
-        return [*choices[:-1], made]
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        (nonsense(logprob=math.nan), "log-probs [nan"),
-        (nonsense(logprob=-math.inf), "log-probs [-inf"),
-        (nonsense(logprob=0.5), "log-probs [0.5"),
-        (nonsense(logprob="a"), "finite and at most 0"),
-        (nonsense(token=len(TOKENIZER)), f"each in [0, {len(TOKENIZER)})"),
-        (nonsense(token=-1), "token ids [-1"),
-        (nonsense(token="7"), "token ids ['7'"),
-        (nonsense(token_ids=[], logprobs={"token_logprobs": []}), "one at least"),
-        (nonsense(index=1), "should be there once"),
-        (nonsense(index=None), "should be there once"),
-        (lambda choices: choices[1:], "2 choices where n=3"),
-        (lambda choices: [3, *choices[1:]], "should be there once"),
-        (lambda choices: [{**choice, "logprobs": {"content": [3]}} for choice in choices], "no log-prob for each"),
-    ],
-)
-def test_samples_that_no_model_makes_are_refused(policy, server, fault, words):
-    with opened(policy, server) as engine:
-        server.faults = [fault]
-        with pytest.raises(EngineError) as failure:
-            engine.generate([PROMPTS[0]] * 3, seed=3, **HOW)
-    assert words in str(failure.value)
-
-
-def test_log_probs_before_temperature_are_refused(policy):
-    with (
-        StandIn(causal_lm(shape()), raw=True) as standing,
-        pytest.raises(EngineError, match="before temperature; --logprobs-mode processed_logprobs"),
-        opened(policy, standing),
-    ):
-        pass
-
-
-def test_another_vocabulary_is_refused(policy):
-    with (
-        StandIn(causal_lm(shape()), vocabulary=999) as standing,
-        pytest.raises(EngineError, match=f"a vocabulary of 999, the policy one of {len(TOKENIZER)}"),
-        opened(policy, standing),
-    ):
-        pass
-
-
-def test_a_server_that_takes_no_adapters_is_refused():
-    policy = Policy(shape(), lora=LoraConfig(**LORA))
-    with (
-        StandIn(causal_lm(shape()), lacks=["adapters"]) as standing,
-        pytest.raises(EngineError, match=r"does not take adapters at run time[\s\S]*--enable-lora --max-lora-rank 8"),
-        opened(policy, standing),
-    ):
-        pass
-
-
-def test_a_server_that_is_not_there_is_refused_at_once(policy):
-    config = EngineConfig(kind="vllm", url="http://127.0.0.1:9", wait=60.0)
-    with pytest.raises(EngineError, match="nobody answers"), open_engine(config, policy, 8):
-        pass
-
-
 # --- around it ---
-
-
-def test_the_worker_loads_then_renews_the_head_and_forgets_a_version_that_failed():
-    done = []
-
-    class Head:
-        class quant_method:
-            @staticmethod
-            def process_weights_after_loading(head):
-                done.append("head")
-
-    class Model:
-        lm_head = Head
-
-    class Worker(vllm_worker.Weights):
-        class vllm_config:
-            class model_config:
-                get_vocab_size = staticmethod(lambda: 23)
-
-        class model_runner:
-            get_model = staticmethod(lambda: Model)
-
-        def reload_weights(self, weights_path):
-            if weights_path == "bad":
-                raise RuntimeError("bad")
-            done.append(weights_path)
-
-    worker = Worker()
-    assert worker.drift_state() == {"start": vllm_worker.START, "version": None, "vocabulary": 23}
-    worker.drift_load("folder", "v1")
-    assert done == ["folder", "head"]
-    assert worker.drift_state()["version"] == "v1"
-    with pytest.raises(RuntimeError):
-        worker.drift_load("bad", "v2")
-    assert worker.drift_version is None
-    worker.drift_mark("v3")
-    assert worker.drift_version == "v3"
-
-
-def test_the_worker_needs_none_of_drifts_dependencies():
-    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'pydantic', 'transformers', 'httpx2']))\n"
-    code += "import drift.engines.vllm_worker"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_the_documented_commands_are_the_ones_that_errors_name():
