@@ -21,6 +21,12 @@ from pydantic import Field, ValidationError, model_validator
 from drift.online_config import OnlineConfig
 from drift.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
 
+SERVER, FOLDER = r"^https?://[^/]+/?$", r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+PATTERNS = {  # what text that does not fit one should do
+    SERVER: "read http://HOST:PORT",
+    FOLDER: "be letters, digits, '_', '-' and '.', since it names a folder",
+}
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or out of range; one line a complaint."""
@@ -102,7 +108,7 @@ class EngineConfig(Section):
     """What samples: the policy in process, or a vLLM server (docs/engines.md)."""
 
     kind: Literal["hf", "vllm"] = "hf"
-    url: Annotated[str, Field(pattern=r"^https?://[^/]+/?$")] = "http://127.0.0.1:8000"  # of the server
+    url: Annotated[str, Field(pattern=SERVER)] = "http://127.0.0.1:8000"  # of the server
     concurrency: Positive = 64  # requests in flight
     timeout: Rate = 600.0  # seconds for the answer to one request
     retries: Count = 5  # of a request that was put off, cut off, or not answered in time
@@ -190,7 +196,7 @@ class TrackConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of the run's folder in output_dir
+    name: Annotated[str, Field(pattern=FOLDER)]  # of the run's folder in output_dir
     output_dir: str = "runs"
     seeds: Annotated[list[Count], Field(min_length=1)] = [0]
     arms: Annotated[list[Literal["uniform", "success_only", "drift"]], Field(min_length=1)] = [
@@ -401,10 +407,8 @@ def _ill_typed(error: Any) -> str:
             return f"{where}is missing; add it to the file, or give {path}=…"
         case "value_error":
             return f"{where}{error['ctx']['error']}"
-        case "string_pattern_mismatch" if error["loc"][-1] == "url":
-            return f"{where}{error['input']!r} should read http://HOST:PORT"
         case "string_pattern_mismatch":
-            return f"{where}{error['input']!r} should be letters, digits, '_', '-' and '.', since it names a folder"
+            return f"{where}{error['input']!r} should {PATTERNS[error['ctx']['pattern']]}"
         case "model_type" | "model_attributes_type":
             return f"{where}{error['input']!r} should be a mapping of keys to values, or left out"
         case "too_short":

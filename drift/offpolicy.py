@@ -7,15 +7,13 @@ times as much, over all that was sampled of the trajectory; the sum is clipped, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-import drift_kernels
 from drift import chat, returns, store
 from drift.packing import pack
 from drift.policy import Policy
-from drift.trainer import logit_transform
+from drift.reference import score_pack
 from drift.types import PackedBatch
 
 
@@ -59,10 +57,6 @@ def _score(policy: Policy, rows: Sequence[store.Row], chosen: Sequence[int], max
 
 def _logprobs(policy: Policy, batch: PackedBatch, temperatures: torch.Tensor) -> torch.Tensor:
     """[T] float32 on the CPU, 0 outside the turns; temperatures [S], one a segment."""
-    softcap, logit_scale = logit_transform(policy.model.config)
     spread = temperatures.to(policy.device).repeat_interleave(batch.cu_seqlens.diff().to(torch.int64))
-    options: dict[str, Any] = {"temperature": spread, "softcap": softcap, "logit_scale": logit_scale}
     with policy.inference():
-        weight, bias = policy.head()
-        out = drift_kernels.linear_logprob(policy.hidden(batch), weight, batch.targets, bias=bias, **options)
-        return out.logprobs.where(batch.response_mask, 0.0).cpu()
+        return score_pack(policy, batch, spread).logprobs.where(batch.response_mask, 0.0).cpu()

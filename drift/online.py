@@ -2,8 +2,8 @@
 
 What a step samples follows from the seed and its number; the router, the buffer, the running means and the teacher's
 weights are in the checkpoint: an interrupted training goes on to the same bits, and to the same file of trajectories,
-each row with the weights that the router gave it. Under torchrun every rank samples its
-share of the problems, all ranks see the whole batch and route it alike, and each trains its share of the trajectories.
+each row with the weights that the router gave it. Under torchrun every rank samples its share of the problems, all
+ranks see the whole batch and route it alike, and each trains its share of the trajectories.
 
     L = (Σ w_policy·policy_token + λ·Σ w_distill·divergence_token) / N
 
@@ -83,12 +83,11 @@ def train_online(
 ) -> OnlineStats:
     """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
 
-    `examples_path`: the file that gets a few responses of a few steps, token by token (see `drift.token_values`).
-
     With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
     rollouts: a file that every step's trajectories are appended to (`drift.store`), with their step (as in the metrics),
     staleness, advantage, pass_rate, had_teacher and routed weights; rows past the step that it goes on from are cut off.
     environment: in place of the one that `config.rollout` names (`drift.environments`).
+    examples_path: a file that a few responses of a few steps go to, token by token (`drift.token_values`).
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
     folder holds another training.
     """
@@ -117,7 +116,7 @@ def train_online(
                 track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
             for warning in loop.watch.warnings:
                 track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
-            if examples_path is not None and distributed.rank() == 0:
+            if examples_path is not None and first:
                 token_values.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
             every = config.train.save_every
             if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):

@@ -105,13 +105,19 @@ class Policy:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Inside, the model is in eval mode and records no gradients."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), torch.inference_mode():
+            yield
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; after it, in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0) -> Policy:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ import drift_kernels
 from drift import distributed
 from drift.config import Config
 from drift.packing import pack
-from drift.policy import Policy
+from drift.policy import Policy, evaluating
 from drift.trainer import logit_transform
-from drift.types import Trajectory
+from drift.types import PackedBatch, Trajectory
 
 
 class Reference:
@@ -79,25 +80,13 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     Their order follows from the trajectories and `config.train` alone. Dropout is off, and there is no gradient.
     """
     train = config.train
-    softcap, logit_scale = logit_transform(policy.model.config)
     kernel = drift_kernels.KernelConfig(backend=train.backend, workspace_bytes=train.workspace_bytes)
     packs = pack(trajectories, train.max_tokens, max_length=min(train.max_length, train.max_tokens), turns="assistant")
     found: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))]
     with scoring(policy.model):
-        weight, bias = policy.head()
         for batch in packs:
             batch = batch.to(policy.device)
-            out = drift_kernels.linear_logprob(
-                policy.hidden(batch),
-                weight,
-                batch.targets,
-                return_entropy=True,
-                bias=bias,
-                temperature=config.rollout.temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                config=kernel,
-            )
+            out = score_pack(policy, batch, config.rollout.temperature, return_entropy=True, config=kernel)
             assert out.entropy is not None
             mask = batch.response_mask
             found.append((out.logprobs[mask].float().cpu(), out.entropy[mask].float().cpu()))
@@ -105,13 +94,16 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     return torch.cat(logprobs), torch.cat(entropies)
 
 
+def score_pack(policy: Policy, batch: PackedBatch, temperature: float | Tensor, **options: Any) -> Any:
+    """`drift_kernels.linear_logprob` of a pack on the policy's device; `temperature` for all of it, or [T]."""
+    softcap, logit_scale = logit_transform(policy.model.config)
+    weight, bias = policy.head()
+    options |= {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    return drift_kernels.linear_logprob(policy.hidden(batch), weight, batch.targets, **options)
+
+
 @contextmanager
 def scoring(model: torch.nn.Module) -> Iterator[None]:
     """Inside, no dropout and no gradients; unlike inference mode, what is made may enter a loss."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        yield

@@ -37,11 +37,10 @@ class Row:
 
 
 def show_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool | None = None, **options: Any) -> str:
-    """Every conversation as text: trained tokens green (without `colour`: in ⟦ ⟧), what must not be on red.
+    """Every conversation as text: trained tokens green (without colour: in ⟦ ⟧), what must not be trained on red.
 
-    colour: None is for on a terminal.
-
-    The arguments are `check_trained`'s; nothing is raised, problems stand below their conversation.
+    colour: None has it on a terminal alone. The other arguments are `check_trained`'s; nothing is raised, problems stand
+    below their conversation.
     """
     rows = inspect_rows(ids, labels, **options)
     allowed = options.get("trained_roles", ("assistant",))
@@ -134,7 +133,7 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
     return found
 
 
-def _same_shape(ids: Any, labels: Any, mask: Any) -> Iterator[list[Tensor]]:
+def _same_shape(ids: Any, labels: Any, mask: Any) -> tuple[list[Tensor], ...]:
     """The three as lists of rows; a missing mask is all ones."""
     ids, labels = ([torch.as_tensor(row) for row in values] for values in (ids, labels))
     mask = [torch.ones_like(row) for row in ids] if mask is None else [torch.as_tensor(row) for row in mask]
@@ -143,7 +142,7 @@ def _same_shape(ids: Any, labels: Any, mask: Any) -> Iterator[list[Tensor]]:
         raise ValueError(
             f"ids, labels and attention_mask have rows of {shapes[0]}, {shapes[1]} and {shapes[2]}; one shape"
         )
-    yield from (ids, labels, mask)
+    return ids, labels, mask
 
 
 def _rows(rows: list[Tensor], cu_seqlens: Any) -> list[Tensor]:

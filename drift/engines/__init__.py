@@ -50,6 +50,12 @@ class Engine(Protocol):
         ...
 
 
+def check_prompts(prompts: list[list[int]]) -> None:
+    """Raises ValueError where one is empty."""
+    if not all(prompts):
+        raise ValueError(f"prompts: number {next(i for i, p in enumerate(prompts) if not p)} is empty")
+
+
 @contextmanager
 def open_engine(config: EngineConfig, policy: Policy, batch_size: int) -> Iterator[Engine]:
     """The engine that `config` names, in step with the policy's weights; inside, `sync` keeps it so.

@@ -74,11 +74,15 @@ class Client:
         Raises Unreachable, Passing or Refused.
         """
         where, http = f"{self.url}{path}", self._errors
+        cut_off = (
+            http.ReadError,
+            http.WriteError,
+            http.CloseError,
+            http.RemoteProtocolError,
+        )  # before or amid the answer
         try:
             answer = self._http.get(path) if body is None else self._http.post(path, json=body)
-        except (http.ConnectError, http.ConnectTimeout, http.ReadError, http.WriteError, http.CloseError) as error:
-            raise Unreachable(f"{where}: {_name(error)}") from error
-        except http.RemoteProtocolError as error:  # closed before or amid the answer
+        except (http.ConnectError, http.ConnectTimeout, *cut_off) as error:
             raise Unreachable(f"{where}: {_name(error)}") from error
         except http.TimeoutException as error:
             raise Passing(f"{where}: no answer within engine.timeout={self.timeout:g} s") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from drift.engines import Sample
+from drift.engines import Sample, check_prompts
 from drift.policy import Policy
 
 
@@ -45,8 +45,7 @@ class HFEngine:
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} should be at least 0 and top_p {top_p} in (0, 1]")
-        if not all(prompts):
-            raise ValueError(f"prompts: number {next(i for i, p in enumerate(prompts) if not p)} is empty")
+        check_prompts(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         samples: list[Sample | None] = [None] * len(prompts)
         generator = torch.Generator(self.policy.device).manual_seed(seed)

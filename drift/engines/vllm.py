@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from drift.config import EngineConfig
-from drift.engines import EngineError, Sample
+from drift.engines import EngineError, Sample, check_prompts
 from drift.engines.client import Client, Passing, Refused, Unreachable
 from drift.engines.vllm_api import Answer, State, read_answer, read_state, server_command
 from drift.policy import Policy
@@ -208,8 +208,7 @@ class VLLMEngine:
         after the cut; training needs those before it); EngineError where the server refuses, or stays away.
         """
         self._check(temperature, top_p)
-        if not all(prompts):
-            raise ValueError(f"prompts: number {next(i for i, p in enumerate(prompts) if not p)} is empty")
+        check_prompts(prompts)
         places: dict[Any, list[int]] = {}
         for place, prompt in enumerate(prompts):  # the server refuses several greedy samples
             places.setdefault(tuple(prompt) if temperature > 0 else place, []).append(place)

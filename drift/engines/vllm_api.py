@@ -51,13 +51,8 @@ def server_command(
     """
     host, _, port = url.removesuffix("/").rpartition("//")[2].partition(":")
     environment = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes that hand weights over
-    words = [
-        python,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(Path(model).resolve() if Path(model).is_dir() else model),
-    ]
+    served = Path(model).resolve() if Path(model).is_dir() else model
+    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served)]
     words += ["--host", host, "--port", port or "80", "--dtype", dtype]
     words += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "drift.engines.vllm_worker.Weights"]
     if lora_rank:
@@ -115,7 +110,7 @@ def read_answer(
         if not all(type(value) in (int, float) and -math.inf < value <= ROUNDING for value in logprobs):
             raise lacks(f"log-probs {str(logprobs)[:80]}; each should be finite and at most 0")
         found.prompts.append(given)
-        found.samples.append(Sample(ids, logprobs, bool(ids) and ids[-1] in ends))
+        found.samples.append(Sample(ids, logprobs, ids[-1] in ends))
     return found
 
 

@@ -8,7 +8,7 @@ from drift.records import Records
 from drift.report import plots
 from drift.report.online_files import BANDS, Points, Seed, by_difficulty
 from drift.report.plots import BASE, DRIFT, MUTED, OTHER, SUCCESS, UNIFORM
-from drift.report.text import count_of, esc, figures, percent
+from drift.report.text import count_of, esc, figures, percent, table
 from drift.watch import SIGNS
 
 SMOOTH = 5  # steps
@@ -192,9 +192,7 @@ def against_base(records: Records) -> str:
             cells = f"<td>{len(now):,}</td>" + "".join(f"<td>{percent(share)}</td>" for share in shares)
             rows.append(f"<tr><td>{label}</td>{cells}</tr>")
     columns = ("Solved by the base", "problems", "now in the first turn", f"now within {records.turns}")
-    head = f"<tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr>"
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
-    return f"<section><h3>The same problems, before and after</h3>{table}</section>" if rows else ""
+    return f"<section><h3>The same problems, before and after</h3>{table(columns, rows)}</section>" if rows else ""
 
 
 def _by_difficulty(records: Records, seeds: Sequence[Seed]) -> str:

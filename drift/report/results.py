@@ -8,7 +8,7 @@ import re
 from drift.intervals import Difference, mean_stderr, paired_difference
 from drift.records import Records, Results
 from drift.report import plots
-from drift.report.text import count_of, esc, figures, percent, points
+from drift.report.text import count_of, esc, figures, percent, points, table
 
 _CSS_COLOURS = {"base": "base", "uniform": "uniform", "success_only": "success", "drift": "drift"}
 
@@ -20,11 +20,10 @@ def section(records: Records) -> str:
     results, turns = records.results, records.turns
     number = len(next(iter(results.values())).multi)
     reference = next(arm for arm in ("drift", *reversed(results)) if arm in results)  # the base is the last to be it
-    rows = "".join(_result_row(arm, result, records, reference) for arm, result in results.items())
+    rows = (_result_row(arm, result, records, reference) for arm, result in results.items())
     gain = "<small>points over base</small>" if "base" in results and len(results) > 1 else ""
-    last = f"<th>{esc(reference)} ahead by<small>multi@{turns}, points</small></th>" if len(results) > 1 else ""
-    head = f"<tr><th>Arm</th><th>multi@{turns}{gain}</th><th>single turn{gain}</th>{last}</tr>"
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    last = [f"{esc(reference)} ahead by<small>multi@{turns}, points</small>"] if len(results) > 1 else []
+    shown = table(["Arm", f"multi@{turns}{gain}", f"single turn{gain}", *last], rows)
     error = "± is the standard error over seeds" if number > 1 else "With one seed there is no standard error"
     note = (
         '<p class="why">Greedy answers on problems that no model was trained on, mean over '
@@ -35,7 +34,7 @@ def section(records: Records) -> str:
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))
-    return f"<section><h2>Results</h2>{note}{table}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
+    return f"<section><h2>Results</h2>{note}{shown}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
 
 
 def _result_row(arm: str, result: Results, records: Records, reference: str) -> str:
@@ -82,22 +81,19 @@ def _moved(records: Records) -> str:
             rows.append(f"<tr><td>{esc(arm)}</td>{''.join(values)}</tr>")
     if not rows:
         return ""
-    columns = ("Arm", "entropy before", "entropy after", "KL from the base")
-    head = f"<tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr>"
     note = (
         '<p class="why">Nats a token, on some of the trajectories that the base sampled; KL(base‖arm), estimator k3. An arm '
         "that has collapsed has an entropy near 0 and a large KL.</p>"
     )
-    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
-    return f"<h3>How far training went</h3>{note}{table}"
+    shown = table(("Arm", "entropy before", "entropy after", "KL from the base"), rows)
+    return f"<h3>How far training went</h3>{note}{shown}"
 
 
 def _all_seeds(records: Records) -> str:
-    seeds = "".join(f"<th>seed {esc(seed)}</th>" for seed in records.seeds)
     rows = []
     for arm, result in records.results.items():
         for label, values in ((f"multi@{records.turns}", result.multi), ("single", result.single)):
             cells = "".join(f"<td>{percent(value)}</td>" for value in values)
             rows.append(f"<tr><td>{esc(arm)} <small>{label}</small></td>{cells}</tr>")
-    table = f"<table><thead><tr><th></th>{seeds}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<details><summary>Every seed in numbers</summary><div class="scroll">{table}</div></details>'
+    shown = table(["", *(f"seed {esc(seed)}" for seed in records.seeds)], rows)
+    return f"<details><summary>Every seed in numbers</summary>{shown}</details>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from drift.intervals import Difference
 
@@ -53,6 +53,13 @@ def tile(label: str, value: str, note: str = "") -> str:
 def tiles(items: Sequence[str]) -> str:
     """A row of `tile`s."""
     return f'<div class="tiles">{"".join(items)}</div>'
+
+
+def table(columns: Sequence[str], rows: Iterable[str]) -> str:
+    """Rows of `<tr>` under the names of their columns; it scrolls by itself where it is too wide."""
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join(rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def figures(items: Sequence[tuple[str, str]]) -> str:

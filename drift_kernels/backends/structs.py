@@ -101,12 +101,8 @@ def buckets(
 ):
     """Tokens `ids` [n, k] with their log-probs [n, k], that of all others [n], and the derivatives by both."""
     b, device = _cpu.Buckets(), ids.device
-    b.ids, b.k, b.logprobs, b.rest = (
-        address(ids, device),
-        ids.shape[1],
-        address(logprobs, device),
-        address(rest, device),
-    )
+    b.ids, b.k = address(ids, device), ids.shape[1]
+    b.logprobs, b.rest = address(logprobs, device), address(rest, device)
     b.dlogprobs, b.drest = address(dlogprobs, device), address(drest, device)
     return b
 
