@@ -46,16 +46,17 @@ class Sweep:
         workspace = workspace_of(call)
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
         self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
-        row_bytes = (V + D if call.need_grad else V) * self.dtype.itemsize + self.products.row_bytes + beside[1]
+        width = products.row_stride(V, self.dtype) + (D if call.need_grad else 0)
+        row_bytes = width * self.dtype.itemsize + self.products.row_bytes + beside[1]
         self.limit = max(1, int((workspace - self.products.bytes - beside[0]) // row_bytes))
         largest = min(self.limit, plan.count)
         self.products.reserve(largest)
-        self.logits = self.products.empty((largest, V), self.dtype)
+        self.logits = products.block_of_rows(self.products, largest, V, self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.inverse_temperature = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
         self.grads = self._empty_grads()
         scale = 1.0 if call.accumulate_scale is None else call.accumulate_scale
-        self.dweight = self.products.weight_gradient(x.weight_grad, scale) if call.need_weight else None
+        self.dweight = products.WeightGradient(self.products, x.weight_grad, scale) if call.need_weight else None
 
     def _empty_grads(self) -> Grads:
         x, need = self.x, self.call

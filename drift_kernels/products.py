@@ -30,6 +30,16 @@ def small_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype)
 
 
+def row_stride(width: int, dtype: torch.dtype) -> int:
+    """Elements from one row of logits to the next: rows begin at multiples of 64 bytes, but not all at multiples of 2,048.
+
+    Those share few sets of a cache, and of the products two read down the columns. With V = 65,536 a call took 4 % longer.
+    """
+    line = 64 // dtype.itemsize
+    stride = -(-width // line) * line
+    return stride + line if stride % (32 * line) == 0 else stride
+
+
 @dataclass(frozen=True)
 class LoRAHead:
     """A low-rank addition to the head: the weight is W + scale·B·A, which is never formed."""
@@ -76,7 +86,7 @@ class Widened:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, workspace: int) -> None:
         V, D = weight.shape
-        self.weight, self.operand = weight, dtype
+        self.weight, self.operand, self.sums = weight, dtype, dtype
         self.row_bytes = D * dtype.itemsize  # of the workspace for each row: the gathered hidden rows
         self.bytes, self.tile, self.buffer = 0, V, None  # bytes: of the workspace once
         if weight.dtype != dtype:
@@ -87,10 +97,12 @@ class Widened:
     def reserve(self, rows: int) -> None:
         """Makes room for chunks of at most `rows` rows."""
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def _parts(self) -> Iterator[slice]:
         V = self.weight.shape[0]
-        for v in range(0, V, self.tile):
-            part = slice(v, min(v + self.tile, V))
+        return (slice(v, min(v + self.tile, V)) for v in range(0, V, self.tile))
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for part in self._parts():
             tile = self.weight[part]
             yield part, tile if self.buffer is None else self.buffer[: part.stop - part.start].copy_(tile)
 
@@ -104,15 +116,30 @@ class Widened:
         for part, weight in self._tiles():
             torch.addmm(out, dlogits[:, part], weight, beta=0 if part.start == 0 else 1, out=out)
 
-    def weight_gradient(self, into: Tensor | None = None, scale: float = 1.0) -> WeightGradient:
-        """Starts dweight at 0, or adds `scale` times it to `into`."""
-        return WeightGradient(self.weight, self.operand, into, scale)
+    def dweight(
+        self,
+        dlogits: Tensor,
+        hidden: Tensor,
+        sums: Tensor | None,
+        rounded: Tensor | None,
+        *,
+        accumulate: bool,
+        scale: float,
+    ) -> None:
+        """sums [V, D] (+)= scale · dlogits [C, V]ᵀ · hidden [C, D]; what then would be there to `rounded` [V, D] where given."""
+        if rounded is None:
+            torch.addmm(sums, dlogits.t(), hidden, beta=int(accumulate), alpha=scale, out=sums)
+            return
+        for part in self._parts():
+            tile = self.buffer[: part.stop - part.start] if sums is None else sums[part]
+            torch.addmm(tile, dlogits[:, part].t(), hidden, beta=int(accumulate), alpha=scale, out=tile)
+            rounded[part].copy_(tile)
 
 
 class Native:
     """The same products of bf16 operands, by `csrc/cpu/gemm.cpp`."""
 
-    operand = torch.bfloat16
+    operand, sums = torch.bfloat16, torch.float32
     empty = staticmethod(huge_pages)  # and bf16 ones a quarter less
 
     def __init__(self, weight: Tensor, workspace: int) -> None:
@@ -134,52 +161,46 @@ class Native:
     def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
         cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads)
 
-    def weight_gradient(self, into: Tensor | None = None, scale: float = 1.0) -> NativeWeightGradient:
-        assert into is None  # which an fp32 weight has
-        return NativeWeightGradient(self)
+    def dweight(
+        self,
+        dlogits: Tensor,
+        hidden: Tensor,
+        sums: Tensor | None,
+        rounded: Tensor | None,
+        *,
+        accumulate: bool,
+        scale: float,
+    ) -> None:
+        assert scale == 1  # other scales are for adding to what an fp32 weight has
+        cpu.gemm_tn(dlogits, hidden, sums, self.scratch, self.threads, accumulate=accumulate, rounded=rounded)
 
 
 class WeightGradient:
-    """dweight [V, D] = Σ dlogitsᵀ · hidden over chunks, summed in the compute dtype. A bf16 weight's leaves as bf16: rounded
-    once, and backward can hand it over as it is. (An fp16 one's stays fp32: it would underflow before loss scaling.)
+    """dweight [V, D] = scale · Σ dlogitsᵀ · hidden over chunks, summed in the compute dtype, or added to `into`.
+
+    A bf16 weight's leaves as bf16, and backward can hand it over as it is: the last product rounds it on its way out, so that
+    a single chunk needs no [V, D] of sums. (An fp16 one's stays fp32: it would underflow before loss scaling.)
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, into: Tensor | None, scale: float) -> None:
-        self.sums = torch.empty(weight.shape, dtype=dtype) if into is None else into
-        self.dtype = gradient_dtype(weight.dtype, dtype, weight.device)
-        self.scale, self.started = scale, into is not None
+    def __init__(self, by: Widened | Native, into: Tensor | None = None, scale: float = 1.0) -> None:
+        self.by, self.sums, self.scale = by, into, scale
+        self.dtype = by.sums if into is not None else gradient_dtype(by.weight.dtype, by.sums, by.weight.device)
+        self.rounded = None
 
     def add(self, dlogits: Tensor, hidden: Tensor, *, final: bool) -> None:
         """Adds scale · dlogits [C, V]ᵀ · hidden [C, D]; `final` says that nothing comes after."""
-        torch.addmm(self.sums, dlogits.t(), hidden, beta=1 if self.started else 0, alpha=self.scale, out=self.sums)
-        self.started = True
-
-    def result(self) -> Tensor:
-        """The gradient; zero where nothing was added."""
-        return (self.sums if self.started else self.sums.zero_()).to(self.dtype)
-
-
-class NativeWeightGradient:
-    """The same by bf16 products, the last of which rounds on its way out: a single chunk needs no fp32 [V, D]."""
-
-    def __init__(self, by: Native) -> None:
-        self.by, self.shape = by, tuple(by.weight.shape)
-        self.sums = self.rounded = None
-
-    def add(self, dlogits: Tensor, hidden: Tensor, *, final: bool) -> None:
-        """Adds dlogits [C, V]ᵀ · hidden [C, D]; `final` says that nothing comes after."""
         by, accumulate = self.by, self.sums is not None
-        if final:
-            self.rounded = by.empty(self.shape, torch.bfloat16)
+        if final and self.dtype != by.sums:
+            self.rounded = by.empty(by.weight.shape, self.dtype)
         elif self.sums is None:
-            self.sums = by.empty(self.shape, torch.float32)
-        cpu.gemm_tn(dlogits, hidden, self.sums, by.scratch, by.threads, accumulate=accumulate, rounded=self.rounded)
+            self.sums = by.empty(by.weight.shape, by.sums)
+        by.dweight(dlogits, hidden, self.sums, self.rounded, accumulate=accumulate, scale=self.scale)
 
     def result(self) -> Tensor:
         """The gradient; zero where nothing was added."""
         if self.rounded is not None:
             return self.rounded
-        return torch.zeros(self.shape, dtype=torch.bfloat16) if self.sums is None else self.sums.bfloat16()
+        return torch.zeros(self.by.weight.shape, dtype=self.dtype) if self.sums is None else self.sums.to(self.dtype)
 
 
 def gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
@@ -203,6 +224,11 @@ def choose(hidden: Tensor, weight: Tensor, dtype: torch.dtype, workspace: int) -
     return Native(weight, workspace) if is_native(hidden, weight) else Widened(weight, dtype, workspace)
 
 
+def block_of_rows(by: Widened | Native, count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised logits [count, width]."""
+    return by.empty((count, row_stride(width, dtype)), dtype)[:, :width]
+
+
 class HeadBlock:
     """Products of hidden rows by a head beside the one that is trained, in a block of their own."""
 
@@ -212,12 +238,12 @@ class HeadBlock:
         self.by, self.dtype, self.vocabulary = choose(hidden, weight, dtype, workspace), dtype, weight.shape[0]
         self.low_rank = None if lora is None else LowRank(lora, dtype)
         # of the workspace, once and for each row
-        self.bytes, self.row_bytes = self.by.bytes, self.vocabulary * dtype.itemsize + self.by.row_bytes
+        self.bytes, self.row_bytes = self.by.bytes, row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes
 
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows."""
         self.by.reserve(count)
-        self.block = self.by.empty((count, self.vocabulary), self.dtype)
+        self.block = block_of_rows(self.by, count, self.vocabulary, self.dtype)
 
     def products(self, hidden: Tensor) -> Tensor:
         """[n, V] of hidden rows [n, D]; the next call's take their place."""

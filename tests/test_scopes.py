@@ -32,7 +32,7 @@ def rows_through(monkeypatch):
 
 
 def workspace(rows):
-    return dk.KernelConfig(workspace_bytes=8 * (V + 2 * D) * rows)
+    return dk.KernelConfig(workspace_bytes=8 * (products.row_stride(V, torch.float64) + 2 * D) * rows)
 
 
 def run(case, advantages, cu, spec=GSPO, rows=1000, seed=0, **options):
