@@ -16,7 +16,8 @@ from torch import Tensor
 
 from drift_kernels.backends import cpu
 
-TILE_SHARE = 8  # a widened weight tile takes at most this part of the workspace
+TILE_BYTES, TILE_ROWS = 2 << 20, 256  # a widened tile of a weight: small enough for a cache, with rows enough for a product
+TILE_SHARE = 8  # and at most this part of the workspace
 
 
 def huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -90,7 +91,8 @@ class Widened:
         self.row_bytes = D * dtype.itemsize  # of the workspace for each row: the gathered hidden rows
         self.bytes, self.tile, self.buffer = 0, V, None  # bytes: of the workspace once
         if weight.dtype != dtype:
-            self.tile = min(V, max(1, workspace // TILE_SHARE // self.row_bytes))
+            best = max(TILE_BYTES // self.row_bytes, TILE_ROWS)
+            self.tile = max(1, min(V, best, workspace // TILE_SHARE // self.row_bytes))
             self.bytes = self.tile * self.row_bytes
             self.buffer = self.empty((self.tile, D), dtype)
 
