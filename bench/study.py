@@ -189,10 +189,10 @@ def _share(source: Path, folder: Path, reads: str) -> None:
 
 
 def measure(variant: Variant, out: Path, config: Config) -> dict[str, Any]:
-    """What a variant's run left: shares of problems by seed, tokens and seconds, means over seeds."""
+    """What a variant's run left: shares of problems by seed, tokens and CPU seconds, means over seeds."""
     folder, seeds = out / slug(variant.folder), config.seeds
     results = json.loads((folder / "summary.json").read_text())["results"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = _metrics(folder)
     prefixes = [f"seed-{seed}/{variant.arm}/" for seed in seeds]
     if config.online:
         batch = config.online.prompts * config.rollout.n
@@ -203,9 +203,9 @@ def measure(variant: Variant, out: Path, config: Config) -> dict[str, Any]:
         files = [rollout_path(source, config, seed) for seed in seeds]
         generated = sum(map(_generated, files))
         trained = sum(_last(lines, prefix + "trained_tokens") for prefix in prefixes)
-        shared = json.loads((source / "summary.json").read_text())
-        sampling = shared["seconds"]["rollouts"] * len(seeds) / len(shared["seeds"])
-    training = sum(_sum(lines, prefix + "step_time") for prefix in prefixes)
+        theirs = lines if source == folder else _metrics(source)
+        sampling = sum(_sum(theirs, f"seed-{seed}/rollout/step_cpu_time") for seed in seeds)
+    training = sum(_sum(lines, prefix + "step_cpu_time") for prefix in prefixes)
     return {
         "name": variant.name,
         "group": variant.group,
@@ -215,6 +215,10 @@ def measure(variant: Variant, out: Path, config: Config) -> dict[str, Any]:
         "trained_tokens": trained / len(seeds),
         "seconds": (sampling + training) / len(seeds),
     }
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _sum(lines: Sequence[dict[str, Any]], key: str) -> float:
@@ -270,7 +274,7 @@ def markdown(result: dict[str, Any]) -> str:
     names = [multi.replace("_at_", "@"), mean.replace("_at_", "@"), "single turn"]
     base = " | ".join(f"{100 * result['base'][key]:.1f}" for key in result["measures"])
     gaps = [f"{name} − GRPO's" for name in names[:2]]
-    heads = ["variant", *names, *gaps, "k tokens sampled", "trained", "s a seed", "of GRPO's"]
+    heads = ["variant", *names, *gaps, "k tokens sampled", "trained", "CPU s a seed", "of GRPO's"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1), f"| base | {base} |" + " |" * 6]
     against = [{verdict["name"]: verdict for verdict in result["against_grpo"][key]} for key in (multi, mean)]
     group = "methods"
@@ -288,7 +292,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Percent of {result['problems']} held-out problems: means ± standard errors over {seeds} seeds (of other bands, β and γ "
         f"{min(FEW, seeds)}). Differences are paired by seed; ✓: not worse than GRPO by {100 * MARGIN:.0f} points, the one-sided "
-        "95 % bound by Student's t over seeds lying above. Seconds: sampling and training, without evaluation.",
+        "95 % bound by Student's t over seeds lying above. CPU seconds of one thread: sampling and training, without evaluation.",
     ]
     return "\n".join(lines)
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from drift.types import PackedBatch, Trajectory
+
+
+class Stopwatch:
+    """Seconds since it was made: by the wall clock, and of this process on all its processors."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """By the names of the log. On a shared machine the second tells what the first cannot."""
+        return {"step_time": time.perf_counter() - self._wall, "step_cpu_time": time.process_time() - self._cpu}
 
 
 @dataclass
@@ -78,8 +90,10 @@ def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch]) -> Totals:
     )
 
 
-def metrics(stats: TrainStats, totals: Totals, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
-    """What is logged of a step, by the names other trainers use; `seconds` is what the step took."""
+def metrics(
+    stats: TrainStats, totals: Totals, result: StepResult, lr: float, took: dict[str, float]
+) -> dict[str, float]:
+    """What is logged of a step, by the names other trainers use; `took` is what a `Stopwatch` read at its end."""
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -90,8 +104,8 @@ def metrics(stats: TrainStats, totals: Totals, result: StepResult, lr: float, se
         "cut_tokens": stats.cut_tokens,
         "dropped": stats.dropped,
         "skipped_steps": stats.skipped,
-        "step_time": seconds,
-        "perf/tokens_per_second": totals.tokens / seconds,
+        **took,
+        "perf/tokens_per_second": totals.tokens / took["step_time"],
         "perf/peak_memory": _peak_memory(),
     }
 

@@ -39,6 +39,7 @@ from drift.config import Config
 from drift.curriculum import Curriculum
 from drift.engines import Engine
 from drift.environments import Environment
+from drift.meter import Stopwatch
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.policy import Policy
 from drift.reference import Reference
@@ -180,7 +181,7 @@ class _Loop:
 
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
-        start, phase = time.perf_counter(), self.curriculum.at(number)
+        watch, start, phase = Stopwatch(), time.perf_counter(), self.curriculum.at(number)
         self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
@@ -219,11 +220,11 @@ class _Loop:
             correct=[sample.solved_at > 0 for sample in samples],
             reference_kl=reference_kl,
         )
-        seconds = time.perf_counter() - start
+        took = watch.read()
         self.stats.steps += 1
         self.stats.skipped += result.skipped
         self.stats.trajectories += len(samples)
-        self.stats.seconds += seconds
+        self.stats.seconds += took["step_time"]
         self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
         return {
             **outcomes,
@@ -235,7 +236,7 @@ class _Loop:
             **means,
             "seconds_sampling": sampled - start,
             **waited,
-            "step_time": seconds,
+            **took,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
         }
 

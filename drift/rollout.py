@@ -8,7 +8,6 @@ was in again and writes what is missing, ends with the same file as one that ran
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from drift import chat, store
 from drift.engines import Engine, Sample
 from drift.environments import FEEDBACK, TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment, feedback
+from drift.meter import Stopwatch
 from drift.policy import Policy
 from drift.tasks import Task, normalise, parse_answer
 from drift.track import Bar, Track
@@ -232,27 +232,28 @@ def collect(
             if not missing:
                 bar.advance(len(chunk))
                 continue
-            start = time.perf_counter()
+            watch = Stopwatch()
             options: dict[str, Any] = {"seed": [*numbers, number], "bar": bar, "environment": environment}
             episodes = play(policy, engine, task, chunk, config, **options)
             for episode in episodes:
                 if (episode.problem.id, episode.index) in missing:
                     writer.write({**episode.row(config.format_penalty), **who})
-            measured = _metrics(episodes, time.perf_counter() - start)
+            measured = _metrics(episodes, watch.read())
             if environment is not None or config.tool is not None:
                 measured |= tool_metrics([(episode.tool_calls, episode.tool_errors) for episode in episodes])
             track.log(number + 1, **{f"{prefix}/{key}": value for key, value in measured.items()})
         return len(writer.done) - before
 
 
-def _metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
+def _metrics(episodes: Sequence[Episode], took: dict[str, float]) -> dict[str, float]:
     sampled = sum(sum(sample["loss_mask"]) for episode in episodes for sample in episode.samples)
     return {
         "solved": sum(episode.solved_at > 0 for episode in episodes) / len(episodes),
         "solved_first": sum(episode.solved_at == 1 for episode in episodes) / len(episodes),
         "turns": sum(len(episode.answers) for episode in episodes) / len(episodes),
         "unparsed": sum(episode.answers.count(None) for episode in episodes) / len(episodes),
-        "tokens_per_second": sampled / seconds,
+        "tokens_per_second": sampled / took["step_time"],
+        **took,
     }
 
 

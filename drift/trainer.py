@@ -8,7 +8,6 @@ seed and the step's number alone, and so does the generator that dropout draws f
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -21,7 +20,7 @@ import torch
 import drift_kernels
 from drift import checkpoint, distributed
 from drift.config import TrainConfig
-from drift.meter import StepResult, Totals, TrainStats, measure, metrics
+from drift.meter import StepResult, Stopwatch, Totals, TrainStats, measure, metrics
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.packing import pack
 from drift.track import Track
@@ -148,7 +147,7 @@ def train(
     with training(policy.model), track.progress(prefix, total) as bar:
         bar.advance(stats.steps)
         for step in range(stats.steps, total):
-            start = time.perf_counter()
+            watch = Stopwatch()
             chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
             mine = [trajectories[i] for i in chosen]
             packs = _pack(mine, config, min_weight)
@@ -157,11 +156,11 @@ def train(
             lr = learning_rate(step, total, config)
             with seeded(seed, step, policy.model):
                 result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
-            seconds = time.perf_counter() - start
-            stats.count(totals, result, seconds)
+            took = watch.read()
+            stats.count(totals, result, took["step_time"])
             if result.skipped:
                 track.say(f"{prefix}: step {step + 1} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-            track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, seconds).items()})
+            track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()})
             bar.advance(loss=result.loss, lr=lr)
             due = step + 1 == total or (config.save_every and (step + 1) % config.save_every == 0)
             if checkpoint_dir is not None and due:
