@@ -62,7 +62,7 @@ _PAIRS = tuple({"block": b, "warps": w} for b, w in ((512, 4), (1024, 4), (2048,
 _PAIRS_ON_CHIP = tuple({"threads": t, "cluster": 8, "on_chip": True} for t in (128, 256))
 _TILES = tuple(
     {"rows": r, "block": b, "depth": d, "warps": w, "stages": s}
-    for r, b, d, w, s in ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4))
+    for r, b, d, w, s in ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
 )
 GROUPS = (
     *(Group("triton", (kernel,), _BLOCKS) for kernel in ROW_KERNELS),
