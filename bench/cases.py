@@ -6,6 +6,7 @@ gate use the same few lines in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from drift_kernels.testing import off_the_edges
 CLIP = 0.2
 IGNORED = -100
 BUILD_ROWS = 256  # rows of logits at a time while a problem is built
+TAUGHT = ("jsd", "jsd-top")  # losses with a teacher
+TOP_K = 100  # tokens that a teacher of "jsd-top" knows of each row
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Case:
     """One row of the benchmark: T = segments x length hidden rows of width D, vocabulary V."""
 
     name: str
-    loss: str  # "mean": −log p; "weighted": Σ w·(−log p) / Σ w; "clip": PPO's clipped ratio
+    # "mean": −log p; "weighted": Σ w·(−log p) / Σ w; "clip": PPO's clipped ratio; "score": log p itself, no gradient; "jsd":
+    # the Jensen–Shannon divergence from a teacher's head; "jsd-top": from a teacher's likeliest tokens and the rest as one
+    loss: str
     segments: int
     length: int
     V: int
@@ -39,6 +44,11 @@ class Case:
     def T(self) -> int:
         """Hidden rows."""
         return self.segments * self.length
+
+    @property
+    def units(self) -> float:
+        """GEMM work of a row, done once each: 2 for logits, 4 for the gradients, 2 for a teacher's logits."""
+        return {"score": 2.0, "jsd": 8.0}.get(self.loss, 6.0)
 
     def shrunk(self, length: int = 16, V: int = 515, D: int = 32) -> Case:
         """The same case at a size that takes milliseconds, its numbers of segments and groups kept."""
@@ -100,6 +110,9 @@ class Problem:
     advantages: Tensor | None  # [S] fp32, for "clip"
     old: Tensor | None  # [T] fp32, for "clip": 0 where not trained
     cu_seqlens: Tensor  # [S + 1] int32
+    teacher: tuple[Tensor, Tensor] | None = (
+        None  # "jsd": hidden [T, D], weight [V, D]; "jsd-top": ids, log-probs [T, k]
+    )
 
     @property
     def trained(self) -> Tensor:
@@ -119,6 +132,8 @@ class Problem:
 
     def token_losses(self, logprobs: Tensor, rows: Tensor | None = None) -> Tensor:
         """Each token's share of the loss, normalised; of the rows in `rows`, or of all T (masked ones give 0)."""
+        if self.case.loss == "score":
+            return logprobs
         mask = (self.targets != IGNORED).to(logprobs.dtype)
         factor = mask if self.token_weights is None else mask * self.token_weights
         per_row = [factor / factor.sum()]
@@ -133,13 +148,32 @@ class Problem:
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages) * factor
 
     def loss(self, logprobs: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The case's loss from log-probs of `rows`, or of all T."""
-        return self.token_losses(logprobs, rows).sum()
+        """The case's loss from log-probs of `rows`, or of all T; of "score", the log-probs."""
+        terms = self.token_losses(logprobs, rows)
+        return terms if self.case.loss == "score" else terms.sum()
+
+    def divergences(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Each row's share of the divergence from the teacher [n], by the student's logits [n, V]; in their type."""
+        assert self.teacher is not None
+        first, second = self.teacher[0][rows], self.teacher[1]
+        student = logits.log_softmax(-1)
+        if self.case.loss == "jsd-top":
+            found = student.gather(1, first), second[rows].to(logits.dtype)
+            student, teacher = (torch.cat((p, torch.log1p(-p.exp().sum(-1, keepdim=True))), -1) for p in found)
+        elif logits.dtype == torch.float64:
+            teacher = (first.double() @ second.double().t()).log_softmax(-1)
+        else:  # rounded as the student's are
+            teacher = (first @ second.t()).to(logits.dtype).log_softmax(-1)
+        mixture = torch.logaddexp(student, teacher) - math.log(2)
+        terms = student.exp() * (student - mixture) + teacher.exp() * (teacher - mixture)
+        return terms.sum(-1) / (2 * self.case.T)
 
     def shares(self) -> Shares:
         """Counted from the inputs; which rows are clipped by the noise that made `old`."""
         trained = self.trained
         read = live = trained
+        if self.case.loss == "score":
+            live = trained[:0]
         if self.case.loss == "clip":
             logprobs = log_probs(self.hidden, self.weight, self.targets, trained).requires_grad_()
             (slope,) = torch.autograd.grad(self.loss(logprobs, trained), logprobs)
@@ -163,6 +197,9 @@ def eager_loss(problem: Problem, rows: Tensor | None = None) -> Tensor:
     if rows is not None:
         hidden, targets = hidden[rows], targets[rows]
     logits = (hidden @ problem.weight.t()).float()
+    if problem.teacher is not None:
+        every = torch.arange(len(logits), device=logits.device) if rows is None else rows
+        return problem.divergences(logits, every).sum()
     return problem.loss(logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), rows)
 
 
@@ -198,4 +235,17 @@ def make(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Probl
         margin = 1e-3 if case.dtype == torch.float32 else 2e-2
         old = torch.zeros(case.T, device=device)
         old[trained] = off_the_edges(noisy, own, (1 - CLIP, 1 + CLIP), margin)
-    return Problem(case, hidden, weight, targets, weights, advantages, old, ends)
+    return Problem(case, hidden, weight, targets, weights, advantages, old, ends, _teacher(case, here))
+
+
+def _teacher(case: Case, here: Any) -> tuple[Tensor, Tensor] | None:
+    if case.loss not in TAUGHT:
+        return None
+    hidden = torch.randn(case.T, case.D, **here).to(case.dtype)
+    weight = torch.randn(case.V, case.D, **here).mul_(case.D**-0.5).to(case.dtype)
+    if case.loss == "jsd":
+        return hidden, weight
+    wide, parts = weight.float(), []
+    for some in hidden.split(BUILD_ROWS):
+        parts.append((some.float() @ wide.t()).log_softmax(-1).topk(TOP_K))
+    return torch.cat([top.indices for top in parts]), torch.cat([top.values for top in parts])

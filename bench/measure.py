@@ -58,7 +58,8 @@ def wall(work: Callable[[], None]) -> float:
 
 
 class GemmLimit:
-    """The case's GEMMs alone: logits of the a·T rows read, dhidden and dweight of the a′·T live ones, into ready buffers."""
+    """The case's GEMMs alone: logits of the a·T rows read (a teacher's too, where it has a head), dhidden and dweight of the
+    a′·T live ones, into ready buffers."""
 
     def __init__(
         self,
@@ -73,6 +74,8 @@ class GemmLimit:
         self.read, self.live = round(shares.read * case.T), round(shares.live * case.T)
         self.hidden = problem.hidden.detach()[: self.read].to(dtype)
         self.weight = problem.weight.detach().to(dtype)
+        heads = problem.teacher if case.loss == "jsd" else None
+        self.teacher = heads and (heads[0].to(dtype), heads[1].to(dtype))
         self.dweight = torch.zeros_like(self.weight)
         largest = min(max(chunks), self.read)
         self.logits = self.weight.new_zeros(largest, case.V)
@@ -92,7 +95,11 @@ class GemmLimit:
             first, last = (self.read * k // pieces for k in (i, i + 1))
             alive = self.live * (i + 1) // pieces - self.live * i // pieces
             logits = self.logits[: last - first]
+            if self.teacher is not None:
+                torch.mm(self.teacher[0][first:last], self.teacher[1].t(), out=logits)
             torch.mm(self.hidden[first:last], self.weight.t(), out=logits)
+            if not self.live:
+                continue
             torch.mm(logits[:alive], self.weight, out=self.dhidden[:alive])
             rows = self.hidden[first : first + alive]
             torch.addmm(self.dweight, logits[:alive].t(), rows, beta=int(i > 0), out=self.dweight)

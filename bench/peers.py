@@ -36,11 +36,24 @@ class Contender:
 
 def drift(workspace_bytes: int | None = None, backend: str = "auto") -> Loss:
     """Our own, with the default workspace and backend or others."""
-    from drift_kernels import KernelConfig, policy_loss, weighted_cross_entropy
+    from drift_kernels import (
+        KernelConfig,
+        TeacherHead,
+        TeacherTopK,
+        distill_loss,
+        linear_logprob,
+        policy_loss,
+        weighted_cross_entropy,
+    )
 
     config = KernelConfig(backend=backend, workspace_bytes=workspace_bytes)
 
     def loss(p: Problem) -> Tensor:
+        if p.case.loss == "score":
+            return linear_logprob(p.hidden, p.weight, p.targets, config=config).logprobs
+        if p.teacher is not None:
+            teacher = (TeacherHead if p.case.loss == "jsd" else TeacherTopK)(*p.teacher)
+            return distill_loss(p.hidden, p.weight, teacher, config=config).loss
         if p.case.loss != "clip":
             return weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weights, config=config).loss
         assert p.advantages is not None
@@ -154,7 +167,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("drift", "drift", "drift-rl", lambda case, shares: 2 * shares.read + 4 * shares.live, drift),
-        Contender("eager", "eager", "torch", _always(6), lambda: eager_loss),
+        Contender("eager", "eager", "torch", lambda case, shares: case.units, lambda: eager_loss),
         Contender(
             "eager-picked",
             "eager, rows picked",

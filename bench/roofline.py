@@ -63,40 +63,54 @@ def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list
     """A loss with all its gradients over T rows that count, bf16, through `drift_kernels.staging`; a kernel that keeps a
     row on chip does not read it `twice`."""
     staged, room = capacity(workspace, V, D, 2, True)
-    product, width = 2.0 * T * V * D, padded(V)
-    blocks, buffers = -(-T // staged), -(-T // (room // staged * staged))
-    weight = 2 * V * D
+    width, blocks = padded(V), -(-T // staged)
     return [
-        Stage("logits = h·Wᵀ, fp32 out", product, 4 * T * width + blocks * weight),
+        Stage("logits = h·Wᵀ, fp32 out", 2.0 * T * V * D, 4 * T * width + blocks * 2 * V * D),
         Stage(f"fused_policy: read {'twice' if twice else 'once'}, write bf16", 0, (4 + 4 * twice + 2) * T * width),
-        Stage("dh = dlogits·W", product, 2 * T * width + buffers * weight + 4 * T * D),
+        *_gradients(T, D, V, staged, room),
+    ]
+
+
+def _gradients(T: int, D: int, V: int, staged: int, room: int) -> list[Stage]:
+    """What follows the row kernels, by the rows of the block and of the buffer of gradients."""
+    product, width, buffers = 2.0 * T * V * D, padded(V), -(-T // (room // staged * staged))
+    return [
+        Stage("dh = dlogits·W", product, 2 * T * width + buffers * 2 * V * D + 4 * T * D),
         Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
         Stage("dW times the incoming gradient, to bf16", 0, 6 * V * D),
     ]
 
 
-def distillation(T: int, D: int, V: int, workspace: int, k: int | None = None) -> list[Stage]:
-    """A divergence from a teacher of the student's size with all gradients, over the vocabulary or the student's top `k`."""
+def distillation(T: int, D: int, V: int, workspace: int, k: int | None = None, twice: bool = True) -> list[Stage]:
+    """A divergence from a teacher of the student's size with all gradients, over the vocabulary or, by Triton, the student's
+    top `k`; a kernel that keeps a pair of rows on chip does not read it `twice`."""
     width, weight, product = padded(V), 2 * V * D, 2.0 * T * V * D
     staged, room = capacity(workspace, V, D, 2, True, 4 * width + 2 * D)
-    blocks, buffers = -(-T // staged), -(-T // (room // staged * staged))
+    blocks = -(-T // staged)
     logits = Stage("logits = h·Wᵀ, fp32 out, student and teacher", 2 * product, 2 * (4 * T * width + blocks * weight))
     stats = Stage("row_stats of both: read once", 0, 8 * T * width)
     if k is None:
-        middle = [Stage("fused_distill: read both twice, write bf16", 0, (16 + 2) * T * width)]
+        often = "twice" if twice else "once"
+        middle = [Stage(f"fused_distill: read both {often}, write bf16", 0, (8 + 8 * twice + 2) * T * width)]
     else:
         middle = [
             Stage(f"top_k, k = {k}: read four times", 0, 16 * T * width),
             Stage("bucket_logprobs of both: read once where the k hold most", 0, 8 * T * width),
             Stage("grad_buckets: read once, write bf16", 0, (4 + 2) * T * width),
         ]
+    return [logits, stats, *middle, *_gradients(T, D, V, staged, room)]
+
+
+def stored(T: int, D: int, V: int, workspace: int, k: int) -> list[Stage]:
+    """The same from a teacher's `k` log-probs a row and the rest as one."""
+    width = padded(V)
+    staged, room = capacity(workspace, V, D, 2, True, (k + 1) * 112)  # bytes of an id as `distill_driver` counts them
     return [
-        logits,
-        stats,
-        *middle,
-        Stage("dh = dlogits·W", product, 2 * T * width + buffers * weight + 4 * T * D),
-        Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
-        Stage("dW times the incoming gradient, to bf16", 0, 6 * V * D),
+        Stage("logits = h·Wᵀ, fp32 out", 2.0 * T * V * D, 4 * T * width + -(-T // staged) * 2 * V * D),
+        Stage("row_stats: read once", 0, 4 * T * width),
+        Stage("bucket_logprobs: read once where the k hold most", 0, 4 * T * width),
+        Stage("grad_buckets: read once, write bf16", 0, (4 + 2) * T * width),
+        *_gradients(T, D, V, staged, room),
     ]
 
 
@@ -128,10 +142,17 @@ def table(title: str, stages: list[Stage]) -> str:
 def main() -> None:
     """Prints the tables that docs/gpu.md quotes."""
     T, D, V, workspace = 8192, 4096, 151_936, 1 << 30
-    print(table(f"Training, {T} × {D} × {V:,}, bf16, workspace 1 GiB", training(T, D, V, workspace)), end="\n\n")
-    print(table("The same, workspace 256 MiB", training(T, D, V, workspace >> 2)), end="\n\n")
-    print(table("Distillation over the vocabulary, workspace 1 GiB", distillation(T, D, V, workspace)), end="\n\n")
-    print(table("Distillation over the student's top 100, the same", distillation(T, D, V, workspace, 100)), end="\n\n")
+    shape = f"{T} × {D} × {V:,}, bf16"
+    tables = {
+        f"Training, {shape}, workspace 1 GiB: Triton": training(T, D, V, workspace),
+        "The same: CUDA on sm_90, rows kept on chip": training(T, D, V, workspace, twice=False),
+        "Triton, workspace 256 MiB": training(T, D, V, workspace >> 2),
+        "Distillation over the vocabulary, workspace 1 GiB: Triton": distillation(T, D, V, workspace),
+        "The same: CUDA on sm_90, pairs of rows kept on chip": distillation(T, D, V, workspace, twice=False),
+        "Distillation over the student's top 100, the same: Triton": distillation(T, D, V, workspace, 100),
+    }
+    for title, stages in tables.items():
+        print(table(title, stages), end="\n\n")
     for name, stages in scoring(T, D, V, workspace).items():
         print(table(f"Scoring, {name}", stages), end="\n\n")
 

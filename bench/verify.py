@@ -1,6 +1,7 @@
 """The gate before any timing: loss and gradients of the very problem that is timed, against float64.
 
-Compared are the loss, all of dhidden and a sample of dweight's rows: every target's, and every `STRIDE`th of the others.
+Compared are the loss, all of dhidden and a sample of dweight's rows: every target's, and every `STRIDE`th of the others;
+of a case that scores, its log-probs.
 (All of dweight in float64 would cost more than the benchmark itself; an error in a GEMM does not choose its rows.)
 """
 
@@ -19,16 +20,17 @@ STRIDE = 16
 ROWS = 128  # float64 logits at a time
 # For peers in bf16: some hand log-probs over in bf16, or add chunks up in it, which eager code in one piece does not.
 HALF_SLACK = 2.0
+SCORE_SCALE = 1.0  # by how much logits differ: a log-prob that is off by its own size is off by everything
 
 
 @dataclass(frozen=True)
 class Result:
     """What is compared: the loss, its gradients, and for the loss's error budget the size of what it sums up."""
 
-    loss: Tensor  # 0-d
-    hidden: Tensor  # [T, D]
+    loss: Tensor  # 0-d; log-probs [T] of a case that scores
+    hidden: Tensor  # [T, D]; empty, as `weight` is, where there are no gradients
     weight: Tensor  # [n, D], the sampled rows
-    scale: float = 0.0  # Σ |token losses|
+    scale: float = 0.0  # Σ |token losses|; SCORE_SCALE of log-probs
 
 
 def sampled_rows(problem: Problem) -> Tensor:
@@ -39,8 +41,11 @@ def sampled_rows(problem: Problem) -> Tensor:
 
 
 def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Tensor:
-    """One forward and backward; gradients are left on the problem's leaves."""
+    """One forward and backward; gradients are left on the problem's leaves. Of a case that scores, forward alone."""
     problem.hidden.grad = problem.weight.grad = None
+    if problem.case.loss == "score":
+        with torch.no_grad():
+            return loss(problem)
     out = loss(problem)
     out.backward()
     return out.detach()
@@ -48,6 +53,9 @@ def step(problem: Problem, loss: Callable[[Problem], Tensor]) -> Tensor:
 
 def result(problem: Problem, loss: Tensor) -> Result:
     """The outcome of the last `step`."""
+    if problem.case.loss == "score":
+        nothing = problem.hidden.detach()[:0]
+        return Result(loss, nothing, nothing)
     hidden, weight = problem.hidden.grad, problem.weight.grad
     if hidden is None or weight is None:
         raise RuntimeError(f"no gradient for {'hidden' if hidden is None else 'weight'}")
@@ -55,25 +63,46 @@ def result(problem: Problem, loss: Tensor) -> Result:
 
 
 def exact(problem: Problem) -> Result:
-    """The float64 outcome, written out by hand: d(logits) = coefficient · (onehot(target) − p)."""
+    """The float64 outcome."""
+    if problem.case.loss == "score":
+        return _exact_scores(problem)
     weight, sample = problem.weight.detach().double(), sampled_rows(problem)
     loss, scale = weight.new_zeros(()), 0.0
     dhidden = weight.new_zeros(problem.hidden.shape)
     dweight = weight.new_zeros((len(sample), weight.shape[1]))
     for rows in problem.trained.split(ROWS):
-        hidden, targets = problem.hidden.detach()[rows].double(), problem.targets[rows, None]
-        logits = hidden @ weight.t()
-        lse = logits.logsumexp(1, keepdim=True)
-        logprobs = (logits.gather(1, targets) - lse).squeeze(1).requires_grad_()
-        terms = problem.token_losses(logprobs, rows)
-        (coefficients,) = torch.autograd.grad(terms.sum(), logprobs)
-        dlogits = logits.sub_(lse).exp_().mul_(-coefficients[:, None])
-        dlogits.scatter_add_(1, targets, coefficients[:, None])
-        loss += terms.sum().detach()
-        scale += float(terms.detach().abs().sum())
+        hidden = problem.hidden.detach()[rows].double()
+        terms, dlogits = (_by_targets if problem.teacher is None else _by_teacher)(problem, hidden @ weight.t(), rows)
+        loss += terms.sum()
+        scale += float(terms.abs().sum())
         dhidden[rows] = dlogits @ weight
         dweight += dlogits[:, sample].t() @ hidden
     return Result(loss, dhidden, dweight, scale)
+
+
+def _by_targets(problem: Problem, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Token losses of `rows` and d(logits), written out by hand over them: coefficient · (onehot(target) − p)."""
+    targets, lse = problem.targets[rows, None], logits.logsumexp(1, keepdim=True)
+    logprobs = (logits.gather(1, targets) - lse).squeeze(1).requires_grad_()
+    terms = problem.token_losses(logprobs, rows)
+    (coefficients,) = torch.autograd.grad(terms.sum(), logprobs)
+    dlogits = logits.sub_(lse).exp_().mul_(-coefficients[:, None])
+    return terms.detach(), dlogits.scatter_add_(1, targets, coefficients[:, None])
+
+
+def _by_teacher(problem: Problem, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergences of `rows` and d(logits), by autograd."""
+    terms = problem.divergences(logits.requires_grad_(), rows)
+    return terms.detach(), torch.autograd.grad(terms.sum(), logits)[0]
+
+
+def _exact_scores(problem: Problem) -> Result:
+    weight, parts = problem.weight.detach().double(), []
+    for rows in problem.trained.split(ROWS):
+        logits = problem.hidden.detach()[rows].double() @ weight.t()
+        parts.append(logits.log_softmax(1).gather(1, problem.targets[rows, None]).squeeze(1))
+    nothing = weight[:0]
+    return Result(torch.cat(parts), nothing, nothing, SCORE_SCALE)
 
 
 def own(problem: Problem) -> Result:
@@ -100,6 +129,8 @@ def sane(plain: Result, truth: Result) -> bool:
     """Whether the yardstick is one: plain torch within 5 % of float64 (bf16 comes to about 1 %)."""
     for name in ("loss", "hidden", "weight"):
         torchs, want = getattr(plain, name).double(), getattr(truth, name)
+        if not want.numel():
+            continue
         scale = truth.scale if name == "loss" else float(want.abs().max())
         if not float((torchs - want).abs().max()) <= 0.05 * scale:
             return False

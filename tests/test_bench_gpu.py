@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from bench import roofline
 from bench.cases import eager_loss
 from bench.gpu import __main__ as gpu
-from bench.gpu import machine, measure, supervise, tune
+from bench.gpu import machine, measure, peers, supervise, tune
 from bench.peers import Contender
 from drift_kernels.backends import cuda
 
-NAMED = ["drift-triton", "drift-cuda", "eager", "eager-picked", "torch", "trl", "quack", "apple-cce"]
+NAMED = ["drift-triton", "drift-cuda", "eager", "eager-picked", "torch", "trl", "quack", "apple-cce", "liger-jsd"]
 WORKER = """
 import json, os, sys, time
 order = json.loads(sys.argv[1])
@@ -45,18 +46,21 @@ def test_a_dry_run_writes_every_section(tmp_path, capsys):
     assert [case["name"] for case in found["cases"]] == list(measure.CASES)
     for case in found["cases"]:
         entries = {entry["name"]: entry for entry in case["contenders"]}
-        assert set(entries) == set(NAMED)
-        for name in ("drift-triton", "drift-cuda", "eager", "torch"):
+        there = {contender.name for contender in peers.contenders({}, measure.CASES[case["name"]])}
+        assert set(entries) == set(NAMED) & there | {"drift-triton", "drift-cuda"}
+        for name in {"drift-triton", "drift-cuda", "eager", "torch"} & set(entries):
             entry = entries[name]
             assert entry["status"] == "ok", entry
             assert len(entry["times"]) == 2
             assert min(entry[key] for key in ("seconds", "tflops", "peak_bytes", "over_gemms", "units")) > 0
-        for name in ("eager-picked", "quack", "apple-cce"):
+        for name in {"eager-picked", "quack", "apple-cce", "liger-jsd"} & set(entries):
             assert entries[name]["status"] == "ok" or entries[name]["reason"]
         assert case["gemms"]["seconds"] > 0
         assert case["predicted"].keys() == {"triton", "cuda"}
     tried = found["tuning"]["tried"]
-    assert {line["role"] for line in tried} == {"triton", "cuda"}
+    kernels = {(line["role"], kernel) for line in tried for kernel in line["kernels"]}
+    both = {*tune.ROW_KERNELS, *tune.BUCKET_KERNELS, "fused_distill"}
+    assert kernels == {("triton", "score"), *((role, kernel) for role in ("triton", "cuda") for kernel in both)}
     assert all(line["seconds"] for line in tried)
     assert json.loads((tmp_path / "stand-in.tuning.json").read_text()) == found["tuning"]["file"] != {}
     text = (tmp_path / "stand-in.md").read_text()
@@ -89,10 +93,10 @@ def test_what_kills_the_worker_is_left_out_and_the_rest_goes_on(tmp_path, monkey
     assert late["third"]["reason"] == "left out: the time was over"
 
 
-def _case(monkeypatch, machine, loss, name="drift-triton", skip=()):
+def _case(monkeypatch, machine, loss, name="drift-triton", skip=(), case="ppo-32768x2048x151936"):
     contender = Contender(name, name, "torch", lambda case, shares: 6.0, lambda: loss)
-    monkeypatch.setattr(measure, "contenders", lambda roles: [contender])
-    case = measure.CASES["ppo-32768x2048x151936"].shrunk()
+    monkeypatch.setattr(measure, "contenders", lambda roles, case: [contender])
+    case = measure.CASES[case].shrunk()
     found = measure.run_case(case, machine, dict(skip), 2, lambda step, reason: None, ())
     return found["contenders"][0]
 
@@ -108,6 +112,37 @@ def test_nothing_wrong_is_timed(monkeypatch):
     assert (skipped["status"], skipped["reason"]) == ("failed", "died before")
 
 
+@pytest.mark.parametrize("name", ["score-8192x4096x151936", "jsd-4096x4096x128256", "jsd-top-4096x4096x128256"])
+def test_scores_and_divergences_are_judged_too(name, monkeypatch):
+    here = machine.stand_in()
+    right = _case(monkeypatch, here, eager_loss, case=name)
+    assert (right["status"], right["units"]) == ("ok", 2.0 if name.startswith("score") else 6.0)
+
+    def off(p):
+        return eager_loss(p) + 0.2 if name.startswith("score") else eager_loss(p) * 1.2
+
+    assert _case(monkeypatch, here, off, case=name)["reason"].startswith("wrong: loss: ")
+
+
+def test_a_divergence_is_not_another_one(monkeypatch):
+    """KL(student‖teacher), whose loss is shifted to the right value: the gradients give it away."""
+
+    def reverse(p):
+        hidden, weight = p.teacher
+        student, teacher = ((h @ w.t()).float().log_softmax(-1) for h, w in ((p.hidden, p.weight), (hidden, weight)))
+        out = (student.exp() * (student - teacher)).sum() / p.case.T
+        return out + (eager_loss(p) - out).detach()
+
+    found = _case(monkeypatch, machine.stand_in(), reverse, case="jsd-4096x4096x128256")
+    assert found["reason"].startswith("wrong: dhidden: ")
+
+
+def test_tuning_ends_in_time():
+    found = tune.try_all(machine.stand_in(), {}, lambda step, reason: None, time.time() + 1.0)
+    assert (found["file"], found["tried"]) == ({}, [])
+    assert found["reasons"]["triton score"] == "left out: the time was over"
+
+
 def test_an_error_costs_a_line_and_a_broken_device_the_process(monkeypatch):
     def crash(problem):
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -118,7 +153,9 @@ def test_an_error_costs_a_line_and_a_broken_device_the_process(monkeypatch):
         _case(monkeypatch, replace(here, healthy=lambda: False), crash)
     said = []
     monkeypatch.setattr(tune, "_try", lambda *args: {"seconds": None, "reason": "illegal"})
-    status = supervise.work(replace(here, healthy=lambda: False), {"tasks": ["tuning"], "skip": {}}, said.append)
+    status = supervise.work(
+        replace(here, healthy=lambda: False), {"tasks": ["tuning"], "skip": {}, "until": time.time() + 60}, said.append
+    )
     assert status == 3
     assert said[-1]["reason"] == "illegal"
 
@@ -142,10 +179,19 @@ def test_every_launch_choice_is_one_that_the_backends_take(monkeypatch):
         for numbers in group.candidates:
             with tune.launched_with(group.setting(numbers)):
                 if group.role == "cuda":
-                    assert vars(cuda.choose(tune.VOCABULARY, True, 232_448, True)) == numbers
+                    pair = cuda.PAIR in group.kernels
+                    assert vars(cuda.choose(tune.VOCABULARY, True, 232_448, True, pair)) == numbers
                 for kernel in group.kernels if group.role == "triton" else ():
                     rule = launch.row_rule(tune.VOCABULARY)
                     assert vars(launch.overridden(kernel, rule)) == vars(rule) | numbers
+                    if kernel == "score":
+                        tiles = (numbers["rows"] + numbers["block"]) * numbers["depth"] * numbers["stages"]
+                        assert 2 * tiles <= 232_448
+                        wide, few = torch.empty(4096, 64, device="meta"), torch.empty(64, 64, device="meta")
+                        assert vars(launch.score_launch(wide, "half", True, True)) == numbers
+                        for hidden, kind in ((wide, "tf32"), (wide, "ieee"), (few, "half")):
+                            rule = launch.score_rule(len(hidden), kind, (9, 0), True, True)
+                            assert launch.score_launch(hidden, kind, True, True) == rule
     assert cuda.choose(tune.VOCABULARY, True, 232_448, True).threads == 512
 
 

@@ -209,4 +209,20 @@ def _out_of_place() -> SimpleNamespace:
         out.copy_(own)
         return found
 
-    return SimpleNamespace(row_stats=row_stats, grad_logits=grad_logits, fused_policy=fused_policy)
+    def fused_distill(logits: Tensor, *arguments: Any, gradient: bool, out: Tensor) -> tuple[Tensor, Tensor]:
+        own = logits.clone()
+        found = cpu.fused_distill(own, *arguments, gradient=gradient)
+        out.copy_(own)
+        return found
+
+    def grad_buckets(logits: Tensor, *arguments: Any, out: Tensor) -> Tensor:
+        own = logits.clone()
+        live = cpu.grad_buckets(own, *arguments)
+        out.copy_(own)
+        return live
+
+    def score(hidden: Tensor, weight: Tensor, chunk: Any, want: tuple[str, ...]) -> dict[str, Tensor]:
+        return cpu.row_stats(hidden.float() @ weight.float().t(), chunk, want)
+
+    made = (row_stats, grad_logits, fused_policy, fused_distill, grad_buckets, score, cpu.top_k, cpu.bucket_logprobs)
+    return SimpleNamespace(**{kernel.__name__: kernel for kernel in made})

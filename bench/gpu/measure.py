@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import roofline, verify
-from bench.cases import Case, Problem, Shares, make
+from bench.cases import TOP_K, Case, Problem, Shares, make
 from bench.gpu.machine import Machine
 from bench.gpu.peers import contenders
 from bench.measure import Entry, GemmLimit, paired
@@ -34,6 +34,9 @@ CASES = {
         replace(_DENSE, name="dense-4096x4096x128256", segments=4, V=128_256),
         replace(_DENSE, name="dense-8192x2304x256000", V=256_000, D=2304),
         replace(_DENSE, name="ppo-32768x2048x151936", loss="clip", segments=32, D=2048, mask="share", share=0.3, noise=0.3),
+        replace(_DENSE, name="score-8192x4096x151936", loss="score"),
+        replace(_DENSE, name="jsd-4096x4096x128256", loss="jsd", segments=4, V=128_256),
+        replace(_DENSE, name="jsd-top-4096x4096x128256", loss="jsd-top", segments=4, V=128_256),
     )
 }  # fmt: skip
 
@@ -67,7 +70,7 @@ def _run_case(case: Case, machine: Machine, skip: dict[str, str], rounds: int, s
     say("bare GEMMs", "")
     limit = GemmLimit(problem, shares, case.dtype, CHUNKS, lambda work: machine.seconds(work, best_of=2))
     entries, runners = [], []
-    for contender in contenders(machine.backends):
+    for contender in contenders(machine.backends, case):
         if only and contender.name not in only:
             continue
         say(contender.name, "")
@@ -75,7 +78,8 @@ def _run_case(case: Case, machine: Machine, skip: dict[str, str], rounds: int, s
         entries.append(entry)
         loss = _admitted(entry, contender, problem, tiny, plain, truth, skip, machine, say)
         if loss is not None:
-            entry.units = contender.units(case, shares)
+            # without a backward pass nobody makes anything twice
+            entry.units = case.units if case.loss == "score" else contender.units(case, shares)
             runners.append((entry, loss))
     _rounds(problem, limit, runners, rounds, machine, say)
     return _summary(case, shares, limit, entries, machine)
@@ -161,13 +165,21 @@ def predicted(case: Case, shares: Shares, machine: Machine, role: str) -> float 
     """Seconds by the roofline; None for a GPU whose peaks are not known."""
     if machine.peaks is None:
         return None
-    on_chip = role == "cuda" and float(machine.facts.get("capability", 0)) >= 9
-    stages = roofline.training(round(shares.read * case.T), case.D, case.V, WORKSPACE, twice=not on_chip)
+    cuda, shape = role == "cuda", (round(shares.read * case.T), case.D, case.V, WORKSPACE)
+    twice = not (cuda and float(machine.facts.get("capability", 0)) >= 9)
+    if case.loss == "score":
+        stages = roofline.scoring(*shape)["staged" if cuda else "score kernel"]
+    elif case.loss == "jsd":
+        stages = roofline.distillation(*shape, twice=twice)
+    elif case.loss == "jsd-top":
+        stages = roofline.stored(*shape, TOP_K)
+    else:
+        stages = roofline.training(*shape, twice)
     return sum(stage.seconds(machine.peaks) for stage in stages)
 
 
 def _summary(case: Case, shares: Shares, limit: GemmLimit, entries: list[Entry], machine: Machine) -> dict[str, Any]:
-    flops = 6.0 * round(shares.trained * case.T) * case.V * case.D
+    flops = case.units * round(shares.trained * case.T) * case.V * case.D
     ours = {entry.name.removeprefix("drift-") for entry in entries if entry.name.startswith("drift-")}
 
     def row(entry: Entry) -> dict[str, Any]:
@@ -186,7 +198,7 @@ def _summary(case: Case, shares: Shares, limit: GemmLimit, entries: list[Entry],
         "shape": {"T": case.T, "D": case.D, "V": case.V},
         "shares": asdict(shares),
         "flops": flops,
-        "gradient_bytes": (case.T + case.V) * case.D * case.dtype.itemsize,
+        "gradient_bytes": 0 if case.loss == "score" else (case.T + case.V) * case.D * case.dtype.itemsize,
         "gemms": {"chunk": limit.chunk, "times": limit.times, "seconds": statistics.median(limit.times.values())},
         "predicted": {role: predicted(case, shares, machine, role) for role in sorted(ours)},
         "contenders": [row(entry) for entry in entries],

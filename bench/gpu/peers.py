@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bench.cases import IGNORED, Case, Problem, Shares
+from bench.cases import IGNORED, TAUGHT, Case, Problem, Shares
 from bench.peers import CONTENDERS, Contender, Loss, drift
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "unsloth_zoo")
@@ -76,6 +76,27 @@ def _liger_triton_grpo() -> Loss:
     return loss
 
 
+def _liger_jsd(sums: torch.dtype | None) -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    return lambda p: liger_fused_linear_jsd(p.hidden, p.weight, *_teacher(p), jsd_beta=0.5, accum_dtype=sums)
+
+
+def _liger_jsd_torch() -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    def loss(p: Problem) -> Any:
+        fused = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.5, compiled=p.hidden.is_cuda)  # no cross-entropy beside it
+        return fused(p.hidden, p.weight, *_teacher(p), p.targets)
+
+    return loss
+
+
+def _teacher(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    assert p.teacher is not None
+    return p.teacher
+
+
 def _apple() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -123,16 +144,38 @@ def _all(units: float) -> Callable[[Case, Shares], float]:
     return lambda case, shares: units
 
 
+def _ours(case: Case, shares: Shares) -> float:
+    return case.units * shares.read  # clipped rows stay in
+
+
 def _mean_only(case: Case) -> str | None:
     return None if case.loss == "mean" else "a mean cross-entropy only"
 
 
-def contenders(roles: dict[str, str]) -> list[Contender]:
-    """Ours, by the backends that run in the places of `roles`, and everyone else's."""
+def _whole_head(case: Case) -> str | None:
+    return None if case.loss == "jsd" else "a teacher's head over the whole vocabulary only, no top k"
+
+
+def contenders(roles: dict[str, str], case: Case | None = None) -> list[Contender]:
+    """Ours, by the backends that run in the places of `roles`, and everyone else's; of all, those with a loss of the case's
+    kind, from a teacher or from targets."""
     known = CONTENDERS
-    ours = [
-        Contender(f"drift-{role}", f"drift, {role}", "drift-rl", lambda c, s: 6 * s.read, partial(drift, None, backend))
+    both = [
+        Contender(f"drift-{role}", f"drift, {role}", "drift-rl", _ours, partial(drift, None, backend))
         for role, backend in roles.items()
+    ]
+    both += [known["eager"]]
+    taught = [
+        Contender("liger-jsd", "Liger JSD", "liger-kernel", _all(8), partial(_liger_jsd, None), _whole_head),
+        Contender(
+            "liger-jsd-fp32",
+            "Liger JSD, fp32 sums",
+            "liger-kernel",
+            _all(8),
+            partial(_liger_jsd, torch.float32),
+            _whole_head,
+        ),
+        Contender("liger-jsd-torch", "Liger JSD, torch", "liger-kernel", _all(8), _liger_jsd_torch, _whole_head),
     ]
     theirs = [
         Contender("liger-ce", "Liger CE", "liger-kernel", _all(6), partial(_liger, None)),
@@ -151,5 +194,8 @@ def contenders(roles: dict[str, str]) -> list[Contender]:
             known["liger-grpo"].refuses,
         ),
     ]
-    shared = ("eager", "eager-picked", "torch", "torch-512", "torch-auto", "trl", "liger", "liger-grpo", "verl")
-    return [*ours, *(known[name] for name in shared), *theirs]
+    shared = ("eager-picked", "torch", "torch-512", "torch-auto", "trl", "liger", "liger-grpo", "verl")
+    targets = [*(known[name] for name in shared), *theirs]
+    if case is None:
+        return [*both, *targets, *taught]
+    return [*both, *(taught if case.loss in TAUGHT else targets)]

@@ -68,7 +68,11 @@ def markdown(results: dict[str, Any]) -> str:
     if results["dry_run"]:
         out += ["**A dry run: no number here was measured.**", ""]
     out += ["## Tests", f"{tests['summary']}.", "", *(f"- {name}" for name in tests["failed"]), ""]
-    out += ["## Benchmark", "Forward and backward; medians of interleaved rounds. How: docs/gpu.md.", ""]
+    out += [
+        "## Benchmark",
+        "Forward and backward, of score forward alone; medians of interleaved rounds. How: docs/gpu.md.",
+        "",
+    ]
     for case in results["cases"]:
         out += case_lines(case)
     out += [

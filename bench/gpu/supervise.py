@@ -34,7 +34,7 @@ def work(machine: Machine, order: dict[str, Any], out: Callable[[dict], None]) -
 
         try:
             if task == TUNING:
-                found = tune.try_all(machine, skip, say)
+                found = tune.try_all(machine, skip, say, order["until"])
             else:
                 case = measure.CASES[task]
                 case = case.shrunk() if machine.dry else case
@@ -57,6 +57,7 @@ def supervise(
     """
     results: dict[str, dict[str, Any]] = {}
     until = time.monotonic() + seconds
+    order |= {"until": time.time() + seconds}
     while left := [task for task in order["tasks"] if task not in results]:
         if time.monotonic() >= until:
             results |= {task: {"name": task, "reason": "left out: the time was over"} for task in left}

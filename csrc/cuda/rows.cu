@@ -24,7 +24,11 @@ struct Job {
   void* out = nullptr;     // [rows, out_stride] d(loss)/d(product); null = not wanted
   int64_t out_stride = 0;
   uint8_t* live = nullptr; // [rows] 0 where the gradient is zero for want of a coefficient
+  float* sums = nullptr;      // [5, rows] max, Σe, Σe·(z − max), Σe², Σz of these columns, which may be a part of the vocabulary
+  float* at_target = nullptr; // [entries] the target's logit, −inf where it is no column of these
 };
+
+constexpr float NO_MAX = -1e38f;
 
 struct RowStats { float max, lse, entropy, mean, log_sum_sq; };
 struct Slope { float logprobs, entropy; bool live; };  // d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
@@ -34,6 +38,12 @@ struct Span { int64_t begin, end; };
 __device__ RowStats finish(const Sums& s, int64_t vocab) {
   const double log_e = log(double(s.e));
   return {s.max, float(s.max + log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab), float(log(double(s.ee)) - 2 * log_e)};
+}
+
+// A maximum of nothing is finite in memory, so that whoever merges parts meets no 0 · inf.
+__device__ void store_sums(const Job& job, int64_t row, const Sums& s) {
+  const float values[] = {fmaxf(s.max, NO_MAX), s.e, s.ed, s.ee, s.z};
+  for (int k = 0; k < 5; k++) put(job.sums, row + k * job.rows.rows, values[k]);
 }
 
 // Entry k of a row: its coefficient d(loss)/d(log-prob) and weight; with `write` its outputs too. z is its target's logit.
@@ -101,6 +111,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
       sums.add(z);
     });
     sums = row_sum(cluster, sums);
+    if (MODE == STATS && threadIdx.x == 0 && cluster.rank() == 0) store_sums(job, row, sums);
     if (threadIdx.x == 0) shared_stats = finish(sums, rows.vocab);
     cluster.sync();
   }
@@ -119,6 +130,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   const auto entry = [&](int64_t k, bool write) {
     const int64_t y = rows.targets[k];
     const float z = y < 0 ? 0.0f : y < rows.vocab ? to_z(x[y], y) : NAN;  // a target outside the vocabulary must not hide
+    if (MODE == STATS && write) put(job.at_target, k, y >= 0 && y < rows.vocab ? z : -INFINITY);
     return evaluate<MODE>(job, s, k, y < 0, z, write);
   };
   if (warp() == 0) {
@@ -222,6 +234,13 @@ DRIFT_EXPORT uint64_t drift_cuda_layout() { return layout(); }
 
 DRIFT_EXPORT int drift_cuda_row_stats(int device, void* stream, const Rows* rows, const Stats* stats, int threads, int cluster) {
   Job job{*rows, *stats, {}, {}};
+  return enqueue<STATS>(device, stream, job, FP32, {threads, cluster, 0});
+}
+
+DRIFT_EXPORT int drift_cuda_partial_stats(int device, void* stream, const Rows* rows, float* sums, float* at_target, int threads,
+                                          int cluster) {
+  Job job{*rows, {}, {}, {}};
+  job.sums = sums, job.at_target = at_target;
   return enqueue<STATS>(device, stream, job, FP32, {threads, cluster, 0});
 }
 

@@ -7,7 +7,7 @@ backend), and squeezing out rows whose gradient is zero (their rows of `out` are
 from __future__ import annotations
 
 from ctypes import byref, c_int
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from drift_kernels.backends import structs
 from drift_kernels.backends.cuda_library import library
 from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.partials import SUMS, Partials
 from drift_kernels.backends.tuning import VARIABLE, tuning
 from drift_kernels.spec import PolicySpec
 
@@ -131,6 +132,21 @@ def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, 
     how = choose(logits.shape[1], False, *_limits(device))
     library()("row_stats", device, stream, rows.address, stats.address, how.threads, how.cluster)
     return outputs
+
+
+def partial_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...], first: int = 0) -> Partials:
+    """What `partials.merge` needs of products [C, V] that are columns first … first + V of whole rows, whatever the `want`.
+
+    `chunk.targets` are those of whole rows, `chunk.bias` is of these columns.
+    """
+    device, stream = _place(logits)
+    local = replace(chunk, targets=chunk.targets - first)  # named, so that it lives until the launch
+    rows = structs.rows(logits, local)
+    part = Partials(logits.new_empty((SUMS, logits.shape[0])), logits.new_empty(chunk.targets.numel()))
+    how = choose(logits.shape[1], False, *_limits(device))
+    where = (part.sums.data_ptr(), part.at_target.data_ptr())
+    library()("partial_stats", device, stream, rows.address, *where, how.threads, how.cluster)
+    return part
 
 
 def grad_logits(

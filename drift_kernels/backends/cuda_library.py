@@ -31,6 +31,7 @@ _SIGNATURES = {
     "device_count": (c_int, (c_void_p,)),
     "limits": (c_int, (c_int, c_void_p, c_void_p)),
     "row_stats": (c_int, (c_int, c_void_p, c_void_p, c_void_p, c_int, c_int)),
+    "partial_stats": (c_int, (c_int, *[c_void_p] * 4, c_int, c_int)),
     "grad_logits": (c_int, (c_int, *[c_void_p] * 3, c_int, c_void_p, c_int64, c_int, c_void_p, c_int, c_int)),
     "fused_policy": (c_int, (c_int, *[c_void_p] * 5, c_int64, c_int, c_void_p, c_int, c_int, c_int)),
     "fused_distill": (c_int, (c_int, *[c_void_p] * 7, c_int64, c_int, c_void_p, c_int, c_int, c_int)),

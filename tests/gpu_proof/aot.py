@@ -2,7 +2,8 @@
 
     python aot.py RESULT.json
 
-Writes for each variant and architecture: registers, spilled bytes, shared memory, and which instructions were used. Runs in
+Writes for each variant and architecture: registers, spilled bytes, shared memory, programs a multiprocessor holds, and which
+instructions were used. Runs in
 a process of its own: under TRITON_INTERPRET kernels are Python functions and cannot be compiled.
 """
 
@@ -94,6 +95,12 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
+def resident(architecture: int, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at a time: by its 65,536 registers, its shared memory and its 64 warps."""
+    room = (164 if architecture == 80 else 228) << 10
+    return min(65_536 // (-(-registers // 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps)
+
+
 def compiled(kernel: Any, chosen: launch.Launch, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
     """One line of the table."""
     begun = time.perf_counter()
@@ -111,6 +118,7 @@ def compiled(kernel: Any, chosen: launch.Launch, arguments: dict[str, Any], arch
         "spilled": found["STACK"] + found.get("LOCAL", 0),
         "shared": made.metadata.shared,
         "warps": made.metadata.num_warps,
+        "resident": resident(architecture, found["REG"], made.metadata.shared, made.metadata.num_warps),
         "loads": wide("ld.global", ptx),
         "stores": wide("st.global", ptx),
         "instructions": [name for name in INSTRUCTIONS if name in ptx],

@@ -11,6 +11,8 @@ import test_cuda_values as values
 import torch
 from emulate import ORDERS, launches, padded, running
 
+from drift_kernels.backends import partials
+
 # name: (file below csrc, text, replacement, what the failure says)
 MISTAKES = {
     "no barrier before the slope is read": (
@@ -81,6 +83,18 @@ MISTAKES = {
         "return flat;",
         "gradient: error",
     ),
+    "a part that claims another part's targets": (
+        "cuda/rows.cu",
+        "y >= 0 && y < rows.vocab ? z : -INFINITY",
+        "y >= 0 ? z : -INFINITY",
+        "logprobs: error",
+    ),
+    "sums of a part in another order": (
+        "cuda/rows.cu",
+        "s.e, s.ed, s.ee, s.z};",
+        "s.ed, s.e, s.ee, s.z};",
+        "error",
+    ),
     "an entropy that forgets its maximum": (
         "cuda/device.h",
         "ed = k * fmaf(fmaxf(shift, FLOOR), e, ed);",
@@ -115,6 +129,9 @@ def verify(library: Path, monkeypatch) -> None:
                     assert values.padding_is_nan(out), "padding was written, or a column was not"
                     found.append(out)
                 assert all(torch.equal(found[0], other) for other in found), "orders of warps and lanes differ"
+            parts = values.partials_of(case, [300, 301, case.V])
+            merged = partials.merge(partials.stack(parts), case.y, case.row_ptr, case.V, values.STATS)
+            values.check_statistics(case, merged)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_losses import SPECS
 from torch import Tensor
 
 from drift_kernels import formulas
-from drift_kernels.backends import cpu, cuda
+from drift_kernels.backends import cpu, cuda, partials
 from drift_kernels.backends.params import Chunk
 from drift_kernels.spec import HeadOptions, PolicySpec
 from drift_kernels.testing import off_the_edges, within_budget
@@ -149,6 +150,53 @@ def test_row_stats(library, monkeypatch, head, entries):
                     launches(patch, **launch)
                     check_statistics(case, cuda.row_stats(x, case.chunk, STATS))
                 assert torch.equal(x, case.x), "products must be left as they are"
+
+
+@pytest.mark.parametrize("head", ["plain", "everything"])
+@pytest.mark.parametrize("entries", ["one", "csr"])
+@pytest.mark.parametrize("launch", [{}, {"threads": 64, "cluster": 4}])
+def test_parts_of_the_vocabulary_merge_to_the_whole(library, monkeypatch, head, entries, launch):
+    case = Case(5, 1001, head, entries)
+    case.x[:, 300:700] -= 60.0  # parts whose maxima lie far apart
+    case.x[2, :300] = -float("inf")  # and one of nothing
+    case.y[case.owner == 2] = 700
+    with running(library, monkeypatch), monkeypatch.context() as patch:
+        launches(patch, **launch)
+        for cuts in ([1001], [1, 1001], [300, 301, 700, 1001]):
+            parts = partials_of(case, cuts)
+            found = partials.merge(partials.stack(parts), case.y, case.row_ptr, case.V, STATS)
+            own, exact = case.statistics(case.x), case.statistics(case.x.double())
+            for name in set(STATS) - {"entropy", "mean_logits"}:
+                check(name, found[name], own[name], exact[name], 100.0)
+            finite = torch.arange(case.C) != 2
+            for name in ("entropy", "mean_logits"):
+                check(name, found[name][finite], own[name][finite], exact[name][finite], 100.0)
+            assert found["entropy"].isfinite().all()
+
+
+def test_a_share_of_the_columns_gives_its_share_of_the_gradient(library, monkeypatch):
+    case = Case(5, 1001, "everything", "csr")
+    whole, shares = torch.empty(5, 1001), torch.empty(5, 1001)
+    with running(library, monkeypatch):
+        found = cuda.row_stats(case.x, case.chunk, ("lse", "entropy"))
+        given = (case.advantages, found["lse"], torch.ones(5), found["entropy"])
+        cuda.grad_logits(case.x, case.chunk, *given, raw=True, out=whole)
+        for first, last in ((0, 300), (300, 301), (301, 1001)):
+            here = (case.y >= first) & (case.y < last)
+            elsewhere = torch.where(case.y < 0, case.y, last - first)  # beyond the share, and not masked
+            bias = None if case.bias is None else case.bias[first:last].contiguous()
+            chunk = replace(case.chunk, targets=torch.where(here, case.y - first, elsewhere), bias=bias)
+            cuda.grad_logits(case.x[:, first:last], chunk, *given, raw=True, out=shares[:, first:last])
+    torch.testing.assert_close(shares, whole)
+
+
+def partials_of(case: Case, cuts: list[int]) -> list[partials.Partials]:
+    """Of the columns up to each cut."""
+    parts = []
+    for first, last in zip([0, *cuts], cuts):
+        bias = None if case.bias is None else case.bias[first:last].contiguous()
+        parts.append(cuda.partial_stats(case.x[:, first:last], replace(case.chunk, bias=bias), STATS, first))
+    return parts
 
 
 def padding_is_nan(x: Tensor) -> bool:

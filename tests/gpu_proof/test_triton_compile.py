@@ -53,6 +53,7 @@ def test_nothing_spills_and_blocks_fit_the_multiprocessor(table):
         assert line["spilled"] == 0, name(line)
         assert line["shared"] <= SHARED[line["target"]], name(line)
         assert line["registers"] * 32 * line["warps"] <= REGISTERS, name(line)
+        assert line["resident"] >= 1, name(line)
 
 
 def test_common_row_kernels_leave_room_for_two_blocks(table):

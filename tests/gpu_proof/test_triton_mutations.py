@@ -191,7 +191,8 @@ def load(name, text, folder, monkeypatch):
 
 def mutate(room, old, new, folder, monkeypatch):
     """Puts the mutated room, and those that import it, in the backend's place."""
-    path = Path(staging.__file__).parent / f"{room}.py" if room in DRIVERS else PACKAGE / f"{room}.py"
+    homes = {"partials": PACKAGE.parent, **dict.fromkeys(DRIVERS, Path(staging.__file__).parent)}
+    path = homes.get(room, PACKAGE) / f"{room}.py"
     text = path.read_text()
     assert text.count(old) >= 1, f"{room}.py has no {old!r} any more: mutate what it has now"
     mutant = load(room, text.replace(old, new), folder, monkeypatch)
@@ -205,7 +206,8 @@ def mutate(room, old, new, folder, monkeypatch):
         text = (PACKAGE / f"{user}.py").read_text()
         module = mutant
         if user != room:
-            module = load(user, text.replace(f"from {ROOM}{room} ", f"from mutant_{room} "), folder, monkeypatch)
+            home = "drift_kernels.backends." if room == "partials" else ROOM
+            module = load(user, text.replace(f"from {home}{room} ", f"from mutant_{room} "), folder, monkeypatch)
         if user != "scorer":
             monkeypatch.setattr(backend, "kernels" if user == "rows" else user, module)
         else:

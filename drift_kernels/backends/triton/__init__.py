@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, Chunk, policy_numbers
+from drift_kernels.backends.partials import SUMS, Partials, merge, stack, sweeps
 from drift_kernels.backends.triton import buckets, distill
 from drift_kernels.backends.triton import rows as kernels
 from drift_kernels.backends.triton.launch import Launch, row_launch, run
-from drift_kernels.backends.triton.partials import SUMS, Partials, merge, stack, sweeps
 from drift_kernels.backends.triton.scorer import score
 from drift_kernels.spec import PolicySpec
 

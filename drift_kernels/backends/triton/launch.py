@@ -9,8 +9,9 @@ Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 war
 is all that is summed (what goes with a tile must fit the registers); 32 of the width and 3 stages on older GPUs, without
 descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, which no tensor core multiplies.
 
-The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}. It is read at the
-first launch. Nothing is tuned at import or at run time.
+The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}; the scorer's for more
+than 64 rows of 16-bit operands alone, since a tile that fits those may not fit others. It is read at the first launch.
+Nothing is tuned at import or at run time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ROW_BLOCK = 4096
 ELEMENTS_A_WARP = 512
 LOGITS_A_PROGRAM = 1 << 16
 PAIR_BLOCK = 1024
+FEW_ROWS = 64  # of hidden states, to the scorer
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def score_rule(rows: int, kind: str, capability: tuple[int, int], described: boo
     `sums_only`, no sums but Σe are wanted."""
     if kind == "ieee":
         return Launch(64, 8, 2, 64, 32)
-    if rows <= 64:
+    if rows <= FEW_ROWS:
         return Launch(128, 4, 3, 64, 32)
     if kind == "tf32":
         return Launch(128 if described else 64, 8, 3, 128, 32)
@@ -87,7 +89,9 @@ def row_launch(kernel: str, logits: Tensor) -> Launch:
 
 def score_launch(hidden: Tensor, kind: str, described: bool, sums_only: bool) -> Launch:
     """For the scorer over hidden [T, D]."""
-    return overridden("score", score_rule(hidden.shape[0], kind, capability(hidden.device), described, sums_only))
+    rule = score_rule(hidden.shape[0], kind, capability(hidden.device), described, sums_only)
+    chosen = overridden("score", rule)
+    return chosen if kind == "half" and hidden.shape[0] > FEW_ROWS else rule
 
 
 def overridden(kernel: str, rule: Launch) -> Launch:

@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.partials import SUMS, Partials, merge, sweeps
 from drift_kernels.backends.triton.launch import Launch, capability, run, score_launch
 from drift_kernels.backends.triton.online import LOWEST, logit
-from drift_kernels.backends.triton.partials import SUMS, Partials, merge, sweeps
 
 PROGRAMS = 264  # enough for two on each multiprocessor of an H100
 
