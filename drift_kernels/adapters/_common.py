@@ -152,6 +152,12 @@ def head_of(model: Any) -> Head:
             "after its forward while compute_loss_func comes after that; neither is supported (reshard_after_forward=False, "
             "or apply(model) alone)"
         )
+    unpadded = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
+    if unpadded is not None and unpadded < layer.weight.shape[0]:
+        raise NotImplementedError(
+            f"{type(model).__name__} cuts {layer.weight.shape[0]} logits down to unpadded_vocab_size={unpadded}: that is not "
+            "supported"
+        )
     return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
 
 
@@ -233,17 +239,24 @@ class WeightedCollator:
     token_column  a list as long as "input_ids"; None or absent = 1
     example_column  a number; None or absent = 1; the two are multiplied
     shares        adds `token_shares`, 1 / the number of labels of the token's example that count
+    required      whether one row at least of every batch has one of the two columns
     """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
     token_column: str | None = "token_weights"
     example_column: str | None = "weight"
     shares: bool = False
+    required: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The inner batch and ours; raises ValueError where a list of weights is not as long as its tokens."""
-        rows = [self._weights(example) for example in examples]
+        """The inner batch and ours; raises ValueError where weights are missing, or not as many as their tokens."""
         own = (self.token_column, self.example_column)
+        if self.required and not any(column in example for column in own for example in examples):
+            raise ValueError(
+                f"no row has {' or '.join(repr(column) for column in own if column)}, but {sorted(examples[0])}: Trainer drops "
+                "columns that a model does not take, unless remove_unused_columns=False; required=False takes rows without"
+            )
+        rows = [self._weights(example) for example in examples]
         batch = self.inner([{k: v for k, v in example.items() if k not in own} for example in examples])
         batch["token_weights"] = _laid_out(rows, batch)
         if self.shares:
