@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
+import unittest
 
+import peers
 import pytest
 import tiny
 import torch
@@ -14,12 +17,15 @@ from transformers import (
     CohereConfig,
     CohereForCausalLM,
     DataCollatorWithFlattening,
+    DoryConfig,
+    DoryForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
@@ -43,6 +49,9 @@ SMALL = dict(
     bos_token_id=None,
     eos_token_id=1,
 )
+
+
+DORY = {k: v for k, v in SMALL.items() if k != "head_dim"}
 
 
 def family(name: str):
@@ -437,6 +446,8 @@ def test_what_is_refused():
         fused.apply(model)
     with pytest.raises(TypeError, match="no output embeddings"):
         fused.apply(tiny.model().model)
+    with pytest.raises(NotImplementedError, match=r"head is a DoryLMHead, whose forward is not nn\.Linear's"):
+        fused.apply(DoryForCausalLM(DoryConfig(**DORY)))  # its logits have a scale each, 1 before training
     model = fused.apply(tiny.model()).train()
     later = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(NotImplementedError, match="another module than at apply"):
@@ -581,3 +592,37 @@ def test_an_applied_model_is_saved_as_it_is(tied, tmp_path):
     assert not {"forward", "_drift_patch"} & set(vars(again))
     assert tiny.differences(tiny.weights_of(model), tiny.weights_of(again)) == 0
     torch.testing.assert_close(again(**batch()).loss, loss)
+
+
+@pytest.mark.peers
+def test_transformers_own_test_that_a_model_overfits(tmp_path, monkeypatch):
+    """Of its source distribution: loss and gradients fall by nine tenths, then `generate` repeats what was learnt."""
+    monkeypatch.setenv("RUN_TRAINING_TESTS", "1")
+    requirement = f"transformers=={importlib.metadata.version('transformers')}"
+    module = peers.test_module(requirement, "tests/test_training_mixin.py", tmp_path)
+    steps = []
+
+    class Applied(Qwen2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            fused.apply(self)
+            self.register_forward_hook(lambda _, args, out: steps.append(1) if out.logits is None else None)
+
+    class Tester:
+        causal_lm_class = Applied
+
+        def get_config(self):
+            return tiny.model().config
+
+        def prepare_config_and_inputs_for_common(self):
+            return self.get_config(), batch()
+
+    class Overfit(module.TrainingTesterMixin, unittest.TestCase):
+        model_tester = Tester()
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Overfit).run(result)
+    assert result.testsRun == 1
+    assert not result.errors + result.failures, (result.errors + result.failures)[0][1]
+    assert not result.skipped, result.skipped
+    assert len(steps) == Overfit.training_overfit_steps

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+import transformers
 import trl
 from test_trl_swap import common, compare, grpo, lora, run, sft
 from torch.nn.functional import cross_entropy
@@ -62,6 +63,7 @@ GRPO = {
     "checkpointing": dict(loss_type="dapo", activation_checkpointing=True, max_steps=4),
     "fp32-head": dict(loss_type="dapo", cast_lm_head_to_fp32=True, max_steps=4),
     "truncated-masked": dict(loss_type="dapo", mask_truncated_completions=True, max_steps=4),
+    "compiled": dict(loss_type="dapo", torch_compile=True, torch_compile_backend="eager", max_steps=4),
 }
 
 
@@ -276,6 +278,7 @@ CASES = {
     "plain": {},
     "accumulation": dict(gradient_accumulation_steps=2, max_steps=5),
     "checkpointing": dict(activation_checkpointing=True, max_steps=4),
+    "compiled": dict(torch_compile=True, torch_compile_backend="eager", max_steps=4),
 }
 
 
@@ -338,3 +341,46 @@ def test_sft_refuses_by_name(tmp_path):
         drift_sft(tmp_path, data, normalize="mean")
     model = sft(tmp_path).model  # untouched
     assert not hasattr(model, "_drift_patch")
+
+
+FAMILIES = {
+    "MiniCPM3": dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
+    "Inkling": dict(head_dim=16),
+    "Dory": {},
+    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0),
+}
+
+
+def of_family(name: str):
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    made = kind(kind.config_class(**shape | FAMILIES[name]))
+    made.config._name_or_path = "tiny"
+    return made
+
+
+@pytest.mark.parametrize("name", ["MiniCPM3", "Gemma2"])
+def test_families_that_change_hidden_states_or_logits_train_the_same(name, tmp_path):
+    ones = weighted().map(lambda row: {"weight": 1.0})
+    make = lambda cls: lambda p: drift_sft(p, ones, of_family(name), cls=cls, max_steps=4)  # noqa: E731
+    compare(run(make(trl.SFTTrainer), tmp_path / "a"), run(make(DriftSFTTrainer), tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("Inkling", "makes its logits in another way than its head"), ("Dory", "is a DoryLMHead")]
+)
+def test_a_family_whose_logits_are_not_its_heads_is_refused(name, message, tmp_path):
+    """Inkling divides hidden states before its head; Dory learns a scale of each logit."""
+    for make in (
+        lambda model: drift_sft(tmp_path, weighted(), model),
+        lambda model: grpo(tmp_path, model, cls=DriftGRPOTrainer),
+    ):
+        model = of_family(name)
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(NotImplementedError, match=message):
+            make(model)
+        assert [module.training for module in model.modules()] == modes
