@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import drift_kernels as dk
 from drift_kernels.adapters import trl as adapter
 from drift_kernels.adapters.trl import DriftGRPOTrainer, DriftSFTTrainer
+from drift_kernels.conversation import check_trained, role_markers
 
 ITERATE = dict(num_iterations=2, max_steps=6, learning_rate=1e-2)  # ratios move away from 1
 GRPO = {
@@ -384,3 +385,77 @@ def test_a_family_whose_logits_are_not_its_heads_is_refused(name, message, tmp_p
         with pytest.raises(NotImplementedError, match=message):
             make(model)
         assert [module.training for module in model.modules()] == modes
+
+
+# --- what is trained, as docs/adapters.md checks it ---
+
+SPEAKERS = dict(zip(("user", "assistant"), tiny.WORDS[-2:]))  # a turn begins with one of these words
+
+
+def conversations(count: int = 12):
+    """{"messages"}: four turns of words that begin none."""
+    texts = iter(tiny.sentences(4 * count))
+    ordinary = lambda: " ".join(word for word in next(texts).split() if word not in SPEAKERS.values()) + " ba"  # noqa: E731
+    return [[{"role": role, "content": ordinary()} for role in (*SPEAKERS, *SPEAKERS)] for _ in range(count)]
+
+
+def chat_tokenizer():
+    made = tiny.tokenizer()
+    user, assistant = SPEAKERS.values()
+    made.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}" + assistant
+        + " {% generation %}{{ m['content'] + ' <eos> ' }}{% endgeneration %}"
+        "{% else %}" + user + " {{ m['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + assistant + " {% endif %}"
+    )  # fmt: skip
+    return made
+
+
+def checked(trainer, tokenizer) -> str:
+    batch = next(iter(trainer.get_train_dataloader()))
+    return check_trained(
+        batch["input_ids"],
+        batch.get("labels", batch.get("completion_mask")),
+        tokenizer.decode,
+        attention_mask=batch.get("attention_mask"),
+        cu_seqlens=batch.get("cu_seq_lens_q"),
+        markers=role_markers(tokenizer),
+        eos=tokenizer.eos_token_id,
+        colour=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained", "shown"),
+    [
+        (dict(assistant_only_loss=True), 2, 4),
+        (dict(assistant_only_loss=True, padding_free=True, max_length=None), 2, 4),
+        (dict(assistant_only_loss=True, packing=True, max_length=128), 2, None),
+        ({}, None, 4),
+    ],
+)
+def test_what_sft_trains_is_shown_and_checked(changes, trained, shown, tmp_path):
+    tokenizer = chat_tokenizer()
+    args = trl.SFTConfig(**common(tmp_path, **({"max_length": 128} | changes)))
+    data = tiny.dataset({"messages": conversations()})
+    trainer = trl.SFTTrainer(tiny.model(), args, train_dataset=data, processing_class=tokenizer)
+    if trained is None:  # TRL's default trains every turn
+        with pytest.raises(ValueError, match=r"(?s)4 of 4 conversations.*trained tokens are in a turn of user"):
+            checked(trainer, tokenizer)
+        return
+    rows = checked(trainer, tokenizer).splitlines()
+    assert shown in (None, len(rows))
+    assert len(rows) > 1
+    assert all(row.count("⟦") == row.count("<eos>⟧") == trained for row in rows)
+
+
+def test_what_dpo_trains_is_shown_and_checked(tmp_path):
+    tokenizer, turns = chat_tokenizer(), conversations()
+    data = {"prompt": [t[:1] for t in turns], "chosen": [t[1:2] for t in turns], "rejected": [t[3:] for t in turns]}
+    args = trl.DPOConfig(**common(tmp_path, max_length=64))
+    trainer = trl.DPOTrainer(
+        tiny.model(), ref_model=tiny.model(1), args=args, train_dataset=tiny.dataset(data), processing_class=tokenizer
+    )
+    rows = checked(trainer, tokenizer).splitlines()
+    assert len(rows) == 8
+    assert all(row.count("⟦") == row.count("<eos>⟧") == 1 for row in rows)
