@@ -51,7 +51,7 @@ def check_trained(ids: Any, labels: Any, decode: Decode, *, colour: bool | None 
     """As `show_trained`, once nothing is wrong; else ValueError with the conversations where something is.
 
     ids       [B, L] tensor, a list of rows, or [1, T] with `cu_seqlens` [S + 1] where conversations lie end to end
-    labels    of the same shape: bool (trained or not), or the id where trained and `ignore_index` elsewhere, not shifted
+    labels    of the same shape: a mask (bool, or 0 and 1), or the id where trained and `ignore_index` elsewhere, not shifted
     decode    ids → text, a tokenizer's own
     markers   {role: the ids that a turn of it begins with}, as `role_markers` makes them; None: roles are not checked
     trained_roles  whose tokens may be trained ("assistant")
@@ -91,7 +91,10 @@ def inspect_rows(
         )
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     made = []
-    for row, marks, mask in zip(*(_rows(t, cu_seqlens) for t in _same_shape(ids, labels, attention_mask))):
+    ids, labels, kept_in = _same_shape(ids, labels, attention_mask)
+    if _is_mask(ids, labels):
+        labels = [row.bool() for row in labels]
+    for row, marks, mask in zip(*(_rows(t, cu_seqlens) for t in (ids, labels, kept_in))):
         kept = mask.bool()
         row, marks = row[kept], marks[kept]
         trained = marks if marks.dtype == torch.bool else marks != ignore_index
@@ -112,7 +115,7 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
     ValueError where user or assistant turns have no beginning of their own; then `markers` are the caller's to name.
     """
     found: dict[str, list[int]] = {}
-    for role in roles:
+    for role in sorted(roles, key=lambda role: role not in ("user", "assistant")):  # others may look like a user
         before = {"system": [], "assistant": [("user", "QZA")]}.get(role, [("user", "QZA"), ("assistant", "QZB")])
         messages = [{"role": name, "content": text} for name, text in (*before, (role, "QZC"))]
         try:
@@ -143,6 +146,12 @@ def _same_shape(ids: Any, labels: Any, mask: Any) -> tuple[list[Tensor], ...]:
             f"ids, labels and attention_mask have rows of {shapes[0]}, {shapes[1]} and {shapes[2]}; one shape"
         )
     return ids, labels, mask
+
+
+def _is_mask(ids: list[Tensor], labels: list[Tensor]) -> bool:
+    """Whether labels are 0 and 1, as TRL's and verl's masks are, while ids are not."""
+    binary = all(bool(((row == 0) | (row == 1)).all()) for row in labels)
+    return binary and not all(torch.equal(a, b) for a, b in zip(ids, labels))
 
 
 def _rows(rows: list[Tensor], cu_seqlens: Any) -> list[Tensor]:

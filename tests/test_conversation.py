@@ -42,6 +42,8 @@ def test_markers_come_from_the_template(tokenizer):
     assert role_markers(tokenizer) == {"system": [SYS], "user": [USR], "assistant": [BOT], "tool": [TOOL]}
     tokenizer.chat_template = CHAT.replace("'tool': '<tool>'", "'tool': '<usr>'")
     assert role_markers(tokenizer) == {"system": [SYS], "user": [USR], "assistant": [BOT]}
+    tokenizer.chat_template = CHAT.replace("'system': '<sys>'", "'system': '<usr>'")
+    assert role_markers(tokenizer) == {"user": [USR], "assistant": [BOT], "tool": [TOOL]}
     tokenizer.chat_template = "{{ raise_exception('no tools') if messages[-1]['role'] == 'tool' }}" + CHAT
     assert set(role_markers(tokenizer)) == {"system", "user", "assistant"}
     thinking = CHAT.replace("{{ m['content'] }}", "{{ '\n<sys>\n' if m['role'] == 'assistant' }}{{ m['content'] }}")
@@ -56,6 +58,7 @@ def test_a_conversation_as_it_should_be_is_drawn(tokenizer):
     text = check_trained([IDS], [labels()], **options(tokenizer))
     assert text == "[0] <usr>two?<end><bot>⟦four<end>⟧<tool>no<end><bot>⟦five<end>⟧"
     assert check_trained(torch.tensor([IDS]), torch.tensor([TRAINED]).bool(), **options(tokenizer)) == text
+    assert check_trained([IDS], [TRAINED], **options(tokenizer)) == text  # 0 and 1, as trainers' masks are
     coloured = check_trained([IDS], [labels()], **options(tokenizer) | {"colour": True})
     assert coloured.count(GREEN) == 2
     assert GREEN + "four" in coloured
@@ -93,6 +96,8 @@ def test_two_turns_in_a_row_end_each(tokenizer):
 
 
 def test_labels_that_were_shifted_are_told(tokenizer):
+    twos = [PAD, EOS, EOS]  # ids, though they are 0 and 1
+    assert show_trained([twos], [twos], tokenizer.decode, colour=False) == "[0] ⟦<pad><end><end>⟧"
     with pytest.raises(ValueError, match="shifted already"):
         check_trained([IDS], [[*labels()[1:], -100]], **options(tokenizer))
 

@@ -105,13 +105,19 @@ def unwrap_peft(model: Any) -> Any:
 
 
 def head_module(model: Any) -> Any:
-    """The module that a causal LM projects with; TypeError for a model without one."""
+    """The module that a causal LM projects with; TypeError for a model without one, NotImplementedError unless it is linear."""
     module = model.get_output_embeddings()
     if module is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings: it is no language model with a head")
     if hasattr(module, "modules_to_save"):  # PEFT trains a copy of the whole head
         module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
     _lora_of(module)
+    layer = getattr(module, "base_layer", module)
+    if type(layer).forward is not nn.Linear.forward:
+        raise NotImplementedError(
+            f"the head is a {type(layer).__name__}, whose forward is not nn.Linear's: what it does beside weight and bias is not "
+            "known, and not supported"
+        )
     return module
 
 
@@ -152,12 +158,19 @@ def head_of(model: Any) -> Head:
             "after its forward while compute_loss_func comes after that; neither is supported (reshard_after_forward=False, "
             "or apply(model) alone)"
         )
+    unpadded = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
+    if unpadded is not None and unpadded < layer.weight.shape[0]:
+        raise NotImplementedError(
+            f"{type(model).__name__} cuts {layer.weight.shape[0]} logits down to unpadded_vocab_size={unpadded}: that is not "
+            "supported"
+        )
     return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
 
 
 Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything
 
 
+@torch.compiler.disable
 def inside_head(model: Any, hidden: Tensor, fn: Inside) -> Any:
     """fn(hidden, head) in the place of the head's forward: FSDP's hooks gather the weight and reduce its gradient there."""
     module = head_module(model)
@@ -205,8 +218,10 @@ def run_inside_forward(model: Any) -> None:
     """Teaches `model` the keyword `drift_inside=fn`: its forward then runs the backbone and returns fn(hidden, head).
 
     Inside the forward, since that is what DDP, FSDP and autocast wrap; without the keyword nothing changes, so that
-    `generate` and evaluation find the model as it was.
+    `generate` and evaluation find the model as it was. Raises NotImplementedError for a model whose logits come about in
+    another way.
     """
+    _check_logits(model)
 
     def around(self: Any, before: Any, *args: Any, drift_inside: Inside | None = None, **kwargs: Any) -> Any:
         if drift_inside is None:
@@ -216,6 +231,34 @@ def run_inside_forward(model: Any) -> None:
         return inside_head(self, hidden, drift_inside)
 
     wrap_forward(model, around)
+
+
+def _check_logits(model: Any) -> None:
+    """Whether a model's logits, of four tokens, are what `Head` makes of its backbone's last hidden states."""
+    head_module(model)
+    if zero3_enabled() or any(p.is_meta for p in model.parameters()):
+        return  # nothing is there to look at
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with torch.no_grad():
+            model.eval()
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head = head_of(model)
+            hidden = hidden.to(head.weight)
+            found = nn.functional.linear(hidden, head.weight, head.bias)
+            found = found.float().mul(head.logit_scale).to(expected.device)
+            found = found if head.softcap is None else head.softcap * torch.tanh(found / head.softcap)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if found.shape != expected.shape or (found - expected).abs().max() > 2e-2 * expected.abs().max():
+        raise NotImplementedError(
+            f"{type(model).__name__} makes its logits in another way than its head, softcap {head.softcap} and scale "
+            f"{head.logit_scale} of its config do from its backbone's hidden states: that is not supported; transformers' "
+            "Trainer with drift_kernels.adapters.transformers.apply may be"
+        )
 
 
 def shifted(values: Tensor, fill: float) -> Tensor:
@@ -233,17 +276,24 @@ class WeightedCollator:
     token_column  a list as long as "input_ids"; None or absent = 1
     example_column  a number; None or absent = 1; the two are multiplied
     shares        adds `token_shares`, 1 / the number of labels of the token's example that count
+    required      whether one row at least of every batch has one of the two columns
     """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
     token_column: str | None = "token_weights"
     example_column: str | None = "weight"
     shares: bool = False
+    required: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The inner batch and ours; raises ValueError where a list of weights is not as long as its tokens."""
-        rows = [self._weights(example) for example in examples]
+        """The inner batch and ours; raises ValueError where weights are missing, or not as many as their tokens."""
         own = (self.token_column, self.example_column)
+        if self.required and not any(column in example for column in own for example in examples):
+            raise ValueError(
+                f"no row has {' or '.join(repr(column) for column in own if column)}, but {sorted(examples[0])}: Trainer drops "
+                "columns that a model does not take, unless remove_unused_columns=False; required=False takes rows without"
+            )
+        rows = [self._weights(example) for example in examples]
         batch = self.inner([{k: v for k, v in example.items() if k not in own} for example in examples])
         batch["token_weights"] = _laid_out(rows, batch)
         if self.shares:

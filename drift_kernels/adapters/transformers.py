@@ -42,15 +42,18 @@ def apply(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Any:
 
     The model then also takes `token_weights` of the labels' shape, one weight a label, beside `labels`: the loss is
     Σ wᵢ·(−log pᵢ) over `num_items_in_batch` where that is given, else over the number of labels that count.
-    Raises TypeError for a model without a language head, NotImplementedError for an adapter on the head, a loss function
-    of the model's own or prompt learning, and at the first batch for an unknown step between the head and the loss.
+    Again after `resize_token_embeddings`, which makes another head. Raises TypeError for a model without a language head,
+    NotImplementedError for an adapter on the head, a loss function of the model's own or prompt learning, and at the first
+    batch for an unknown step between the head and the loss.
     """
     SUPPORTED.check()
-    inner = unwrap_peft(model)
+    inner = _causal_lm(model)
     patch = _patch_of(inner)
     if patch is None:
         _Patch(inner, config)
-    elif not patch.on:
+        return model
+    patch.follow_head()
+    if not patch.on:
         patch.config = config
         patch.turn_on()
     return model
@@ -62,7 +65,7 @@ def remove(model: Any) -> Any:
     Where something else has wrapped the model's forward since (accelerate's mixed precision), ours stays beneath it and
     does nothing.
     """
-    patch = _patch_of(unwrap_peft(model))
+    patch = _patch_of(_causal_lm(model))
     if patch is not None and patch.on:
         patch.undo()
     return model
@@ -75,7 +78,7 @@ def compute_loss_func(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -
     the denominator is Trainer's count of labels over the whole accumulated batch and all processes. Evaluation keeps its
     logits.
     """
-    patch = _patch_of(unwrap_peft(apply(model, config)))
+    patch = _patch_of(_causal_lm(apply(model, config)))
     assert patch is not None
     patch.deferring = True
 
@@ -99,6 +102,8 @@ class _Captured:
     weights: Tensor | None  # of the labels' shape
     config: dk.KernelConfig
     hidden: Tensor | None = None  # [B, L, D]
+    version: int = 0  # of hidden, as the head was given it
+    given: Tensor | None = None  # what the model made of the head's output
     used: bool = False  # whether the model asked for the loss
 
     def loss(self, model: Any, labels: Any, shift_labels: Any, num_items: Any, ignore_index: int) -> Tensor:
@@ -145,12 +150,30 @@ class _Patch:
         self.captured: _Captured | None = None  # waiting for compute_loss_func
         self.model: Any = model
         self.head: Any = head_module(model)
-        self.before = [vars(model).get("_loss_function"), vars(model).get("forward"), vars(self.head).get("forward")]
-        model._drift_patch = self.head._drift_patch = self  # where a copy of the model finds the copy of this
+        self.before = [vars(model).get("_loss_function"), vars(model).get("forward"), None]
+        self.ours: list[Any] = [None, None]
+        model._drift_patch = self  # where a copy of the model finds the copy of this
         wrap_forward(model, lambda module, *args, **kwargs: module._drift_patch.forward(*args, **kwargs))
-        wrap_forward(self.head, lambda module, *args: module._drift_patch.project(*args))
-        self.ours = [model.forward, self.head.forward]
+        self.ours[0] = model.forward
+        self._wrap_head()
         self.turn_on()
+
+    def _wrap_head(self) -> None:
+        self.before[2] = vars(self.head).get("forward")
+        self.head._drift_patch = self
+        wrap_forward(self.head, lambda module, *args: module._drift_patch.project(*args))
+        self.ours[1] = self.head.forward
+
+    def follow_head(self) -> None:
+        """The model's head as it is now."""
+        head = head_module(self.model)
+        if head is self.head:
+            return
+        if vars(self.head).get("forward") == self.ours[1]:
+            _restore(self.head, "forward", self.before[2])
+            del self.head._drift_patch
+        self.head, self.explained = head, False
+        self._wrap_head()
 
     def turn_on(self) -> None:
         """From here on the model's training loss is this one's."""
@@ -166,6 +189,7 @@ class _Patch:
             _restore(self.head, "forward", self.before[2])
             del self.model._drift_patch, self.head._drift_patch
 
+    @torch.compiler.disable
     def project(self, before: Any, hidden: Tensor) -> Tensor:
         """Stands for the head's forward."""
         call = self.call
@@ -175,9 +199,10 @@ class _Patch:
             raise NotImplementedError(
                 "the model calls its head more than once in a forward pass; that is not supported"
             )
-        call.hidden = hidden
+        call.hidden, call.version = hidden, _version(hidden)
         return hidden if call.passing else before(hidden)
 
+    @torch.compiler.disable(recursive=False)
     def forward(self, before: Any, *args: Any, token_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """Stands for the model's forward."""
         labels = kwargs.get("labels") is not None
@@ -191,7 +216,8 @@ class _Patch:
         model = self.model
         if head_module(model) is not self.head:
             raise NotImplementedError(
-                "the model's head is another module than at apply(model); wrap it first, then apply"
+                "the model's head is another module than at apply(model): PEFT or resize_token_embeddings replaced it; call "
+                "apply(model) again"
             )
         self.call = _Captured(model.training, token_weights, self.config)
         try:
@@ -203,10 +229,9 @@ class _Patch:
             raise NotImplementedError(
                 f"{type(model).__name__} does not go from get_output_embeddings() to self.loss_function; call remove(model)"
             )
-        given = outputs["logits"] if isinstance(outputs, dict) else None
         if deferred:
             if call.passing:
-                self._explain(call.hidden, given)
+                self._explain(call, outputs["logits"] if isinstance(outputs, dict) else outputs[0])
             self.captured = call
             if call.passing:
                 anchor = _Anchor.apply(call.hidden, *self.head.parameters())
@@ -214,9 +239,10 @@ class _Patch:
         if call.passing and isinstance(outputs, dict):
             return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         if call.passing:
-            return tuple(None if item is call.hidden else item for item in outputs)
+            return tuple(None if item is call.given else item for item in outputs)
         return outputs
 
+    @torch.compiler.disable
     def loss(
         self,
         logits: Tensor,
@@ -238,26 +264,32 @@ class _Patch:
                 f"{type(self.model).__name__} does not project with get_output_embeddings(); call remove(model)"
             )
         if call.passing:
-            self._explain(call.hidden, logits)
+            self._explain(call, logits)
         call.used = True
         return call.loss(self.model, labels, shift_labels, num_items_in_batch, ignore_index)
 
-    def _explain(self, hidden: Tensor, given: Tensor | None) -> None:
+    def _explain(self, call: _Captured, given: Tensor) -> None:
         """Raises unless what the model made of the head's output is the softcap and scale its config speaks of.
 
-        With the head handing through, that function was applied to the hidden states, where it can be looked at.
+        With the head handing through, that function was applied to the hidden states, where it can be looked at. A view of
+        them is refused: cutting off a vocabulary's end leaves all of what is narrower.
         """
-        softcap, scale = transform_of(self.model.config)
-        if given is None:
-            return
-        untouched = given.data_ptr() == hidden.data_ptr() and given.shape == hidden.shape
-        if untouched and softcap is None and scale == 1.0:
-            return
-        if not self.explained and not untouched and given.shape == hidden.shape:
+        hidden, softcap, scale = call.hidden, *transform_of(self.model.config)
+        assert hidden is not None
+        call.given = given
+        if given.shape != hidden.shape or _version(hidden) != call.version:
+            known = False
+        elif given is hidden:
+            known = softcap is None and scale == 1.0
+        elif given.data_ptr() == hidden.data_ptr():
+            known = False
+        elif not self.explained:
             expected = hidden.detach().float() * scale
             expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
-            self.explained = torch.allclose(expected, given.detach().float(), rtol=2e-2, atol=1e-3)
-        if not self.explained or untouched:
+            known = self.explained = torch.allclose(expected, given.detach().float(), rtol=2e-2, atol=1e-3)
+        else:
+            known = True
+        if not known:
             raise NotImplementedError(
                 f"{type(self.model).__name__} changes its logits in another way than softcap {softcap} and scale "
                 f"{scale} of its config: that is not supported; call remove(model)"
@@ -277,10 +309,25 @@ class _Anchor(torch.autograd.Function):
         return (None,) * ctx.count
 
 
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _restore(owner: Any, name: str, before: Any) -> None:
     delattr(owner, name)
     if before is not None:
         setattr(owner, name, before)
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers model that is patched; TypeError for what wraps it in another way than PEFT."""
+    inner = unwrap_peft(model)
+    if not hasattr(inner, "get_output_embeddings") or hasattr(inner, "_orig_mod"):
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model: apply(model) comes before DDP, FSDP and torch.compile"
+        )
+    return inner
 
 
 def _patch_of(model: Any) -> _Patch | None:

@@ -67,6 +67,10 @@ def pytest_addoption(parser):
     parser.addoption("--adapters-report", help="a file whose part between report marks becomes the list of results")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "is_training_test: transformers' own, of the tests in its source distribution")
+
+
 def pytest_collection_modifyitems(items):
     """Trainers warn about themselves; only warnings raised in our modules are errors here."""
     for item in items:

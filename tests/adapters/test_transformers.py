@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
+import unittest
 
+import peers
 import pytest
 import tiny
 import torch
@@ -14,17 +17,21 @@ from transformers import (
     CohereConfig,
     CohereForCausalLM,
     DataCollatorWithFlattening,
+    DoryConfig,
+    DoryForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from drift_kernels.adapters import transformers as fused
 
@@ -42,6 +49,9 @@ SMALL = dict(
     bos_token_id=None,
     eos_token_id=1,
 )
+
+
+DORY = {k: v for k, v in SMALL.items() if k != "head_dim"}
 
 
 def family(name: str):
@@ -400,6 +410,29 @@ def test_the_collator_puts_weights_beside_labels():
         fused.WeightedCollator(pad)([rows[0] | {"weight": float("nan")}])
 
 
+def test_dropped_weights_are_missed(tmp_path):
+    """Trainer drops columns of a Dataset that the model does not name; rows would count the same, and nobody would know."""
+    rows = tiny.dataset({key: [row[key] for row in Rows(True).rows] for key in Rows(True).rows[0]})
+    for keeps in (False, True):
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=not keeps,
+        )
+        model = fused.apply(tiny.model())
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=fused.WeightedCollator(pad))
+        if keeps:
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match=r"'token_weights' or 'weight', but .*remove_unused_columns=False"):
+                trainer.train()
+    plain = fused.WeightedCollator(pad, required=False)([{"input_ids": [5, 6], "labels": [5, 6]}])
+    assert plain["token_weights"].tolist() == [[1, 1]]
+
+
 def test_what_is_refused():
     for unusual in ({"lora_dropout": 0.1}, {"use_dora": True}):
         with pytest.raises(NotImplementedError, match="only one plain LoRA"):
@@ -413,6 +446,8 @@ def test_what_is_refused():
         fused.apply(model)
     with pytest.raises(TypeError, match="no output embeddings"):
         fused.apply(tiny.model().model)
+    with pytest.raises(NotImplementedError, match=r"head is a DoryLMHead, whose forward is not nn\.Linear's"):
+        fused.apply(DoryForCausalLM(DoryConfig(**DORY)))  # its logits have a scale each, 1 before training
     model = fused.apply(tiny.model()).train()
     later = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(NotImplementedError, match="another module than at apply"):
@@ -421,13 +456,38 @@ def test_what_is_refused():
         fused.compute_loss_func(tiny.model())({}, batch()["labels"])
 
 
-class Squared(type(tiny.model())):
+class Odd(type(tiny.model())):
     """Does something between its head and its loss that no config speaks of."""
 
+    def step(self, logits):
+        return logits**2
+
     def forward(self, input_ids, labels=None, **kwargs):
-        logits = self.lm_head(self.model(input_ids).last_hidden_state) ** 2
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return {"loss": loss, "logits": logits}
+        logits = self.step(self.lm_head(self.model(input_ids).last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
+        return CausalLMOutput(loss, logits)
+
+
+class Written(Odd):
+    """Onto the logits themselves, as Chameleon forbids its image tokens."""
+
+    def step(self, logits):
+        logits[..., 3] = -10.0
+        return logits
+
+
+class Cut(Odd):
+    """As where a head has rows for padding: of hidden states there is nothing to cut off."""
+
+    def step(self, logits):
+        return logits[..., :60]
+
+
+class Upcast(Odd):
+    """As some families do; so does FSDP2 with an output_dtype."""
+
+    def step(self, logits):
+        return logits.float()
 
 
 class Twice(type(tiny.model())):
@@ -435,16 +495,134 @@ class Twice(type(tiny.model())):
 
     def forward(self, input_ids, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
-        return {"loss": logits.sum(), "logits": logits}
+        return CausalLMOutput(logits.sum(), logits)
 
 
-def test_an_unknown_step_between_head_and_loss_raises():
-    for kind, message in ((Squared, "in another way"), (Twice, r"does not go from get_output_embeddings")):
-        model = fused.apply(kind(tiny.model().config).train())
-        with pytest.raises(NotImplementedError, match=message):
-            model(**batch())
+@pytest.mark.parametrize("through", ["model", "compute_loss_func"])
+def test_an_unknown_step_between_head_and_loss_raises(through):
+    def step(model):
+        inputs = batch()
+        if through == "compute_loss_func":
+            loss, labels = fused.compute_loss_func(model), inputs.pop("labels")
+            return loss(model.train()(**inputs, num_items_in_batch=20), labels, num_items_in_batch=20)
+        return fused.apply(model).train()(**inputs).loss
+
+    for kind in (Odd, Written, Cut):
+        with pytest.raises(NotImplementedError, match="in another way"):
+            step(kind(tiny.model().config))
+    if through == "model":
+        with pytest.raises(NotImplementedError, match=r"does not go from get_output_embeddings"):
+            step(Twice(tiny.model().config))
     model = tiny.model()
     model.config.logit_scale = 2.0  # the config speaks of a scale that the model does not apply
-    fused.apply(model).train()
     with pytest.raises(NotImplementedError, match="in another way"):
-        model(**batch())
+        step(model)
+    model = tiny.model()
+    model.config.unpadded_vocab_size = 60
+    with pytest.raises(NotImplementedError, match="cuts 64 logits down to unpadded_vocab_size=60"):
+        step(model)
+
+
+def test_logits_may_be_upcast():
+    torch.manual_seed(0)
+    model = Upcast(tiny.model().config).to(torch.bfloat16).train()
+    expected = model(**batch()).loss
+    torch.testing.assert_close(fused.apply(model)(**batch()).loss, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tuples_have_no_logits_either(name):
+    model = family(name).train()
+    expected = model(**batch(), return_dict=False)
+    assert expected[1].shape == (3, 11, 64)
+    actual = fused.apply(model)(**batch(), return_dict=False)
+    assert len(actual) == len(expected)
+    assert actual[1] is None
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_applied_again(tied):
+    model = fused.apply(tiny.model(tied=tied).train())
+    old = model.get_output_embeddings()
+    model.resize_token_embeddings(80)
+    if model.get_output_embeddings() is not old:
+        with pytest.raises(NotImplementedError, match="call apply"):
+            model(**batch())
+    fused.apply(model)
+    loss = model(**batch())
+    assert loss.logits is None
+    fused.remove(model)
+    plain = model(**batch())
+    assert plain.logits.shape[-1] == 80
+    torch.testing.assert_close(loss.loss, plain.loss)
+    for module in (model, old, model.get_output_embeddings()):
+        assert not {"forward", "_drift_patch"} & set(vars(module))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "softcap"])
+def test_a_compiled_model_trains_the_same(name):
+    torch._dynamo.reset()
+    model = family(name).train()
+    expected = model(**batch())
+    expected.loss.backward()
+    theirs = gradients(model)
+    compiled = torch.compile(fused.apply(model), backend="eager")
+    for _ in range(2):
+        actual = compiled(**batch())
+    assert actual.logits is None
+    actual.loss.backward()
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    assert tiny.differences(theirs, gradients(model)) < 1e-4
+
+
+def test_what_wraps_a_model_comes_after_apply():
+    for wrapped in (torch.compile(tiny.model(), backend="eager"), torch.nn.DataParallel(tiny.model())):
+        for function in (fused.apply, fused.remove, fused.compute_loss_func):
+            with pytest.raises(TypeError, match=r"comes before DDP, FSDP and torch\.compile"):
+                function(wrapped)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_applied_model_is_saved_as_it_is(tied, tmp_path):
+    model = fused.apply(tiny.model(tied=tied).train())
+    loss = model(**batch()).loss
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).train()
+    assert not {"forward", "_drift_patch"} & set(vars(again))
+    assert tiny.differences(tiny.weights_of(model), tiny.weights_of(again)) == 0
+    torch.testing.assert_close(again(**batch()).loss, loss)
+
+
+@pytest.mark.peers
+def test_transformers_own_test_that_a_model_overfits(tmp_path, monkeypatch):
+    """Of its source distribution: loss and gradients fall by nine tenths, then `generate` repeats what was learnt."""
+    monkeypatch.setenv("RUN_TRAINING_TESTS", "1")
+    requirement = f"transformers=={importlib.metadata.version('transformers')}"
+    module = peers.test_module(requirement, "tests/test_training_mixin.py", tmp_path)
+    steps = []
+
+    class Applied(Qwen2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            fused.apply(self)
+            self.register_forward_hook(lambda _, args, out: steps.append(1) if out.logits is None else None)
+
+    class Tester:
+        causal_lm_class = Applied
+
+        def get_config(self):
+            return tiny.model().config
+
+        def prepare_config_and_inputs_for_common(self):
+            return self.get_config(), batch()
+
+    class Overfit(module.TrainingTesterMixin, unittest.TestCase):
+        model_tester = Tester()
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Overfit).run(result)
+    assert result.testsRun == 1
+    assert not result.errors + result.failures, (result.errors + result.failures)[0][1]
+    assert not result.skipped, result.skipped
+    assert len(steps) == Overfit.training_overfit_steps

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+import transformers
 import trl
 from test_trl_swap import common, compare, grpo, lora, run, sft
 from torch.nn.functional import cross_entropy
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import drift_kernels as dk
 from drift_kernels.adapters import trl as adapter
 from drift_kernels.adapters.trl import DriftGRPOTrainer, DriftSFTTrainer
+from drift_kernels.conversation import check_trained, role_markers
 
 ITERATE = dict(num_iterations=2, max_steps=6, learning_rate=1e-2)  # ratios move away from 1
 GRPO = {
@@ -62,6 +64,7 @@ GRPO = {
     "checkpointing": dict(loss_type="dapo", activation_checkpointing=True, max_steps=4),
     "fp32-head": dict(loss_type="dapo", cast_lm_head_to_fp32=True, max_steps=4),
     "truncated-masked": dict(loss_type="dapo", mask_truncated_completions=True, max_steps=4),
+    "compiled": dict(loss_type="dapo", torch_compile=True, torch_compile_backend="eager", max_steps=4),
 }
 
 
@@ -276,6 +279,7 @@ CASES = {
     "plain": {},
     "accumulation": dict(gradient_accumulation_steps=2, max_steps=5),
     "checkpointing": dict(activation_checkpointing=True, max_steps=4),
+    "compiled": dict(torch_compile=True, torch_compile_backend="eager", max_steps=4),
 }
 
 
@@ -338,3 +342,120 @@ def test_sft_refuses_by_name(tmp_path):
         drift_sft(tmp_path, data, normalize="mean")
     model = sft(tmp_path).model  # untouched
     assert not hasattr(model, "_drift_patch")
+
+
+FAMILIES = {
+    "MiniCPM3": dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
+    "Inkling": dict(head_dim=16),
+    "Dory": {},
+    "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0),
+}
+
+
+def of_family(name: str):
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    made = kind(kind.config_class(**shape | FAMILIES[name]))
+    made.config._name_or_path = "tiny"
+    return made
+
+
+@pytest.mark.parametrize("name", ["MiniCPM3", "Gemma2"])
+def test_families_that_change_hidden_states_or_logits_train_the_same(name, tmp_path):
+    ones = weighted().map(lambda row: {"weight": 1.0})
+    make = lambda cls: lambda p: drift_sft(p, ones, of_family(name), cls=cls, max_steps=4)  # noqa: E731
+    compare(run(make(trl.SFTTrainer), tmp_path / "a"), run(make(DriftSFTTrainer), tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("Inkling", "makes its logits in another way than its head"), ("Dory", "is a DoryLMHead")]
+)
+def test_a_family_whose_logits_are_not_its_heads_is_refused(name, message, tmp_path):
+    """Inkling divides hidden states before its head; Dory learns a scale of each logit."""
+    for make in (
+        lambda model: drift_sft(tmp_path, weighted(), model),
+        lambda model: grpo(tmp_path, model, cls=DriftGRPOTrainer),
+    ):
+        model = of_family(name)
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(NotImplementedError, match=message):
+            make(model)
+        assert [module.training for module in model.modules()] == modes
+
+
+# --- what is trained, as docs/adapters.md checks it ---
+
+SPEAKERS = dict(zip(("user", "assistant"), tiny.WORDS[-2:]))  # a turn begins with one of these words
+
+
+def conversations(count: int = 12):
+    """{"messages"}: four turns of words that begin none."""
+    texts = iter(tiny.sentences(4 * count))
+    ordinary = lambda: " ".join(word for word in next(texts).split() if word not in SPEAKERS.values()) + " ba"  # noqa: E731
+    return [[{"role": role, "content": ordinary()} for role in (*SPEAKERS, *SPEAKERS)] for _ in range(count)]
+
+
+def chat_tokenizer():
+    made = tiny.tokenizer()
+    user, assistant = SPEAKERS.values()
+    made.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}" + assistant
+        + " {% generation %}{{ m['content'] + ' <eos> ' }}{% endgeneration %}"
+        "{% else %}" + user + " {{ m['content'] + ' <eos> ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + assistant + " {% endif %}"
+    )  # fmt: skip
+    return made
+
+
+def checked(trainer, tokenizer) -> str:
+    batch = next(iter(trainer.get_train_dataloader()))
+    return check_trained(
+        batch["input_ids"],
+        batch.get("labels", batch.get("completion_mask")),
+        tokenizer.decode,
+        attention_mask=batch.get("attention_mask"),
+        cu_seqlens=batch.get("cu_seq_lens_q"),
+        markers=role_markers(tokenizer),
+        eos=tokenizer.eos_token_id,
+        colour=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained", "shown"),
+    [
+        (dict(assistant_only_loss=True), 2, 4),
+        (dict(assistant_only_loss=True, padding_free=True, max_length=None), 2, 4),
+        (dict(assistant_only_loss=True, packing=True, max_length=128), 2, None),
+        ({}, None, 4),
+    ],
+)
+def test_what_sft_trains_is_shown_and_checked(changes, trained, shown, tmp_path):
+    tokenizer = chat_tokenizer()
+    args = trl.SFTConfig(**common(tmp_path, **({"max_length": 128} | changes)))
+    data = tiny.dataset({"messages": conversations()})
+    trainer = trl.SFTTrainer(tiny.model(), args, train_dataset=data, processing_class=tokenizer)
+    if trained is None:  # TRL's default trains every turn
+        with pytest.raises(ValueError, match=r"(?s)4 of 4 conversations.*trained tokens are in a turn of user"):
+            checked(trainer, tokenizer)
+        return
+    rows = checked(trainer, tokenizer).splitlines()
+    assert shown in (None, len(rows))
+    assert len(rows) > 1
+    assert all(row.count("⟦") == row.count("<eos>⟧") == trained for row in rows)
+
+
+def test_what_dpo_trains_is_shown_and_checked(tmp_path):
+    tokenizer, turns = chat_tokenizer(), conversations()
+    data = {"prompt": [t[:1] for t in turns], "chosen": [t[1:2] for t in turns], "rejected": [t[3:] for t in turns]}
+    args = trl.DPOConfig(**common(tmp_path, max_length=64))
+    trainer = trl.DPOTrainer(
+        tiny.model(), ref_model=tiny.model(1), args=args, train_dataset=tiny.dataset(data), processing_class=tokenizer
+    )
+    rows = checked(trainer, tokenizer).splitlines()
+    assert len(rows) == 8
+    assert all(row.count("⟦") == row.count("<eos>⟧") == 1 for row in rows)

@@ -225,3 +225,37 @@ def test_external_lib_turns_it_on():
 def test_verls_own_tests_of_the_kernel(tmp_path):
     """Not in its sdist so far; said here, so that the list of docs/adapters.md tells when they come."""
     peers.test_module("verl==0.9.1", "tests/utils/test_linear_cross_entropy.py", tmp_path)
+
+
+ROLLOUT = """
+import pytest
+import drift_kernels as dk
+from drift_kernels.adapters import verl as adapter
+from verl.trainer.ppo import core_algos
+
+adapter.register_policy_loss("vanilla_of_drift", dk.PolicySpec(dual_clip=3.0), clip_from_config=True)
+ours = core_algos.get_policy_loss_fn("vanilla_of_drift")
+called = []
+
+def counting(**given):
+    called.append(1)
+    given["config"].global_batch_info.update(dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)
+    theirs, ours_too = core_algos.compute_policy_loss_vanilla(**given), ours(**given)
+    assert abs(theirs[0] - ours_too[0]) < 1e-5 * max(1, abs(theirs[0]))
+    return ours_too
+
+@pytest.fixture(autouse=True)
+def drifted(request, monkeypatch):
+    monkeypatch.setattr(request.module, "compute_policy_loss_vanilla", counting)
+
+def pytest_sessionfinish(session):
+    if not called:
+        session.exitstatus = 9
+"""
+
+
+@pytest.mark.peers
+def test_verls_own_tests_of_rollout_correction(tmp_path):
+    """With a registered loss of ours where they call verl's, and the numbers of both compared on the way."""
+    file = peers.test_file("verl==0.9.1", "tests/trainer/ppo/test_rollout_corr_integration.py", tmp_path)
+    assert peers.passed(file, ROLLOUT) > 2

@@ -56,7 +56,9 @@ class DriftSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self._refuse()
         per_sample = normalize in ("samples", "sample_weights")
-        self.data_collator = WeightedCollator(self.data_collator, token_weights_column, weight_column, per_sample)
+        self.data_collator = WeightedCollator(
+            self.data_collator, token_weights_column, weight_column, per_sample, required=False
+        )
         run_inside_forward(unwrap_peft(self.model))
 
     def _refuse(self) -> None:
