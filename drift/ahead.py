@@ -13,11 +13,12 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from drift.engines import Engine, Sample
+from drift.engines import Engine, Sample, remembering
 from drift.engines.hf import HFEngine
 from drift.policy import Policy
 
@@ -112,6 +113,10 @@ class Still:
         """The engine's."""
         self._check()
         return self.engine.generate(prompts, **settings)
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """The engine's."""
+        return remembering(self.engine)
 
     def _check(self) -> None:
         if self.stop.is_set():

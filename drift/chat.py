@@ -107,6 +107,28 @@ def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
     return [*ids, *added]
 
 
+class Prompts:
+    """The prompts of many conversations; what several share, siblings their problem and feedback, is rendered once."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self._made = policy, dict[str, list[int]]()
+
+    def render(self, messages: Messages) -> list[int]:
+        """`render` with the opening of an assistant turn."""
+        key = repr(messages)
+        if key not in self._made:
+            self._made[key] = render(self.policy.tokenizer, messages, True)
+        return list(self._made[key])
+
+    def extend(self, ids: list[int], messages: Messages) -> list[int]:
+        """`extend`. What the template adds does not depend on what the last assistant message says."""
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        key = repr([ids[-1], *messages[:last], {**messages[last], "content": None}, *messages[last + 1 :]])
+        if key not in self._made:
+            self._made[key] = extend(self.policy, ids[-1:], messages)[1:]
+        return [*ids, *self._made[key]]
+
+
 def check_role(tokenizer: Any, role: str) -> None:
     """Raises ValueError where the chat template refuses messages of this role, or leaves them out."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

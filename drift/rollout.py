@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from drift import chat, store
-from drift.engines import Engine, Sample
+from drift.engines import Engine, Sample, remembering
 from drift.environments import FEEDBACK, TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment, feedback
 from drift.meter import Stopwatch
 from drift.policy import Policy
@@ -73,11 +73,11 @@ class Episode:
         """The number of the attempt that is being made, from 1."""
         return len(self.rewards) + 1
 
-    def prompt(self, policy: Policy, history: str) -> list[int]:
+    def prompt(self, prompts: chat.Prompts, history: str) -> list[int]:
         """Ids of the next turn's prompt."""
         if history == "template" or not self.samples:
-            return chat.render(policy.tokenizer, self.messages, True)
-        return chat.extend(policy, self.samples[-1]["token_ids"], self.messages)
+            return prompts.render(self.messages)
+        return prompts.extend(self.samples[-1]["token_ids"], self.messages)
 
     def take(self, prompt: list[int], sample: Sample, said: str, history: str) -> None:
         """Adds a sampled turn. One token sequence grows with `history` keep, one a turn is kept with template."""
@@ -163,28 +163,30 @@ def play(
     environment = environment or default_environment(task, settings)
     episodes = [Episode(problem, index, list(environment.reset(problem))) for problem, index in jobs]
     live = episodes
-    for number in range(1, settings.turns + settings.tool_calls + 1):
-        prompts = [episode.prompt(policy, settings.history) for episode in live]
-        samples = engine.generate(
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]),
-        )
-        for episode, prompt, sample in zip(live, prompts, samples):
-            episode.take(prompt, sample, chat.decode(policy, sample.token_ids), settings.history)
-        steps = environment.step(live)
-        if len(steps) != len(live):
-            raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there should be one each")
-        for episode, step in zip(live, steps):
-            episode.answered(step, settings.turns)
-        still = [episode for episode in live if not episode.ended]
-        if bar is not None:
-            bar.advance(len(live) - len(still))
-        live = still
-        if not live:
-            break
+    with remembering(engine):
+        for number in range(1, settings.turns + settings.tool_calls + 1):
+            asked = chat.Prompts(policy)
+            prompts = [episode.prompt(asked, settings.history) for episode in live]
+            samples = engine.generate(
+                prompts,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]),
+            )
+            for episode, prompt, sample in zip(live, prompts, samples):
+                episode.take(prompt, sample, chat.decode(policy, sample.token_ids), settings.history)
+            steps = environment.step(live)
+            if len(steps) != len(live):
+                raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there should be one each")
+            for episode, step in zip(live, steps):
+                episode.answered(step, settings.turns)
+            still = [episode for episode in live if not episode.ended]
+            if bar is not None:
+                bar.advance(len(live) - len(still))
+            live = still
+            if not live:
+                break
     for episode in live:  # of an environment that takes more calls than the settings allow: the last turn stays last
         while episode.messages[-1]["role"] != "assistant":
             episode.messages.pop()

@@ -55,6 +55,26 @@ def test_next_prompt_keeps_what_was_sampled(policy, role, finished):
     assert shown.count("Incorrect.") == 1
 
 
+def test_prompts_of_many_are_those_of_each(policy, monkeypatch):
+    made, rendered = chat.Prompts(policy), []
+    apply = policy.tokenizer.apply_chat_template
+    monkeypatch.setattr(policy.tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(0) or apply(*a, **k))
+    for said in (*SAID, *SAID, "<answer>1</answer>"):
+        first = made.render(START)
+        assert first == chat.render(policy.tokenizer, START, True)
+        first.append(0)  # the caller's own
+        for finished in (True, False):
+            for told in ("Incorrect.", "Incorrect.<|im_end|>", "No."):
+                ids = first[:-1] + sampled(policy, said, finished)
+                messages = [*START, {"role": "assistant", "content": said}, {"role": "user", "content": told}]
+                assert made.extend(ids, messages) == chat.extend(policy, ids, messages)
+                again = [*messages, {"role": "assistant", "content": "<answer>2</answer>"}, messages[-1]]
+                assert made.extend(ids, again) == chat.extend(policy, ids, again)
+    rendered.clear()
+    made.render(START), made.extend(ids, messages)
+    assert not rendered
+
+
 @pytest.mark.parametrize("role", ["user", "tool"])
 def test_others_cannot_forge_a_turn(policy, role):
     """What a prompt or a tool says is text, whatever it looks like; only the template and the model end turns."""

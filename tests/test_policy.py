@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import drift_kernels as dk
 from drift import chat
 from drift.config import LoRAConfig, ModelConfig
+from drift.engines import hf
 from drift.engines.hf import HFEngine, draw
 from drift.packing import pack
-from drift.policy import load_policy
+from drift.policy import Policy, load_policy
 from drift.types import Trajectory, Turn
 
 QUESTION = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 14 + 3 ="}]
@@ -143,6 +145,67 @@ def test_sampling_repeats_by_seed_and_differs_between_siblings(policy):
     first, again, other = (engine.generate(prompts, max_new_tokens=5, seed=s) for s in (1, 1, 2))
     assert first == again != other
     assert len({tuple(s.token_ids) for s in first}) > 10
+
+
+def conversation(policy, engine, turns=4):
+    """Samples of siblings and others, each of whose prompts goes on from some of the samples before, in another order."""
+    prompts, rounds = prompts_of(policy) + prompts_of(policy, 2) * 3, []
+    for turn in range(turns):
+        rounds.append(engine.generate(prompts, max_new_tokens=6, seed=turn))
+        told = chat.encode(policy.tokenizer, "<|im_end|>\nNo." + "!" * turn)
+        longer = [p + s.token_ids + told for p, s in zip(prompts, rounds[-1])]
+        prompts = [*longer[::-2], prompts[0], prompts[1][:-2] + told, *longer[::3]]  # of one, all but its end is new
+    return rounds
+
+
+@pytest.mark.parametrize("batch_size", [4, 512])
+def test_what_is_remembered_changes_no_sample(policy, batch_size, monkeypatch):
+    plain, engine, read = HFEngine(policy, batch_size), HFEngine(policy, batch_size), []
+    forward = policy.model.forward
+    monkeypatch.setattr(policy.model, "forward", lambda **o: read.append(o["input_ids"].numel()) or forward(**o))
+    expected, alone = conversation(policy, plain), sum(read)
+    read.clear()
+    with engine.remembering():
+        found = conversation(policy, engine)
+    assert sum(read) < 0.7 * alone
+    for ours, theirs in zip(found, expected):
+        assert [s.token_ids for s in ours] == [s.token_ids for s in theirs]
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
+    assert engine.memory is None  # nothing is left, and nothing that other weights could meet
+    read.clear()
+    conversation(policy, engine)
+    assert sum(read) == alone
+
+
+def test_memory_ends_where_its_bytes_do(policy, monkeypatch):
+    monkeypatch.setattr(hf, "REMEMBERED", 30_000)  # some rows of the first turns
+    engine = HFEngine(policy)
+    with engine.remembering():
+        found = conversation(policy, engine)
+        assert 0 <= engine.memory.bytes <= 30_000
+    expected = conversation(policy, HFEngine(policy))
+    assert [[s.token_ids for s in turn] for turn in found] == [[s.token_ids for s in turn] for turn in expected]
+
+
+def test_sliding_windows_are_not_remembered():
+    model = transformers.MistralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        sliding_window=8,
+    )
+    model.num_key_value_heads, model.eos_token_id = 2, 2
+    policy = Policy(transformers.MistralForCausalLM(model).eval(), load_policy(ModelConfig()).tokenizer)
+    engine = HFEngine(policy)
+    with engine.remembering():
+        found = conversation(policy, engine)
+        assert not engine.memory.blocks
+    assert [[s.token_ids for s in turn] for turn in found] == [
+        [s.token_ids for s in turn] for turn in conversation(policy, HFEngine(policy))
+    ]
 
 
 def test_draw_follows_temperature_and_top_p():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,14 @@ class Engine(Protocol):
     ) -> list[Sample]:
         """One sample a prompt, in the prompts' order; temperature 0 is greedy. `bar.advance(n)` counts samples."""
         ...
+
+
+def remembering(engine: Engine) -> AbstractContextManager[None]:
+    """Inside, an engine that can may keep what it computed for one call for the next; the weights must stay as they are.
+
+    `HFEngine` can; others have no `remembering`, and nothing changes.
+    """
+    return getattr(engine, "remembering", nullcontext)()
 
 
 def check_prompts(prompts: list[list[int]]) -> None:

@@ -2,18 +2,25 @@
 
 Prompts are sorted by length, padded on the left and decoded in batches; rows that have ended leave the batch once they
 are half of it, so that a few long answers do not hold up many short ones. Only the last position's logits are made.
+Prompts that are the same are read once, and inside `remembering` a prompt that goes on from what the call before
+sampled, as the next turn of a conversation does, is read from there on.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from drift.engines import Sample, check_prompts
+from drift.engines.memory import Memory
 from drift.policy import Policy
+
+REMEMBERED = 1 << 30  # bytes of keys and values at most
 
 
 class HFEngine:
@@ -23,11 +30,22 @@ class HFEngine:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} should be at least 1")
         self.policy, self.batch_size = policy, batch_size
+        self.memory: Memory | None = None  # of the call before
+        self._next: Memory | None = None  # of this one
         names = inspect.signature(policy.causal_lm.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
 
     def sync(self) -> None:
         """Nothing to do: the weights are the policy's own."""
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, keys and values of a call's samples are kept for the next call; the weights must stay as they are."""
+        self.memory = Memory(REMEMBERED)
+        try:
+            yield
+        finally:
+            self.memory = self._next = None
 
     def generate(
         self,
@@ -49,6 +67,7 @@ class HFEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         samples: list[Sample | None] = [None] * len(prompts)
         generator = torch.Generator(self.policy.device).manual_seed(seed)
+        self._next = None if self.memory is None else Memory(self.memory.most_bytes)
         with self.policy.inference():
             for first in range(0, len(order), self.batch_size):
                 chosen = order[first : first + self.batch_size]
@@ -57,27 +76,21 @@ class HFEngine:
                     samples[i] = sample
                 if bar is not None:
                     bar.advance(len(chosen))
+        self.memory, self._next = self._next, None
         return [sample for sample in samples if sample is not None]
 
     def _batch(
         self, prompts: list[list[int]], limit: int, temperature: float, top_p: float, generator: torch.Generator
     ) -> list[Sample]:
-        device, longest = self.policy.device, len(prompts[-1])
-        ids = torch.full((len(prompts), longest), self.policy.tokenizer.pad_token_id or 0, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        ends = torch.tensor(sorted(self.policy.eos_ids), device=device)
+        ends = torch.tensor(sorted(self.policy.eos_ids), device=self.policy.device)
         samples = [Sample([], [], False) for _ in prompts]
-        live, cache = list(range(len(prompts))), DynamicCache(config=self.policy.causal_lm.config)
+        cache = DynamicCache(config=self.policy.causal_lm.config)
         options = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        running = torch.ones(len(live), dtype=torch.bool, device=device)
-        for _ in range(limit):
-            out = self.policy.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
-            tokens, logprobs = draw(out.logits[:, -1].float(), temperature, top_p, generator)
+        logits, mask, positions = self._read(prompts, cache, options)
+        live = list(range(len(prompts)))
+        running = torch.ones(len(live), dtype=torch.bool, device=self.policy.device)
+        for number in range(limit):
+            tokens, logprobs = draw(logits.float(), temperature, top_p, generator)
             ended = torch.isin(tokens, ends)
             for row, on, token, logprob, end in zip(
                 live, running.tolist(), tokens.tolist(), logprobs.tolist(), ended.tolist()
@@ -88,17 +101,59 @@ class HFEngine:
                     samples[row].finished = end
             running &= ~ended
             left = int(running.sum())
-            if left == 0:
+            if left == 0 or number + 1 == limit:
                 break
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
             if left <= len(live) // 2:
                 kept = running.nonzero().squeeze(1)
+                self._remember(cache, mask, live, prompts, samples, (~running).nonzero().squeeze(1).tolist())
                 cache.batch_select_indices(kept)
-                ids, mask, positions = ids[kept], mask[kept], positions[kept]
+                tokens, mask, positions, running = tokens[kept], mask[kept], positions[kept], running[kept]
                 live = [live[i] for i in kept.tolist()]
-                running = running[kept]
+            mask, positions = torch.cat([mask, mask.new_ones(len(live), 1)], 1), positions + 1
+            out = self.policy.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, **options)
+            logits = out.logits[:, -1]
+        self._remember(cache, mask, live, prompts, samples, range(len(live)))
         return samples
+
+    def _read(
+        self, prompts: list[list[int]], cache: Any, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fills the cache: what follows each prompt as logits [B, V], the mask [B, L], and the last positions [B, 1]."""
+        device = self.policy.device
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        lengths, known = self.memory.fill(cache, list(places)) if self.memory else ([0] * len(places), None)
+        new = [ids[length:] for ids, length in zip(places, lengths)]
+        longest = max(map(len, new))
+        ids = torch.full((len(new), longest), self.policy.tokenizer.pad_token_id or 0, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, part in enumerate(new):
+            ids[row, longest - len(part) :] = torch.tensor(part)
+            mask[row, longest - len(part) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        if known is not None:
+            mask = torch.cat([known, mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -longest:]
+        out = self.policy.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+        logits, last = out.logits[:, -1], positions[:, -1:]
+        if len(places) < len(prompts):
+            index = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+            cache.batch_select_indices(index)
+            logits, mask, last = logits[index], mask[index], last[index]
+        return logits, mask, last
+
+    def _remember(
+        self,
+        cache: Any,
+        mask: torch.Tensor,
+        live: list[int],
+        prompts: list[list[int]],
+        samples: list[Sample],
+        rows: Sequence[int],
+    ) -> None:
+        """Keeps rows of the batch; a sample's last token was never read."""
+        if self._next is not None:
+            read = [(*prompts[live[row]], *samples[live[row]].token_ids[:-1]) for row in rows]
+            self._next.keep(cache, mask, rows, read)
 
 
 def draw(
