@@ -226,8 +226,30 @@ class _Job:
         store.check_policy(rows, self.policy.hash())
         return rows
 
+    def _evaluation(self, path: Path) -> dict[str, Any]:
+        """What lies there. Raises RunError where it was made with other settings than these, or is none."""
+        config, found = self.config, _read_json(path)
+        asked = {
+            "eval.turns": config.eval.turns,
+            "eval.samples": config.eval.samples,
+            "task.eval_problems": config.task.eval_problems,
+        }
+        try:
+            sizes = (len(found["by_turn"]), found.get("samples", 0), len(found["solved_at"]))
+        except (TypeError, KeyError, AttributeError):
+            raise RunError(f"{path} holds no evaluation; remove it, and the same command makes it again") from None
+        differ = [f"{key}={had} and not {now}" for had, (key, now) in zip(sizes, asked.items()) if had != now]
+        if differ:
+            raise RunError(
+                f"{path} was made with {', '.join(differ)}; set that back, or have everything trained and evaluated again: "
+                f"rm {self.folder}/base/eval.json {self.folder}/seed-*/eval-*.json"
+            )
+        return found
+
     def _evaluate(self, name: str, path: Path) -> None:
-        if distributed.rank() == 0 and not path.exists():
+        if distributed.rank() == 0 and path.exists():
+            self._evaluation(path)
+        elif distributed.rank() == 0:
             config = self.config
             with self.clock("evaluate"), self._engine(config.eval.batch_size) as engine:
                 done = evaluate(
@@ -261,26 +283,31 @@ class _Job:
         keys = (multi, "single", "by_turn", *((f"mean_at_{n}", f"pass_at_{n}") if n else ()))
         results: dict[str, dict[str, list[Any]]] = {}
         for arm in ("base", *config.trained):
-            read = [_read_json(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
+            read = [self._evaluation(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
             results[arm] = {key: [content[key] for content in read] for key in keys}
-        files = [] if config.online else [rollout_path(self.folder, config, seed) for seed in config.seeds]
-        sampled = [store.read(file) for file in files]
-        stats = [weigh(rows, config.weights)[1] for rows in sampled]
         summary = {
             "name": config.name,
             "seeds": config.seeds,
             "results": results,
             "paired": _paired(results, multi),
-            "settings": {**config.weights.model_dump(), **_picked(config)},
-            **({"online": config.online.model_dump(mode="json")} if config.online else {}),
-            "ess": [s["ess_overall"] for s in stats],
-            "ess_in_group": [s["ess_mean"] for s in stats],
-            "unsolved_groups": [s["unsolved_share"] for s in stats],
-            "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+            "settings": _picked(config),
+            **({"online": config.online.model_dump(mode="json")} if config.online else self._sampled()),
             "seconds": self.clock.seconds | {"total": sum(self.clock.seconds.values())},
         }
         _write_json(self.folder / "summary.json", plain(summary))
         report.write(self.folder)
+
+    def _sampled(self) -> dict[str, list[float]]:
+        """What the base sampled for each seed, and how the weights spread over it."""
+        config = self.config
+        sampled = [store.read(rollout_path(self.folder, config, seed)) for seed in config.seeds]
+        stats = [weigh(rows, config.weights)[1] for rows in sampled]
+        return {
+            "ess": [s["ess_overall"] for s in stats],
+            "ess_in_group": [s["ess_mean"] for s in stats],
+            "unsolved_groups": [s["unsolved_share"] for s in stats],
+            "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+        }
 
 
 def rollout_path(folder: Path, config: Config, seed: int) -> Path:
@@ -308,15 +335,18 @@ def _paired(results: dict[str, dict[str, list[Any]]], multi: str) -> dict[str, A
 
 
 def _picked(config: Config) -> dict[str, Any]:
-    return {
+    """The settings that a reader of the results asks for first, of those that the method reads."""
+    every = {
         "n": config.rollout.n,
         "turns": config.rollout.turns,
         "train_problems": config.task.train_problems,
         "eval_problems": config.task.eval_problems,
         "lr": config.train.lr,
-        "epochs": config.train.epochs,
-        "batch_size": config.train.batch_size,
     }
+    if config.online:
+        return {"gamma": config.weights.gamma, "repetition": config.weights.repetition, **every}
+    offline = {"epochs": config.train.epochs, "batch_size": config.train.batch_size}
+    return {**config.weights.model_dump(), **every, **offline}
 
 
 class _Clock:
@@ -373,7 +403,10 @@ def _differences(path: str, before: Any, now: Any) -> list[str]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not JSON ({error}); remove it, and the same command makes it again") from None
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from drift_kernels.backends import cpu
 
-TILE_BYTES, TILE_ROWS = 2 << 20, 256  # a widened tile of a weight: small enough for a cache, with rows enough for a product
+# Of a widened tile of a weight: small enough for a cache, with rows enough for a product.
+TILE_BYTES, TILE_ROWS = 2 << 20, 256
 TILE_SHARE = 8  # and at most this part of the workspace
 
 
@@ -239,8 +240,11 @@ class HeadBlock:
     ) -> None:
         self.by, self.dtype, self.vocabulary = choose(hidden, weight, dtype, workspace), dtype, weight.shape[0]
         self.low_rank = None if lora is None else LowRank(lora, dtype)
-        # of the workspace, once and for each row
-        self.bytes, self.row_bytes = self.by.bytes, row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes
+        stride = row_stride(self.vocabulary, dtype)
+        self.bytes, self.row_bytes = (
+            self.by.bytes,
+            stride * dtype.itemsize + self.by.row_bytes,
+        )  # once, and for each row
 
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows."""
