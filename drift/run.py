@@ -7,7 +7,8 @@ Everything lies in one folder, and each stage leaves a file there, so that a run
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
     seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl;
-                              trained online: rollouts.jsonl, every step's trajectories
+                              trained online: rollouts.jsonl, every step's trajectories, and examples.jsonl, some of them
+                              token by token
     seed-K/eval-ARM.json      what it solved
 
 Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are

@@ -1,6 +1,6 @@
 """The public ops with a teacher: divergences over the vocabulary or a top k, and a policy loss beside them in the same pass.
 
-Shapes and logits as in `ops`; one target a hidden row. Both logits of a chunk are there at once: 4 units of matrix products
+Shapes and logits as in `ops`; one target a hidden row (where several share one, pass hidden[rows]). Both logits of a chunk are there at once: 4 units of matrix products
 for rows that read the teacher, 4 more for those with a gradient.
 """
 
