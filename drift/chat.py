@@ -152,11 +152,19 @@ def to_trajectories(
     """One rollout row as what is trained: its own token ids where it has them, else its messages, rendered in one go.
 
     A row whose turns are separate samples (history: template) gives one trajectory a turn with turns="assistant", all of
-    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering.
+    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering, and for
+    ids that the model does not have.
     """
     if row.get("token_ids") is None:
         return [_from_messages(policy, row, index, weight, turns)]
     samples = [*(row.get("earlier_turns") or [] if turns == "assistant" else []), row]
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for sample in samples:
+        if max(sample["token_ids"]) >= size:
+            raise ValueError(
+                f"row {row['prompt_id']!r}: token_ids holds {max(sample['token_ids'])}, and the model has {size} tokens; another "
+                "tokenizer made the row: take that model, or leave token_ids out to have the messages tokenised"
+            )
     return [_from_ids(row["prompt_id"], sample, index, weight) for sample in samples]
 
 

@@ -7,6 +7,7 @@ LoRA head's part to either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,10 @@ class LoRAHead:
     A: Tensor  # [r, D]
     B: Tensor  # [V, r]
     scale: float = 1.0  # alpha / r as LoRA has it (arXiv 2106.09685)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str) or not math.isfinite(float(self.scale)):
+            raise ValueError(f"lora.scale={self.scale!r} must be a finite number")
 
 
 class LowRank:

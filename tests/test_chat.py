@@ -153,6 +153,19 @@ def test_recorded_ids_are_used_as_they_are():
     assert len(chat.to_trajectories(policy, row | {"earlier_turns": [early]}, index=0)) == 1
 
 
+def test_ids_of_another_tokenizer_are_refused():
+    policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    row = {"prompt_id": "p", "messages": START, "token_ids": [1, 2, size], "loss_mask": [0, 1, 1]}
+    with pytest.raises(ValueError, match=rf"row 'p': token_ids holds {size}, and the model has {size} tokens"):
+        chat.to_trajectories(policy, row, index=0)
+    good = row | {"token_ids": [1, 2, size - 1]}
+    assert chat.to_trajectories(policy, good, index=0)
+    early = {"token_ids": [10**30], "loss_mask": [1]}
+    with pytest.raises(ValueError, match="another tokenizer"):
+        chat.to_trajectories(policy, good | {"earlier_turns": [early]}, index=0, turns="assistant")
+
+
 def test_templates_without_a_place_to_go_on_are_refused():
     policy = load_policy(ModelConfig(hidden_size=8, layers=1, heads=1))
     messages = [*START, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
