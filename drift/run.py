@@ -372,17 +372,28 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
     """The summary, if it is that of these settings, seeds and arms."""
     if not (folder / "summary.json").exists() or not (folder / "config.yaml").exists():
         return None
-    before = load(folder / "config.yaml", [])
+    before = _settings(folder / "config.yaml")
     kept = {key: getattr(config, key) for key in ("track", "output_dir", "engine")}
     same = before.model_copy(update=kept) == config
     return _read_json(folder / "summary.json") if same else None
+
+
+def _settings(file: Path) -> Config:
+    """What a run wrote there. Raises ConfigError naming the file, which is not the one that the command names."""
+    try:
+        return load(file, [])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}, which an earlier run wrote, cannot be read: {error}; give this run another name (name=…), or remove "
+            "the folder"
+        ) from None
 
 
 def _claim(folder: Path, config: Config) -> None:
     """Writes config.yaml; in a folder where a run has got anywhere, only what may differ between two runs may differ."""
     file = folder / "config.yaml"
     if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
-        before, now = load(file, []).model_dump(), config.model_dump()
+        before, now = _settings(file).model_dump(), config.model_dump()
         differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
         if before["seeds"][0] != config.seeds[0]:
             differ.append(f"seeds began with {before['seeds'][0]} and now with {config.seeds[0]}")

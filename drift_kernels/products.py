@@ -136,10 +136,13 @@ class Widened:
     ) -> None:
         """sums [V, D] (+)= scale · dlogits [C, V]ᵀ · hidden [C, D]; what then would be there to `rounded` [V, D] where given."""
         if rounded is None:
+            assert sums is not None
             torch.addmm(sums, dlogits.t(), hidden, beta=int(accumulate), alpha=scale, out=sums)
             return
         for part in self._parts():
-            tile = self.buffer[: part.stop - part.start] if sums is None else sums[part]
+            tile = self.buffer if sums is None else sums[part]
+            assert tile is not None  # what is rounded was widened
+            tile = tile[: part.stop - part.start]
             torch.addmm(tile, dlogits[:, part].t(), hidden, beta=int(accumulate), alpha=scale, out=tile)
             rounded[part].copy_(tile)
 

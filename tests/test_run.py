@@ -146,6 +146,16 @@ def test_a_base_that_was_evaluated_otherwise_and_broken_files_are_named(whole, t
     (copy / "seconds.json").write_text("{")
     with pytest.raises(RunError, match=r"seconds\.json is not JSON.*remove it"):
         run(again)
+    (copy / "seconds.json").unlink()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        content = (copy / "base" / name).read_bytes()
+        (copy / "base" / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises((ValueError, OSError), match=r"digits/base"):
+            run(again)
+        (copy / "base" / name).write_bytes(content)
+    (copy / "config.yaml").write_text("name: digits\ntrain: {lr:")
+    with pytest.raises(ConfigError, match=r"digits/config\.yaml, which an earlier run wrote, cannot be read: .*name=…"):
+        run(again)
 
 
 def test_a_run_that_never_began_may_be_mended(tmp_path):
