@@ -5,13 +5,14 @@ The text that a template adds after an assistant turn is found by rendering the 
 that turn: whatever the template does with earlier turns (some drop old thinking) does not touch ids already sampled.
 
 Turns are begun and ended by the template and by the model alone: where a prompt, feedback or a tool's result spells a
-special token, such as <|im_end|>, it is given to the model as the letters that it is made of.
+special token, such as <|im_end|>, it is given to the model as the letters that it is made of. So it is in all messages of
+a row without token ids: what it spells cannot be told from what was sampled.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -40,14 +41,17 @@ def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = Fal
     return _encode_quoted(tokenizer, text(tokenizer, quoted, add_generation_prompt), mark)
 
 
-def _quoted(tokenizer: Any, messages: Messages) -> tuple[Messages, str]:
-    """The messages with a mark on either side of each special token that others than the assistant spell, and the mark."""
+def _quoted(tokenizer: Any, messages: Messages, *, assistant: bool = False) -> tuple[Messages, str]:
+    """The messages with a mark on either side of each special token that others than the assistant spell, and the mark.
+
+    `assistant`: those that the assistant spells too.
+    """
     mark = _absent(messages)
     names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
     special = re.compile("|".join(map(re.escape, reversed(names))) or "(?!)")
     quoted = [
         {**m, "content": special.sub(lambda found: f"{mark}{found[0]}{mark}", m["content"])}
-        if m["role"] != "assistant" and isinstance(m["content"], str)
+        if (assistant or m["role"] != "assistant") and isinstance(m["content"], str)
         else m
         for m in messages
     ]
@@ -56,13 +60,22 @@ def _quoted(tokenizer: Any, messages: Messages) -> tuple[Messages, str]:
 
 def _encode_quoted(tokenizer: Any, rendered: str, mark: str) -> list[int]:
     """Ids of what was rendered from `_quoted` messages."""
-    ids: list[int] = []
+    return [
+        i for _, piece, spelled in _pieces(rendered, mark) for i in _encoding(tokenizer, piece, spelled)["input_ids"]
+    ]
+
+
+def _pieces(rendered: str, mark: str) -> Iterator[tuple[int, str, bool]]:
+    """Where each piece between marks begins, the piece, and whether it spells a special token."""
+    start = 0
     for place, piece in enumerate(rendered.split(mark)):
-        if place % 2:
-            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        elif piece:
-            ids += encode(tokenizer, piece)
-    return ids
+        if piece:
+            yield start, piece, place % 2 == 1
+        start += len(piece) + len(mark)
+
+
+def _encoding(tokenizer: Any, piece: str, spelled: bool, **options: Any) -> Any:
+    return tokenizer(piece, add_special_tokens=False, split_special_tokens=spelled, **options)
 
 
 def _absent(messages: Messages) -> str:
@@ -161,11 +174,19 @@ def to_trajectories(
     """One rollout row as what is trained: its own token ids where it has them, else its messages, rendered in one go.
 
     A row whose turns are separate samples (history: template) gives one trajectory a turn with turns="assistant", all of
-    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering.
+    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering, and for
+    ids that the model does not have.
     """
     if row.get("token_ids") is None:
         return [_from_messages(policy, row, index, weight, turns)]
     samples = [*(row.get("earlier_turns") or [] if turns == "assistant" else []), row]
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for sample in samples:
+        if max(sample["token_ids"]) >= size:
+            raise ValueError(
+                f"row {row['prompt_id']!r}: token_ids holds {max(sample['token_ids'])}, and the model has {size} tokens; another "
+                "tokenizer made the row: take that model, or leave token_ids out to have the messages tokenised"
+            )
     return [_from_ids(row["prompt_id"], sample, index, weight) for sample in samples]
 
 
@@ -184,10 +205,14 @@ def _rises(mask: Sequence[int]) -> list[int]:
 
 
 def _from_messages(policy: Policy, row: dict[str, Any], index: int, weight: float, turns: str) -> Trajectory:
-    messages: Messages = row["messages"]
+    messages, mark = _quoted(policy.tokenizer, row["messages"], assistant=True)
     whole = text(policy.tokenizer, messages)
-    encoded = policy.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for begin, piece, spelled in _pieces(whole, mark):
+        encoded = _encoding(policy.tokenizer, piece, spelled, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        offsets += [(begin + a, begin + b) for a, b in encoded["offset_mapping"]]
     spans = []
     for place, stop in _places(policy.tokenizer, row["prompt_id"], messages, whole, every=turns == "assistant"):
         first = next((k for k, (_, end) in enumerate(offsets) if end > place), len(ids))

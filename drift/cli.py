@@ -243,13 +243,16 @@ def results_table(records: Records) -> Table:
     table = Table(title=f"{records.path.name}: held-out problems solved, {seeds} seed{'s' * (seeds != 1)}", box=None)
     table.add_column("arm", no_wrap=True)
     table.add_column("", style="dim")
-    for heading in (f"multi@{records.turns} %", "single %", "drift ahead"):
+    sampled = (name for result in records.results.values() for name in result.sampled)
+    means = sorted({name for name in sampled if name.startswith("mean")})
+    for heading in (f"multi@{records.turns} %", "single %", *(f"{name} %" for name in means), "drift ahead"):
         table.add_column(heading, justify="right", no_wrap=True)
     ours = records.results.get("drift")
     for arm, result in records.results.items():
         ahead = _points(paired_difference(ours.multi, result.multi)) if ours and arm != "drift" else ""
-        means = (f"{100 * mean_stderr(values).mean:.1f}" for values in (result.multi, result.single))
-        table.add_row(arm, records.about(arm), *means, ahead, style="bold" if arm == "drift" else None)
+        shown = (result.multi, result.single, *(result.sampled.get(name) for name in means))
+        cells = (f"{100 * mean_stderr(values).mean:.1f}" if values else "" for values in shown)
+        table.add_row(arm, records.about(arm), *cells, ahead, style="bold" if arm == "drift" else None)
     return table
 
 

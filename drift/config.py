@@ -68,7 +68,7 @@ class TaskConfig(Section):
     options: dict[str, Any] = {}  # the generator's own
     path: str | None = None  # of the JSONL file
     answer_tag: str = "answer"
-    seed: int = 0
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0  # what torch takes
     warm_problems: Count = 2000
     train_problems: Positive = 192
     eval_problems: Positive = 1000
@@ -265,7 +265,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError, one line a complaint; OSError where the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as that") from None
     raw = _parse(text, str(path))
     if raw is None:
         raw = {}
@@ -335,7 +338,13 @@ for _class in (_Loader, _Dumper):  # 1e-4, 1E5: numbers in YAML 1.2, text in 1.1
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # the last four of odd tags and keys
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -63,7 +63,7 @@ def packages() -> list[Finding]:
         try:
             found.append((name, metadata.version(name), True))
         except metadata.PackageNotFoundError:
-            found.append((name, f"not installed; {remedy or 'pip install drift-rl brings it'}", False))
+            found.append((name, f"not installed; {remedy or 'pip install -e . brings it'}", False))
     for name in EXTENSIONS:
         try:
             importlib.import_module(name)

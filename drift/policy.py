@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drift import tiny
@@ -123,8 +124,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
-    New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, or where the tokenizer has no
-    chat template.
+    New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, where the tokenizer has no
+    chat template, and where the folder's files cannot be read.
     """
     dtype = DTYPES[config.dtype]
     attention = register(config.attention, device=device, dtype=dtype)
@@ -138,8 +139,13 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
             raise ValueError(
                 f"model.path={path!r} is neither a folder that is there nor a hub name, NAME or OWNER/NAME"
             )
-        tokenizer = AutoTokenizer.from_pretrained(config.path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        except (ValueError, SafetensorError) as error:  # also of JSON that is cut off
+            raise ValueError(
+                f"the model at {config.path!r} cannot be read ({error}); have it written again, or name another"
+            ) from error
         if adapters:
             from peft import PeftModel
 

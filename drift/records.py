@@ -37,6 +37,7 @@ class Results:
     multi: list[float]  # multi@k: share of problems solved within k turns
     single: list[float]  # share solved in the first turn
     by_turn: list[list[float]]  # cumulative shares after turns 1..k
+    sampled: dict[str, list[float]] = field(default_factory=dict)  # mean@n and pass@n, where `eval.samples` drew any
 
 
 @dataclass(slots=True)
@@ -180,6 +181,11 @@ def _results_of(file: Path, place: str, values: Any) -> tuple[int, Results]:
     _expect(
         file, fits and len(by_turn) in (0, number), f"{place}.by_turn should be {number} lists of shares, one a seed"
     )
+    for key in values:
+        if key.startswith(("mean_at_", "pass_at_")):
+            fits = _are_shares(values[key]) and len(values[key]) == number
+            _expect(file, fits, f"{place}.{key} should be {number} shares from 0 to 1, one a seed")
+            result.sampled[key.replace("_at_", "@")] = values[key]
     return int(turns[0]), result
 
 

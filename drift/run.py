@@ -7,7 +7,8 @@ Everything lies in one folder, and each stage leaves a file there, so that a run
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
     seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl;
-                              trained online: rollouts.jsonl, every step's trajectories
+                              trained online: rollouts.jsonl, every step's trajectories, and examples.jsonl, some of them
+                              token by token
     seed-K/eval-ARM.json      what it solved
 
 Seeds differ in what is sampled and in the order of training. They share the base and the problems, so that arms are
@@ -226,8 +227,30 @@ class _Job:
         store.check_policy(rows, self.policy.hash())
         return rows
 
+    def _evaluation(self, path: Path) -> dict[str, Any]:
+        """What lies there. Raises RunError where it was made with other settings than these, or is none."""
+        config, found = self.config, _read_json(path)
+        asked = {
+            "eval.turns": config.eval.turns,
+            "eval.samples": config.eval.samples,
+            "task.eval_problems": config.task.eval_problems,
+        }
+        try:
+            sizes = (len(found["by_turn"]), found.get("samples", 0), len(found["solved_at"]))
+        except (TypeError, KeyError, AttributeError):
+            raise RunError(f"{path} holds no evaluation; remove it, and the same command makes it again") from None
+        differ = [f"{key}={had} and not {now}" for had, (key, now) in zip(sizes, asked.items()) if had != now]
+        if differ:
+            raise RunError(
+                f"{path} was made with {', '.join(differ)}; set that back, or have everything trained and evaluated again: "
+                f"rm {self.folder}/base/eval.json {self.folder}/seed-*/eval-*.json"
+            )
+        return found
+
     def _evaluate(self, name: str, path: Path) -> None:
-        if distributed.rank() == 0 and not path.exists():
+        if distributed.rank() == 0 and path.exists():
+            self._evaluation(path)
+        elif distributed.rank() == 0:
             config = self.config
             with self.clock("evaluate"), self._engine(config.eval.batch_size) as engine:
                 done = evaluate(
@@ -261,26 +284,31 @@ class _Job:
         keys = (multi, "single", "by_turn", *((f"mean_at_{n}", f"pass_at_{n}") if n else ()))
         results: dict[str, dict[str, list[Any]]] = {}
         for arm in ("base", *config.trained):
-            read = [_read_json(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
+            read = [self._evaluation(self.folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
             results[arm] = {key: [content[key] for content in read] for key in keys}
-        files = [] if config.online else [rollout_path(self.folder, config, seed) for seed in config.seeds]
-        sampled = [store.read(file) for file in files]
-        stats = [weigh(rows, config.weights)[1] for rows in sampled]
         summary = {
             "name": config.name,
             "seeds": config.seeds,
             "results": results,
             "paired": _paired(results, multi),
-            "settings": {**config.weights.model_dump(), **_picked(config)},
-            **({"online": config.online.model_dump(mode="json")} if config.online else {}),
-            "ess": [s["ess_overall"] for s in stats],
-            "ess_in_group": [s["ess_mean"] for s in stats],
-            "unsolved_groups": [s["unsolved_share"] for s in stats],
-            "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+            "settings": _picked(config),
+            **({"online": config.online.model_dump(mode="json")} if config.online else self._sampled()),
             "seconds": self.clock.seconds | {"total": sum(self.clock.seconds.values())},
         }
         _write_json(self.folder / "summary.json", plain(summary))
         report.write(self.folder)
+
+    def _sampled(self) -> dict[str, list[float]]:
+        """What the base sampled for each seed, and how the weights spread over it."""
+        config = self.config
+        sampled = [store.read(rollout_path(self.folder, config, seed)) for seed in config.seeds]
+        stats = [weigh(rows, config.weights)[1] for rows in sampled]
+        return {
+            "ess": [s["ess_overall"] for s in stats],
+            "ess_in_group": [s["ess_mean"] for s in stats],
+            "unsolved_groups": [s["unsolved_share"] for s in stats],
+            "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+        }
 
 
 def rollout_path(folder: Path, config: Config, seed: int) -> Path:
@@ -308,15 +336,18 @@ def _paired(results: dict[str, dict[str, list[Any]]], multi: str) -> dict[str, A
 
 
 def _picked(config: Config) -> dict[str, Any]:
-    return {
+    """The settings that a reader of the results asks for first, of those that the method reads."""
+    every = {
         "n": config.rollout.n,
         "turns": config.rollout.turns,
         "train_problems": config.task.train_problems,
         "eval_problems": config.task.eval_problems,
         "lr": config.train.lr,
-        "epochs": config.train.epochs,
-        "batch_size": config.train.batch_size,
     }
+    if config.online:
+        return {"gamma": config.weights.gamma, "repetition": config.weights.repetition, **every}
+    offline = {"epochs": config.train.epochs, "batch_size": config.train.batch_size}
+    return {**config.weights.model_dump(), **every, **offline}
 
 
 class _Clock:
@@ -341,17 +372,28 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
     """The summary, if it is that of these settings, seeds and arms."""
     if not (folder / "summary.json").exists() or not (folder / "config.yaml").exists():
         return None
-    before = load(folder / "config.yaml", [])
+    before = _settings(folder / "config.yaml")
     kept = {key: getattr(config, key) for key in ("track", "output_dir", "engine")}
     same = before.model_copy(update=kept) == config
     return _read_json(folder / "summary.json") if same else None
+
+
+def _settings(file: Path) -> Config:
+    """What a run wrote there. Raises ConfigError naming the file, which is not the one that the command names."""
+    try:
+        return load(file, [])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}, which an earlier run wrote, cannot be read: {error}; give this run another name (name=…), or remove "
+            "the folder"
+        ) from None
 
 
 def _claim(folder: Path, config: Config) -> None:
     """Writes config.yaml; in a folder where a run has got anywhere, only what may differ between two runs may differ."""
     file = folder / "config.yaml"
     if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
-        before, now = load(file, []).model_dump(), config.model_dump()
+        before, now = _settings(file).model_dump(), config.model_dump()
         differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
         if before["seeds"][0] != config.seeds[0]:
             differ.append(f"seeds began with {before['seeds'][0]} and now with {config.seeds[0]}")
@@ -373,7 +415,10 @@ def _differences(path: str, before: Any, now: Any) -> list[str]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not JSON ({error}); remove it, and the same command makes it again") from None
 
 
 def _write_json(path: Path, content: Any) -> None:

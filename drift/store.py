@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
+import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
-_TURN = re.compile(r"t[1-9][0-9]*")
+_TURN = re.compile(r"t[1-9][0-9]{0,4}")
 
 
 class StoreError(ValueError):
@@ -44,7 +45,7 @@ def validate(row: Any) -> Row:
     for key in ("prompt_id", "messages", "verifier", "turn_rewards", "format_penalty", "t_star"):
         _expect(key in row, f"{key} is missing")
     prompt_id, penalty = row["prompt_id"], row["format_penalty"]
-    _require(row, "prompt_id", isinstance(prompt_id, str) and prompt_id != "", "a non-empty string")
+    _require(row, "prompt_id", _is_text(prompt_id) and prompt_id != "", "a non-empty string")
     _check_messages(row["messages"])
     verifier = _turns(row, "verifier", lambda value: value in (0, 1), "0 or 1")
     row["verifier"] = {key: int(value) for key, value in verifier.items()}
@@ -52,9 +53,13 @@ def validate(row: Any) -> Row:
     _require(row, "format_penalty", _is_real(penalty) and penalty <= 0, "a number, at most 0")
     _check_t_star(row)
     row.setdefault("answer_norms", [])
-    _require(row, "answer_norms", _is_list_of(str, row["answer_norms"]), "a list of strings, one per parsed answer")
+    norms = row["answer_norms"]
+    _require(
+        row, "answer_norms", isinstance(norms, list) and all(map(_is_text, norms)), "a list of strings, one an answer"
+    )
     _check_optional(row)
     _check_tokens(row)
+    _check_earlier_turns(row)
     return row
 
 
@@ -70,7 +75,12 @@ def _require(row: Row, key: str, holds: bool, should_be: str) -> None:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_text(value: Any) -> bool:
+    """Text that can be written: JSON may spell half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def _is_count(value: Any) -> bool:
@@ -78,14 +88,14 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def _check_messages(messages: Any) -> None:
     _expect(isinstance(messages, list) and len(messages) > 0, "messages should be a non-empty list")
     for index, message in enumerate(messages):
-        fits = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        _expect(fits, f"messages[{index}] should be an object with the strings role and content")
+        fits = isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))
+        _expect(fits, f"messages[{index}] should be an object with the strings role and content, in whole characters")
 
 
 def _turns(row: Row, key: str, fits: Callable[[Any], bool], should_be: str) -> Row:
@@ -146,6 +156,21 @@ def _check_tokens(row: Row) -> None:
         _require(row, "turn_starts", row["turn_starts"] == rises, f"{rises}, where loss_mask turns to 1")
 
 
+def _check_earlier_turns(row: Row) -> None:
+    """Samples of turns before the last, with history: template."""
+    if "earlier_turns" not in row:
+        return
+    _expect("token_ids" in row, "earlier_turns without token_ids; the last turn's should come with them")
+    earlier = row["earlier_turns"]
+    _require(row, "earlier_turns", _is_list_of(dict, earlier), "a list of objects, one a turn")
+    for number, sample in enumerate(earlier):
+        try:
+            _expect("token_ids" in sample, "token_ids is missing")
+            _check_tokens(sample)
+        except StoreError as error:
+            raise StoreError(f"earlier_turns[{number}]: {error}") from None
+
+
 # --- reading ---
 
 
@@ -157,7 +182,7 @@ def read(path: str | Path, rejected: list[tuple[int, str]] | None = None) -> lis
     interrupted write is logged, noted in `rejected`, and skipped. Blank lines are skipped.
     """
     path = Path(path)
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
     rows: list[Row] = []
     seen: dict[tuple[str, int], int] = {}
     for number, line in enumerate(lines, 1):
@@ -209,8 +234,15 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
 def _decode(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
-    except ValueError as error:  # both kinds: not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too many brackets
         raise StoreError(f"not JSON in UTF-8: {error}") from None
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(_decode(line), dict)
+    except StoreError:
+        return False
 
 
 def _is_torn(line: bytes) -> bool:
@@ -219,8 +251,8 @@ def _is_torn(line: bytes) -> bool:
         return False
     try:
         _decode(line)
-    except StoreError:
-        return True
+    except StoreError as error:
+        return "Extra data" not in str(error)  # that is more than a row: several that other line ends divide, say
     return False
 
 
@@ -318,5 +350,5 @@ def _mend(path: Path) -> None:
         elif _is_torn(last):
             logger.warning("%s: cut off a torn last line of %d bytes, left by an interrupted write", path, len(last))
             file.truncate(len(content) - len(last))
-        elif last.startswith(b"{"):
+        elif _is_whole(last):
             file.write(b"\n")

@@ -221,6 +221,7 @@ class JsonlTask:
         self.answer_tag = config.answer_tag
         self._verifier = verifier or MathVerifier()
         self._splits: dict[str, dict[str, Problem]] = {split: {} for split in SPLITS}
+        self._named: bool | None = None  # whether rows say their split
         for line, row in _json_lines(Path(config.path)):
             self._add(line, row)
 
@@ -230,6 +231,14 @@ class JsonlTask:
             if not isinstance(row.get(name), str | int | float) or isinstance(row[name], bool):
                 found = repr(row[name]) if name in row else f"missing beside {', '.join(map(repr, row)) or 'nothing'}"
                 raise TaskError(f"{where}: {name!r} is {found}; it has to be text or a number")
+            if any("\ud800" <= letter <= "\udfff" for letter in str(row[name])):
+                raise TaskError(f"{where}: {name!r} is {row[name]!r}, which holds half a character; spell it whole")
+        named = "split" in row
+        if self._named not in (None, named):
+            raise TaskError(
+                f"{where}: 'split' is {'there' if named else 'missing'}, unlike above; all rows say it, or none"
+            )
+        self._named = named
         key = canonical(str(row["prompt"]))
         split = row.get("split", split_of(key))
         if split not in SPLITS:
@@ -238,7 +247,12 @@ class JsonlTask:
         if elsewhere:
             raise TaskError(f"{where}: this problem (or a symmetric form of it) is in split {elsewhere[0]!r} already")
         problem = Problem(problem_id(key), str(row["prompt"]), str(row["answer"]), {"line": line})
-        self._splits[split].setdefault(key, problem)
+        before = self._splits[split].setdefault(key, problem)
+        if before.answer.strip() != problem.answer.strip():
+            raise TaskError(
+                f"{where}: this problem (or a symmetric form of it) has the answer {problem.answer!r} here and "
+                f"{before.answer!r} on line {before.metadata['line']}; keep one of them"
+            )
 
     def problems(self, split: Split) -> list[Problem]:
         """The first `task.{split}_problems` of the split in the file's order; TaskError when there are fewer."""
@@ -266,14 +280,14 @@ class JsonlTask:
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise TaskError(f"task.path={str(path)!r} is not a file")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{path}:{number}: not JSON: {error}") from error
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise TaskError(f"{path}:{number}: not JSON in UTF-8: {error}") from error
             if not isinstance(row, dict):
                 raise TaskError(f"{path}:{number}: a {type(row).__name__}; each line has to be an object")
             yield number, row

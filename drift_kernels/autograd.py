@@ -204,7 +204,8 @@ def finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, 
         return (None,) * len(ctx.needs)
     needs = list(ctx.needs)
     if ctx.accumulate_scale is not None:
-        if float(grad_loss) != ctx.accumulate_scale:
+        few_ulps = 8 * torch.finfo(grad_loss.dtype).eps * abs(ctx.accumulate_scale)  # 1 / 3 is another number in fp32
+        if not abs(float(grad_loss) - ctx.accumulate_scale) <= few_ulps:
             raise RuntimeError(
                 f"accumulate_into_grad={ctx.accumulate_scale} was added to weight.grad in the forward, but backward scales "
                 f"the loss by {float(grad_loss)}: pass that number as accumulate_into_grad, and zero weight.grad"

@@ -1,11 +1,12 @@
 """The public ops with a teacher: divergences over the vocabulary or a top k, and a policy loss beside them in the same pass.
 
-Shapes and logits as in `ops`; one target a hidden row. Both logits of a chunk are there at once: 4 units of matrix products
-for rows that read the teacher, 4 more for those with a gradient.
+Shapes and logits as in `ops`; one target a hidden row (where several share one, pass hidden[rows]). Both logits of a chunk
+are there at once: 4 units of matrix products for rows that read the teacher, 4 more for those with a gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,12 +28,13 @@ from drift_kernels.inputs import (
     as_normalizer,
     check_data,
     check_outputs,
+    check_tensor,
     flatten,
     with_needs,
 )
 from drift_kernels.ops import LossOutput
 from drift_kernels.products import LoRAHead
-from drift_kernels.rows import check_finite
+from drift_kernels.rows import check_finite, check_temperature
 from drift_kernels.spec import Call, DistillCall, DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
 from drift_kernels.teachers import AnyTeacher, TeacherHead, TeacherLogprobs, TeacherTopK, flatten_teacher
 
@@ -79,6 +81,7 @@ def distill_loss(
         targets = torch.zeros(student_hidden.shape[:-1], dtype=torch.int64, device=student_hidden.device)
     flat = flatten(student_hidden, student_weight, targets, bias, temperature, None, active, lora)
     names = _check_outputs(outputs, DISTILL_OUTPUTS, teacher, with_targets)
+    _check_kind("spec", spec, DistillSpec)
     weights = flat.per_entry("token_weights", token_weights)
     old = flat.per_entry("old_logprobs", old_logprobs)
     if (spec.importance_clip is not None or isinstance(teacher, TeacherLogprobs)) and not with_targets:
@@ -154,6 +157,10 @@ def self_distill_loss(
     flat = flatten(student_hidden, weight, targets, bias, temperature, None, active, lora)
     allowed = (*POLICY_OUTPUTS, *TEACHER_OUTPUTS, *(EXPLORATION_OUTPUTS if exploration is not None else ()))
     names, mask = _check_outputs(outputs, allowed, teacher, True), flat.mask(ignore_index)
+    for name, value, kind in (("policy", policy, PolicySpec), ("distill", distill, DistillSpec)):
+        _check_kind(name, value, kind)
+    if exploration is not None:
+        _check_kind("exploration", exploration, ExplorationSpec)
     if policy.scope != "token" or policy.aggregation.startswith("sequence"):
         raise ValueError(
             f"policy: objective={policy.objective!r} with ratio={policy.ratio!r}, off_policy_threshold="
@@ -260,6 +267,11 @@ def _check_outputs(
     return names
 
 
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} must be a {kind.__name__}")
+
+
 def _check_importance(spec: DistillSpec, old: Tensor | None) -> None:
     if spec.importance_clip is not None and old is None:
         raise ValueError(f"importance_clip={spec.importance_clip} needs old_logprobs")
@@ -267,9 +279,14 @@ def _check_importance(spec: DistillSpec, old: Tensor | None) -> None:
 
 def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taught: Tensor | None) -> Lessons:
     given = flat.per_entry("distill_weights", weights)
+    if not isinstance(coef, (int, float)) or not math.isfinite(coef):
+        raise ValueError(
+            f"distill_coef={coef!r} must be a finite number; what differs by token goes into distill_weights"
+        )
     if coef != 1:
         given = (torch.ones(mask.shape, dtype=flat.dtype, device=mask.device) if given is None else given) * coef
     if taught is not None:
+        check_tensor("has_teacher", taught)
         if taught.dtype != torch.bool or taught.shape != flat.shape:
             raise ValueError(
                 f"has_teacher must be bool of the targets' shape {tuple(flat.shape)}; got {tuple(taught.shape)} {taught.dtype}"
@@ -282,6 +299,7 @@ def _continues(flat: Flat, taught: Tensor, turn_ids: Tensor | None, segments: Te
     """Which rows have the row before them in the same turn [T] bool."""
     if turn_ids is None:
         raise ValueError("exploration needs turn_ids: entropies are compared within an assistant turn")
+    check_tensor("turn_ids", turn_ids)
     if turn_ids.shape != flat.shape or turn_ids.is_floating_point():
         raise ValueError(
             f"turn_ids must be integers of the targets' shape {tuple(flat.shape)}; got {tuple(turn_ids.shape)} {turn_ids.dtype}"
@@ -368,6 +386,7 @@ def _reference(
 def _teacher_logits(teacher: divergences.Teacher, taught: Tensor, flat: Flat, call: DistillCall) -> Tensor:
     assert teacher.hidden is not None
     assert teacher.weight is not None
+    check_temperature(None if teacher.temperature is None else teacher.temperature[taught])
     hidden = torch.where(taught[:, None], teacher.hidden, 0.0)
     weight = reference.merged(teacher.weight, teacher.lora_a, teacher.lora_b, call.teacher_lora_scale, flat.dtype)
     return reference.logits(hidden, weight, teacher.bias, teacher.temperature, call.teacher)

@@ -42,6 +42,7 @@ class Sweep:
         self.dtype = compute_dtype(x.hidden.dtype)
         self.kernels = backends.load("cpu")
         rows.check_targets(plan.pick(x.targets), x.weight.shape[0], call.head.ignore_index)
+        rows.check_temperature(plan.pick_rows(x.temperature))
         V, D = x.weight.shape
         workspace = workspace_of(call)
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)

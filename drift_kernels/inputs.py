@@ -51,9 +51,11 @@ class Flat:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a tensor."""
+    """Raises TypeError unless `value` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; it must be dense: pass {name}.to_dense()")
 
 
 def check_data(name: str, value: Tensor, device: torch.device) -> None:
@@ -104,8 +106,10 @@ def flatten(
                 f"{name} is {value.dtype} but hidden is {hidden.dtype}; it must be that or {compute_dtype(hidden.dtype)}: "
                 "cast one of them, or use torch.autocast"
             )
-    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D]")
+    if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or not weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D], D at least 1"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [V] = {tuple(weight.shape[:1])}")
     if lora is not None and (
@@ -129,6 +133,7 @@ def flatten(
         )
     per_row = None
     if isinstance(temperature, Tensor):
+        check_data("temperature", temperature, hidden.device)
         if temperature.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"temperature has shape {tuple(temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}"
@@ -162,9 +167,14 @@ def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int,
 def _cast_for_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRAHead | None
 ) -> tuple[Tensor, Tensor, Tensor | None, LoRAHead | None]:
-    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:  # as F.linear does
+    kind = hidden.device.type
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or hidden.dtype == torch.float64
+    ):
         return hidden, weight, bias, lora
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = torch.get_autocast_dtype(kind)  # F.linear leaves fp64 alone too
     if lora is not None:
         lora = LoRAHead(lora.A.to(dtype), lora.B.to(dtype), lora.scale)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora

@@ -31,7 +31,7 @@ from drift_kernels.inputs import (
     with_needs,
 )
 from drift_kernels.products import LoRAHead
-from drift_kernels.rows import check_finite, check_targets, counting
+from drift_kernels.rows import check_finite, check_targets, check_temperature, counting
 from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -308,6 +308,7 @@ def reference_logits(flat: Flat, call: Call, mask: Tensor) -> Tensor:
         if flat.rows is None
         else torch.zeros_like(flat.hidden[:, 0], dtype=torch.bool).index_fill(0, flat.rows[mask], True)
     )
+    check_temperature(None if flat.temperature is None else flat.temperature[read])
     hidden = torch.where(read[:, None], flat.hidden, 0.0)  # so that a masked NaN reaches nothing
     *_, a, b = head_of(flat).flat()
     weight = reference.merged(flat.weight, a, b, call.lora_scale, flat.dtype)
@@ -462,6 +463,6 @@ def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], cou
         if count < 2:
             return
         half = count // 2
-        parts = [fn(logprobs[s], *(t[s] for t in tensors)) for s in (slice(None, half), slice(half, None))]
-        if not torch.allclose(whole, torch.cat(parts), rtol=1e-4, atol=1e-6, equal_nan=True):
+        parts = torch.cat([fn(logprobs[s], *(t[s] for t in tensors)) for s in (slice(None, half), slice(half, None))])
+        if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-4, atol=1e-6, equal_nan=True):
             raise ValueError("fn of all tokens differs from fn of two halves: a token's loss may read that token alone")

@@ -7,6 +7,7 @@ LoRA head's part to either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,8 @@ from torch import Tensor
 
 from drift_kernels.backends import cpu
 
-TILE_BYTES, TILE_ROWS = (
-    2 << 20,
-    256,
-)  # a widened tile of a weight: small enough for a cache, with rows enough for a product
+# Of a widened tile of a weight: small enough for a cache, with rows enough for a product.
+TILE_BYTES, TILE_ROWS = 2 << 20, 256
 TILE_SHARE = 8  # and at most this part of the workspace
 
 
@@ -51,6 +50,10 @@ class LoRAHead:
     A: Tensor  # [r, D]
     B: Tensor  # [V, r]
     scale: float = 1.0  # alpha / r as LoRA has it (arXiv 2106.09685)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str) or not math.isfinite(float(self.scale)):
+            raise ValueError(f"lora.scale={self.scale!r} must be a finite number")
 
 
 class LowRank:
@@ -133,10 +136,13 @@ class Widened:
     ) -> None:
         """sums [V, D] (+)= scale · dlogits [C, V]ᵀ · hidden [C, D]; what then would be there to `rounded` [V, D] where given."""
         if rounded is None:
+            assert sums is not None
             torch.addmm(sums, dlogits.t(), hidden, beta=int(accumulate), alpha=scale, out=sums)
             return
         for part in self._parts():
-            tile = self.buffer[: part.stop - part.start] if sums is None else sums[part]
+            tile = self.buffer if sums is None else sums[part]
+            assert tile is not None  # what is rounded was widened
+            tile = tile[: part.stop - part.start]
             torch.addmm(tile, dlogits[:, part].t(), hidden, beta=int(accumulate), alpha=scale, out=tile)
             rounded[part].copy_(tile)
 
@@ -242,11 +248,8 @@ class HeadBlock:
     ) -> None:
         self.by, self.dtype, self.vocabulary = choose(hidden, weight, dtype, workspace), dtype, weight.shape[0]
         self.low_rank = None if lora is None else LowRank(lora, dtype)
-        # of the workspace, once and for each row
-        self.bytes, self.row_bytes = (
-            self.by.bytes,
-            row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes,
-        )
+        self.bytes = self.by.bytes  # of the workspace: once,
+        self.row_bytes = row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes  # and for each row
 
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows."""

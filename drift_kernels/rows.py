@@ -132,6 +132,12 @@ def check_targets(kept: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+def check_temperature(kept: Tensor | None) -> None:
+    """ValueError unless the temperatures of the rows that count are positive. NaN may pass: it shows."""
+    if kept is not None and bool((kept <= 0).any()):
+        raise ValueError(f"temperature holds {float(kept.min())}; it must be positive: score greedy samples with 1.0")
+
+
 def check_finite(tokens: Tokens) -> None:
     """ValueError naming the first of `tokens` (of the entries that count) that holds a NaN or an infinity."""
     given = {

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -5,9 +6,11 @@ import sys
 
 import pytest
 from made_up_run import make_run
+from rich.console import Console
 
 from drift import cli, run
 from drift.config import dump, parse
+from drift.records import RecordsError, read
 from drift.store import StoreError
 
 
@@ -100,6 +103,31 @@ def test_run_ends_with_a_table_and_the_paths(config_file, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "was done already" in shown
     assert "rm -r" in shown
+
+
+def test_the_table_has_what_was_sampled(tmp_path):
+    folder = make_run(tmp_path / "run", seeds=2, prompts=1)
+
+    def shown():
+        console = Console(width=100, file=io.StringIO())
+        console.print(cli.results_table(read(folder)))
+        return console.file.getvalue()
+
+    assert "mean@" not in shown()
+    summary = json.loads((folder / "summary.json").read_text())
+    for arm, values in summary["results"].items():
+        values |= {"mean_at_4": [0.25, 0.5] if arm == "drift" else [0.125, 0.125], "pass_at_4": [0.5, 0.75]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    heading, base, *_, drift = shown().splitlines()[1:]
+    assert heading.split()[-6:] == ["single", "%", "mean@4", "%", "drift", "ahead"]
+    assert "12.5" in base
+    assert drift.split()[-1] == "37.5"
+    assert cli.main(["report", str(folder)]) == 0
+    assert "pass@4" in (folder / "report.html").read_text()
+    summary["results"]["drift"]["mean_at_4"] = [0.5]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(RecordsError, match=r"results\.drift\.mean_at_4 should be 2 shares"):
+        read(folder)
 
 
 def test_ctrl_c_says_how_to_go_on(config_file, monkeypatch, capsys):

@@ -188,10 +188,26 @@ def test_override_under_a_value(tmp_path):
         ("name: q\nname: r\n", "'name' is given twice"),
         ("name: q\ntrain:\n  lr: 1\n  lr: 2\n", "'lr' is given twice"),
         ("name: [q\n", "not valid YAML"),
+        ("name: q\n? [a]\n: b\n", "not valid YAML"),
+        ("name: q\nseeds: [!!int abc]\n", "not valid YAML"),
+        ("name: q\nseeds: !!int [1]\n", "not valid YAML"),
+        ("name: q\ntrain: {lr: !!float abc}\n", "not valid YAML"),
+        ("name: 2020-99-99\n", "not valid YAML"),
+        ("name: " + 5000 * "[", "not valid YAML"),
+        ("name: q\ntask: {seed: 99999999999999999999}\n", "task.seed: 99999999999999999999 should be less than"),
     ],
 )
 def test_bad_file(tmp_path, text, said):
     assert said in complaint(tmp_path, text=text)
+
+
+def test_files_of_other_encodings(tmp_path):
+    path = tmp_path / "q.yaml"
+    path.write_bytes("name: q\r\nseeds: [3]\r\n".encode("utf-8-sig"))
+    assert load(path).seeds == [3]
+    path.write_bytes("name: q\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"q\.yaml: not UTF-8"):
+        load(path)
 
 
 def test_preset_exact(tmp_path):

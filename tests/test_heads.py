@@ -163,6 +163,18 @@ def test_accumulate_into_grad_adds_what_autograd_would():
     assert results[0][1].abs().max() > 0
 
 
+def test_accumulate_into_grad_takes_what_single_precision_makes_of_the_number():
+    """A third is another number in fp32: one micro-batch of three may say 1 / 3 on both sides."""
+    for scale in (1 / 3, 0.1, 0.37, 1e-9):
+        h, w, _ = CASE.leaves(torch.float32)
+        config = dk.KernelConfig(accumulate_into_grad=scale)
+        (dk.weighted_cross_entropy(h, w, CASE.targets, config=config).loss * scale).backward()
+        (plain,) = torch.autograd.grad(dk.weighted_cross_entropy(h, w, CASE.targets).loss * scale, w)
+        torch.testing.assert_close(w.grad, plain)
+        with pytest.raises(RuntimeError, match="pass that number"):
+            (dk.weighted_cross_entropy(h, w, CASE.targets, config=config).loss * (scale * 1.001)).backward()
+
+
 def test_accumulate_into_grad_makes_no_gradient_of_its_own():
     h, w, _ = CASE.leaves(torch.float64)
     loss = dk.weighted_cross_entropy(h, w, CASE.targets, config=dk.KernelConfig(accumulate_into_grad=1.0)).loss

@@ -98,6 +98,56 @@ def test_specs_are_checked(options, words):
         dk.PolicySpec(**options)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_temperature_a_row_is_positive_where_it_counts(backend):
+    """A padded row may hold anything; a greedy sample's 0 would be NaN, and a negative one another distribution."""
+    config = dk.KernelConfig(backend=backend)
+    teacher = dk.TeacherHead(H, W)
+    masked = Y.clone()
+    masked[1] = -100
+    for bad in (0.0, -1.0):
+        warm = torch.ones(len(Y), dtype=H.dtype)
+        warm[1] = bad
+        for op in (
+            lambda y, t: dk.linear_logprob(H, W, y, temperature=t, config=config).logprobs.sum(),
+            lambda y, t: dk.weighted_cross_entropy(H, W, y, temperature=t, config=config).loss,
+            lambda y, t: dk.distill_loss(H, W, teacher, targets=y, temperature=t, config=config).loss,
+            lambda y, t: dk.distill_loss(H, W, dk.TeacherHead(H, W, temperature=t), targets=y, config=config).loss,
+        ):
+            assert op(masked, warm).isfinite()
+            with pytest.raises(ValueError, match="it must be positive"):
+                op(Y, warm)
+    with pytest.raises(ValueError, match="temperature requires grad"):
+        dk.linear_logprob(H, W, Y, temperature=torch.ones(len(Y), requires_grad=True))
+
+
+def test_odd_tensors_and_options_are_named():
+    def refused(error, words, op=dk.weighted_cross_entropy, *args, **options):
+        with pytest.raises(error, match=words):
+            op(*(args or (H, W, Y)), **options)
+
+    refused(TypeError, "weight has layout torch.sparse_coo; it must be dense", dk.linear_logprob, H, W.to_sparse(), Y)
+    refused(ValueError, "D at least 1", dk.linear_logprob, H[:, :0], W[:, :0], Y)
+    meta = (H.to("meta"), W.to("meta"), Y.to("meta"))
+    refused(RuntimeError, "no kernels for device meta", dk.linear_logprob, *meta)
+    for scale in (math.nan, math.inf, "2"):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            dk.LoRAHead(W[:2], W[:, :2], scale)
+    refused(ValueError, "two halves", dk.pointwise_loss, H, W, Y, lambda logp: torch.ones(len(Y)) * logp[0])
+    teacher = dk.TeacherHead(H, W)
+    refused(TypeError, "spec=None must be a DistillSpec", dk.distill_loss, H, W, teacher, spec=None)
+    weights = {"distill_weights": None, "policy_weights": None}
+    both = (dk.self_distill_loss, H, W, Y, teacher, A)
+    refused(TypeError, "policy='dapo' must be a PolicySpec", *both, policy="dapo", **weights)
+    refused(TypeError, "distill=0.5 must be a DistillSpec", *both, distill=0.5, **weights)
+    refused(TypeError, "exploration=True must be", *both, exploration=True, **weights)
+    refused(TypeError, "has_teacher is a list", *both, has_teacher=[True] * len(Y), **weights)
+    explored = {"exploration": dk.ExplorationSpec(), **weights}
+    refused(TypeError, "turn_ids is a list", *both, turn_ids=[0] * len(Y), **explored)
+    for coef in (math.nan, math.inf, "a", torch.ones(3)):
+        refused(ValueError, "distill_coef=", *both, distill_coef=coef, **weights)
+
+
 def test_presets():
     assert dk.PolicySpec.preset("dapo").clip_high == 0.28
     assert dk.PolicySpec.preset("grpo", kl_coef=0.04).kl_coef == 0.04

@@ -402,6 +402,16 @@ def test_the_whole_job(tmp_path):
     summary = run.run(made)
     folder = tmp_path / "runs" / "digits"
     assert set(summary["results"]) == {"base", "drift"}
+    assert "ess" not in summary
+    assert summary["settings"].keys() == {
+        "gamma",
+        "repetition",
+        "n",
+        "turns",
+        "train_problems",
+        "eval_problems",
+        "lr",
+    }  # what the method reads
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ours = [row for row in rows if "seed-0/drift/reward" in row]
     assert [row["step"] for row in ours] == [1, 2, 3]

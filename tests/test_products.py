@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import drift_kernels as dk
-from drift_kernels import products
+from drift_kernels import _cpu, products
 from drift_kernels.backends import cpu
 from drift_kernels.testing import gradients, make_case, within_budget
 
@@ -151,6 +151,68 @@ def test_rounding_is_to_the_nearest_even_and_keeps_nan(kind):
     out = multiply(kind, a, one, torch.empty(8, 1)).squeeze(1)
     assert torch.equal(out[:7], ties.bfloat16().float())
     assert bool(out[7].isnan())
+
+
+@pytest.fixture
+def avx2():
+    """A CPU without bf16 products: torch's, of a weight that is widened tile by tile."""
+    if "avx2" not in _cpu.isas():
+        pytest.skip("needs AVX2")
+    _cpu.limit_isa("avx2")
+    assert not cpu.has_bf16_gemm()
+    yield
+    _cpu.limit_isa(None)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("V", [1, 5, 7, 8, 9, 15, 50])  # tiles of 7 rows: less than one, a last one of a row
+def test_a_widened_gradient_is_the_fp32_sum_rounded(V, transposed, chunks, avx2, monkeypatch):
+    """Bit by bit: whole numbers, whose sums are exact in fp32, and more than bf16 can hold."""
+    D, count = 33, 10 * chunks
+    g = torch.Generator().manual_seed(V)
+    monkeypatch.setattr(products, "TILE_BYTES", 0)
+    monkeypatch.setattr(products, "TILE_ROWS", 7)
+    weight = torch.randint(-9, 10, (V, D), generator=g).bfloat16()
+    by = products.choose(weight, weight.t().contiguous().t() if transposed else weight, torch.float32, 1 << 20)
+    assert isinstance(by, products.Widened)
+    assert by.tile == min(V, 7)
+    hidden = torch.randint(-9, 10, (count, D), generator=g).float()
+    dlogits = products.block_of_rows(by, count, V, torch.float32)
+    dlogits.copy_(torch.randint(-99, 100, (count, V), generator=g))
+    out, back = torch.full((count, V + 3), NAN)[:, :V], torch.full((count, D), NAN)
+    by.logits(hidden, out)
+    by.dhidden(dlogits, back)
+    assert torch.equal(out, hidden @ weight.float().t())
+    assert torch.equal(back, dlogits @ weight.float())
+    gradient = products.WeightGradient(by)
+    for n in range(chunks):
+        rows = slice(10 * n, 10 * n + 10)
+        gradient.add(dlogits[rows], hidden[rows], final=n == chunks - 1)
+    want = dlogits.double().t() @ hidden.double()
+    assert bool((want != want.bfloat16()).any())
+    assert torch.equal(gradient.result(), want.bfloat16())
+    assert (gradient.sums is None) == (chunks == 1)
+
+
+def test_one_chunk_of_widened_operands_makes_no_fp32_gradient(avx2, monkeypatch):
+    """Nor any [V, D] of fp32: a tile at a time. Several chunks sum in one."""
+    case = make_case(60, 50, 3001, masked=0.0, dtype=torch.bfloat16)
+    monkeypatch.setattr(products, "TILE_BYTES", 0)
+    made = []
+    original = products.Widened.empty
+    monkeypatch.setattr(products.Widened, "empty", staticmethod(lambda *what: made.append(what) or original(*what)))
+    grads = []
+    for workspace in (8 << 20, 400_000):
+        h, w, _ = case.leaves(torch.bfloat16)
+        made.clear()
+        config = dk.KernelConfig(workspace_bytes=workspace)
+        loss = dk.weighted_cross_entropy(h, w, case.targets, case.token_weights, config=config).loss
+        grads.append(torch.autograd.grad(loss, w)[0])
+        assert (((3001, 50), torch.float32) in made) == (workspace == 400_000)
+        assert ((3001, 50), torch.bfloat16) in made
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(grads[0].float(), grads[1].float(), rtol=2**-7, atol=1e-6)
 
 
 def test_bf16_operands_alone_are_multiplied_as_they_are():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,43 @@ def test_other_settings_are_refused_by_name(whole):
         run(changed(config, train={"lr": 2e-3}))
     with pytest.raises(ConfigError, match=r"seeds began with 0 and now with 1"):
         run(changed(config, seeds=[1, 0]))
+
+
+def test_a_base_that_was_evaluated_otherwise_and_broken_files_are_named(whole, tmp_path):
+    config, folder, _ = whole
+    copy = tmp_path / "digits"
+    shutil.copytree(folder, copy)
+    for name in ("config.yaml", "summary.json"):
+        (copy / name).unlink()
+    again = changed(config, output_dir=str(tmp_path))
+    with pytest.raises(
+        RunError, match=r"base/eval\.json was made with eval\.samples=0 and not 2; set that back, or .*rm "
+    ):
+        run(changed(again, eval={"samples": 2}))
+    (copy / "config.yaml").unlink()
+    kept = (copy / "seed-1" / "eval-drift.json").read_text()
+    for broken, said in (
+        (json.dumps({**json.loads(kept), "by_turn": [0.5]}), "was made with eval.turns=1 and not 3"),
+        (kept[:20], "is not JSON"),
+        ("[]", "holds no evaluation"),
+    ):
+        (copy / "seed-1" / "eval-drift.json").write_text(broken)
+        with pytest.raises(RunError, match=rf"seed-1/eval-drift\.json {said}"):
+            run(again)
+    (copy / "seed-1" / "eval-drift.json").write_text(kept)
+    (copy / "seconds.json").write_text("{")
+    with pytest.raises(RunError, match=r"seconds\.json is not JSON.*remove it"):
+        run(again)
+    (copy / "seconds.json").unlink()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        content = (copy / "base" / name).read_bytes()
+        (copy / "base" / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises((ValueError, OSError), match=r"digits/base"):
+            run(again)
+        (copy / "base" / name).write_bytes(content)
+    (copy / "config.yaml").write_text("name: digits\ntrain: {lr:")
+    with pytest.raises(ConfigError, match=r"digits/config\.yaml, which an earlier run wrote, cannot be read: .*name=…"):
+        run(again)
 
 
 def test_a_run_that_never_began_may_be_mended(tmp_path):

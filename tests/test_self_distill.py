@@ -1,80 +1,38 @@
-"""The hybrid of a policy loss and a distillation: against both apart, and against the method's formulas written out here."""
+"""The hybrid of a policy loss and a distillation, against both apart."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from self_distill_case import (
+    BACKENDS,
+    CASE,
+    CU,
+    DISTILL_WEIGHTS,
+    HAS_TEACHER,
+    HEAD,
+    MANY,
+    MASK,
+    OLD,
+    POLICIES,
+    POLICY_WEIGHTS,
+    RANDOM,
+    REBELLIOUS,
+    SEEN,
+    TARGETS,
+    TEACHER,
+    TEACHER_WEIGHT,
+    TEACHERS,
+    TURNS,
+    T,
+    hybrid,
+    same,
+)
 
 import drift_kernels as dk
 from drift_kernels import distill_driver, driver
-from drift_kernels.divergences import Lessons
-from drift_kernels.exploration import Side, explore
-from drift_kernels.testing import gradients, make_case, off_the_edges
+from drift_kernels.testing import make_case
 
-BACKENDS = ["cpu", "reference"]
-T, D, V = 40, 9, 61
-CASE = make_case(T, D, V, seed=2, masked=0.0)
-RANDOM = torch.Generator().manual_seed(7)
-TURNS = torch.repeat_interleave(torch.tensor([-1, 0, -1, 1, 2, -1, 0, 1]), torch.tensor([3, 8, 2, 7, 1, 4, 9, 6]))
-CU = torch.tensor([0, 21, 40], dtype=torch.int32)  # the second sequence begins with a row outside any turn
-TARGETS = CASE.targets.masked_fill(TURNS < 0, -100)
-MASK = TARGETS >= 0
-SEEN = torch.randn(T, 5, generator=RANDOM, dtype=torch.float64)
-TEACHER_WEIGHT = torch.randn(V, 5, generator=RANDOM, dtype=torch.float64) * 0.5
-TEACHER = dk.TeacherHead(SEEN, TEACHER_WEIGHT, temperature=1.2)
-HAS_TEACHER = torch.arange(T) < 34
-LOG_T = (F.linear(SEEN, TEACHER_WEIGHT) / 1.2).log_softmax(-1)
-POLICY_WEIGHTS = CASE.token_weights
-DISTILL_WEIGHTS = torch.rand(T, generator=RANDOM, dtype=torch.float64) * (torch.rand(T, generator=RANDOM) > 0.4)
-REBELLIOUS = torch.rand(T, generator=RANDOM, dtype=torch.float64) * (torch.rand(T, generator=RANDOM) > 0.3)
-HEAD = {"temperature": 0.7, "softcap": 4.0}
-LOG_S = (4.0 * torch.tanh(F.linear(CASE.hidden, CASE.weight, CASE.bias) / 4.0) / 0.7).log_softmax(-1)
-LOGP = LOG_S.gather(-1, TARGETS.clamp(min=0)[:, None])[:, 0]
-OLD = off_the_edges(LOGP + CASE.noise, LOGP, (0.8, 1.2, 2.0))
-MANY = dk.KernelConfig(workspace_bytes=8 * (2 * V + 2 * D + 5) * 7)  # several chunks in double
-
-
-def hybrid(h, w, b, teacher=TEACHER, full=False, **options):
-    options = {
-        "distill_weights": DISTILL_WEIGHTS,
-        "policy_weights": POLICY_WEIGHTS,
-        "old_logprobs": OLD,
-        "bias": b,
-        "config": MANY,
-        **HEAD,
-        **options,
-    }
-    out = dk.self_distill_loss(h, w, TARGETS, teacher, CASE.advantages, **options)
-    return out if full else out.loss
-
-
-def same(actual, exact, rtol=1e-9, atol=1e-12):
-    actual, exact = (gradients(f, CASE.leaves(torch.float64)) for f in (actual, exact))
-    torch.testing.assert_close(actual, exact, rtol=rtol, atol=atol)
-
-
-POLICIES = {
-    "ppo": dk.PolicySpec(),
-    "dapo": dk.PolicySpec.preset("dapo", dual_clip=3.0),
-    "cispo": dk.PolicySpec.preset("cispo"),
-    "sapo": dk.PolicySpec.preset("sapo", aggregation="token_mean"),
-    "dppo": dk.PolicySpec.preset("dppo_tv"),
-    "reinforce": dk.PolicySpec(objective="reinforce"),
-    "everything": dk.PolicySpec(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.05, z_loss_coef=0.01),
-    "corrected": dk.PolicySpec(correction="sequence_truncate", correction_bounds=(0.0, 1.2)),
-    "sums": dk.PolicySpec(aggregation="token_sum"),
-}
-TEACHERS = {
-    "forward": (TEACHER, dk.DistillSpec(0.0)),
-    "mixed": (TEACHER, dk.DistillSpec(0.4, importance_clip=2.0)),
-    "reverse": (TEACHER, dk.DistillSpec(1.0)),
-    "top_k": (TEACHER, dk.DistillSpec(0.4, 5, importance_clip=2.0)),
-    "stored": (dk.topk_logprobs(SEEN, TEACHER_WEIGHT, 6), dk.DistillSpec(0.4, tail=False)),
-    "sampled": (dk.TeacherLogprobs(LOG_T.gather(-1, TARGETS.clamp(min=0)[:, None])[:, 0]), dk.DistillSpec(1.0)),
-}
 PAIRS = [(name, "mixed") for name in POLICIES] + [("everything", name) for name in TEACHERS]
 
 
@@ -119,203 +77,6 @@ def test_is_both_losses_apart(policy, teacher, backend):
     torch.testing.assert_close(out.metrics, policy.metrics | distilled.metrics)
     fewer = together(*leaves, full=True).metrics
     torch.testing.assert_close(fewer, {name: out.metrics[name] for name in fewer})
-
-
-def written_out(mean_difference, mean_entropy, spec):
-    """Rhythm, gate, rebellious weight and warm-up of every token, in loops, as the method has them."""
-    s_entropy, t_entropy = (-(p.exp() * p).sum(-1) for p in (LOG_S, LOG_T))
-    logp, its = (p.gather(-1, TARGETS.clamp(min=0)[:, None])[:, 0] for p in (LOG_S, LOG_T))
-    difference, rhythm, gate, rebellious, factor = (torch.zeros(T, dtype=torch.float64) for _ in range(5))
-    for i in range(T):
-        if not MASK[i]:
-            continue
-        rebellious[i] = factor[i] = 1.0
-        if not HAS_TEACHER[i]:
-            continue
-        first = i == 0 or TURNS[i] != TURNS[i - 1] or i in CU.tolist()
-        falls = [0.0 if first else max(float(H[i - 1] - H[i]), 0.0) for H in (s_entropy, t_entropy)]
-        difference[i] = abs(falls[0] - falls[1])
-        m = spec.rhythm_maximum
-        rhythm[i] = 1.0
-        if mean_difference is not None:
-            rhythm[i] = 1 + (m - 1) * (1 - math.exp(-float(difference[i]) / max(mean_difference, 1e-3)))
-        gate[i] = 1.0
-        if spec.gate:
-            opened = min(max((float(rhythm[i]) - 1) / (m - 1), 0.0), 1.0) ** spec.gate_power
-            gate[i] = spec.gate_floor + (1 - spec.gate_floor) * opened
-        delta = max(float(logp[i] - its[i]) - spec.margin, 0.0)
-        bonus = min(max(math.exp(spec.gamma * delta), 1.0), spec.bonus_maximum)
-        rebellious[i] = 1 + REBELLIOUS[i] * (bonus - 1) * gate[i]
-        factor[i] = rhythm[i] if spec.weigh_divergence else 1.0
-        if spec.entropy_warmup and mean_entropy is not None:
-            factor[i] *= s_entropy[i] / mean_entropy
-    return difference, rhythm, gate, rebellious, factor, s_entropy
-
-
-EXPLORATIONS = {
-    "plain": (dk.ExplorationSpec(), 0.2, None),
-    "quiet": (dk.ExplorationSpec(), 1e-5, None),  # a mean below the least one
-    "first_step": (dk.ExplorationSpec(gate_floor=0.25, entropy_warmup=True), None, None),
-    "no_gate": (dk.ExplorationSpec(gate=False, weigh_divergence=False), 0.2, None),
-    "everything": (dk.ExplorationSpec(3.0, True, True, 0.1, 2.0, 0.4, 0.5, 1.5, True), 0.3, 2.5),
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("teacher", ["mixed", "top_k"])
-@pytest.mark.parametrize("name", EXPLORATIONS)
-def test_exploration_weights_are_the_methods(name, teacher, backend):
-    """Made on the way, they are what the caller could have made beforehand and passed as plain weights."""
-    spec, mean_difference, mean_entropy = EXPLORATIONS[name]
-    known, distill = TEACHERS[teacher]
-    difference, rhythm, gate, rebellious, factor, entropy = written_out(mean_difference, mean_entropy, spec)
-    config = dk.KernelConfig(backend=backend, workspace_bytes=MANY.workspace_bytes)
-    common = {"distill": distill, "policy": POLICIES["dapo"], "config": config}
-    explored = {
-        "exploration": spec,
-        "turn_ids": TURNS,
-        "cu_seqlens": CU,
-        "has_teacher": HAS_TEACHER,
-        "rebellious_weights": REBELLIOUS,
-        "mean_difference": mean_difference,
-        "mean_entropy": mean_entropy,
-    }
-
-    def on_the_way(h, w, b):
-        return hybrid(h, w, b, known, **common, **explored)
-
-    def beforehand(h, w, b):
-        weights = {
-            "distill_weights": torch.where(HAS_TEACHER, DISTILL_WEIGHTS * factor, 0.0),
-            "policy_weights": POLICY_WEIGHTS * rebellious,
-        }
-        return hybrid(h, w, b, known, **common, **weights)
-
-    same(on_the_way, beforehand)
-    leaves = [t.detach() for t in CASE.leaves(torch.float64)]
-    names = ("difference", "rhythm", "gate", "rebellious")
-    out = hybrid(*leaves, known, full=True, outputs=names, **common, **explored)
-    taught = MASK & HAS_TEACHER
-    exact = dict(zip(names, (difference, rhythm, gate, rebellious)))
-    for key, value in exact.items():
-        torch.testing.assert_close(out.outputs[key], torch.where(taught, value, 0.0), rtol=1e-9, atol=1e-12)
-    for key, value in (exact | {"taught_entropy": entropy}).items():
-        torch.testing.assert_close(out.metrics[key], (value[taught].sum(), taught.sum()))
-    assert (difference[taught] > 0).any()
-    assert name in ("first_step", "quiet") or ((rebellious > 1.01) & (POLICY_WEIGHTS != 0)).any()
-
-
-def test_a_mean_of_noise_opens_no_gate():
-    """The mean difference counts as 1e-3 at least."""
-    nothing, one = torch.zeros(3), torch.ones(3, dtype=torch.bool)
-    entropy = torch.tensor([1.0, 0.999, 0.9989])
-    student, teacher = Side.of({"logprobs": nothing, "entropy": entropy}, nothing[:1]), Side(nothing, nothing, nothing)
-    lessons = Lessons(taught=one, continues=torch.tensor([False, True, True]), mean_difference=torch.tensor(1e-9))
-    rhythm, _, seen = explore(student, teacher, lessons, dk.ExplorationSpec())
-    torch.testing.assert_close(seen["difference"], torch.tensor([0.0, 1e-3, 1e-4]), rtol=1e-2, atol=0)
-    torch.testing.assert_close(rhythm, 2 - (-seen["difference"] / 1e-3).exp())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_outside_any_turn_have_nothing_before_them(backend):
-    out = dk.self_distill_loss(
-        CASE.hidden,
-        CASE.weight,
-        CASE.targets,
-        TEACHER,
-        CASE.advantages,
-        distill_weights=None,
-        policy_weights=None,
-        exploration=dk.ExplorationSpec(),
-        turn_ids=TURNS.clamp(max=0),
-        outputs=("difference",),
-        config=dk.KernelConfig(backend=backend),
-    )
-    assert (out.outputs["difference"][TURNS < 0] == 0).all()
-    assert (out.outputs["difference"] > 0).any()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 30_000), st.sampled_from(["mixed", "top_k"]))
-def test_turns_may_cross_the_edge_of_a_chunk(workspace, teacher):
-    known, distill = TEACHERS[teacher]
-    explored = {"exploration": dk.ExplorationSpec(), "turn_ids": TURNS, "rebellious_weights": REBELLIOUS}
-
-    def in_chunks(workspace):
-        config = dk.KernelConfig(workspace_bytes=workspace)
-        return lambda h, w, b: hybrid(
-            h, w, b, known, distill=distill, config=config, mean_difference=0.2, cu_seqlens=CU, **explored
-        )
-
-    same(in_chunks(workspace), in_chunks(1 << 24))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sequences_split_over_calls_add_up(backend):
-    config = dk.KernelConfig(backend=backend, workspace_bytes=MANY.workspace_bytes)
-    explored = {"exploration": dk.ExplorationSpec(), "mean_difference": 0.2, "config": config, "normalizer": 11.0}
-    explored["distill"] = dk.DistillSpec(importance_clip=2.0)
-    metrics = []
-
-    def part(h, w, b, s):
-        teacher = dk.TeacherHead(SEEN[s], TEACHER_WEIGHT, temperature=1.2)
-        data = {"distill_weights": DISTILL_WEIGHTS, "policy_weights": POLICY_WEIGHTS, "old_logprobs": OLD}
-        data |= {"has_teacher": HAS_TEACHER, "turn_ids": TURNS, "rebellious_weights": REBELLIOUS}
-        data = {name: value[s] for name, value in data.items()}
-        out = dk.self_distill_loss(h[s], w, TARGETS[s], teacher, CASE.advantages[s], bias=b, **data, **explored, **HEAD)
-        metrics.append(out.metrics)
-        return out.loss
-
-    def whole(h, w, b):
-        return hybrid(
-            h, w, b, has_teacher=HAS_TEACHER, turn_ids=TURNS, rebellious_weights=REBELLIOUS, cu_seqlens=CU, **explored
-        )
-
-    same(lambda *x: part(*x, slice(0, 21)) + part(*x, slice(21, None)), whole)
-    leaves = [t.detach() for t in CASE.leaves(torch.float64)]
-    one = hybrid(
-        *leaves,
-        full=True,
-        has_teacher=HAS_TEACHER,
-        turn_ids=TURNS,
-        rebellious_weights=REBELLIOUS,
-        cu_seqlens=CU,
-        **explored,
-    ).metrics
-    for name, (total, count) in one.items():
-        torch.testing.assert_close(metrics[0][name][0] + metrics[1][name][0], total)
-        assert metrics[0][name][1] + metrics[1][name][1] == count
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padded_rows_are_turns_of_their_own(backend):
-    """In [B, L] a row's first token never continues the row before it, even where turn numbers repeat."""
-    config = dk.KernelConfig(backend=backend)
-    shape, turns = (4, 10), torch.zeros(T, dtype=torch.int32)
-    options = {
-        "exploration": dk.ExplorationSpec(),
-        "mean_difference": 0.2,
-        "config": config,
-        "outputs": ("difference",),
-    }
-    args = (CASE.hidden, CASE.weight, CASE.targets, TEACHER, CASE.advantages)
-    weights = {"distill_weights": DISTILL_WEIGHTS, "policy_weights": None}
-    packed = dk.self_distill_loss(
-        *args, turn_ids=turns, cu_seqlens=torch.tensor([0, 10, 20, 30, 40]), **weights, **options
-    )
-    padded = dk.self_distill_loss(
-        CASE.hidden.reshape(*shape, D),
-        CASE.weight,
-        CASE.targets.reshape(shape),
-        dk.TeacherHead(SEEN.reshape(*shape, 5), TEACHER_WEIGHT, temperature=1.2),
-        torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
-        turn_ids=turns.reshape(shape),
-        distill_weights=DISTILL_WEIGHTS.reshape(shape),
-        policy_weights=None,
-        **options,
-    )
-    torch.testing.assert_close(padded.outputs["difference"].reshape(-1), packed.outputs["difference"])
-    assert (packed.outputs["difference"][[0, 10, 20, 30]] == 0).all()
 
 
 def test_rows_are_computed_where_something_reads_them(monkeypatch):

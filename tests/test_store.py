@@ -131,6 +131,19 @@ BAD = [
     ({"logprobs": [0.0, 0.0, -0.5]}, "logprobs has 3 entries for 8 tokens"),
     ({"logprobs": [0.0, 0.0, -0.5, None, 0.0, 0.0, -0.7, -0.2]}, "logprobs is .* finite numbers"),
     ({"logprobs": [0.0, -0.3, -0.5, -0.1, 0.0, 0.0, -0.7, -0.2]}, r"logprobs\[1\] should be 0.0"),
+    ({"turn_rewards": {"t1": 10**400}}, "turn_rewards.t1 is 1000"),
+    ({"verifier": {"t123456": 1}, "t_star": 123456}, "verifier has the key 't123456'"),
+    ({"prompt_id": "\ud800"}, "prompt_id is"),
+    ({"messages": [{"role": "user", "content": "half: \ud83d"}]}, r"messages\[0\] should be .* in whole characters"),
+    ({"answer_norms": ["\udfff"]}, "answer_norms is"),
+    ({"token_ids": [True, 2, 6, 9, 1, 2, 7, 9]}, "token_ids is"),
+    ({"earlier_turns": "x"}, "earlier_turns is 'x'; it should be a list of objects"),
+    ({"earlier_turns": [{"loss_mask": [1]}]}, r"earlier_turns\[0\]: token_ids is missing"),
+    (
+        {"earlier_turns": [{"token_ids": [1], "loss_mask": [0, 1]}]},
+        r"earlier_turns\[0\]: loss_mask has 2 entries for 1",
+    ),
+    ({**dict.fromkeys(OURS, DROP), "earlier_turns": []}, "earlier_turns without token_ids"),
     ({"turn_starts": [2]}, r"turn_starts is \[2\]; it should be \[2, 6\]"),
 ]
 
@@ -276,6 +289,29 @@ def test_check_policy():
         StoreError, match="traj_idx 4 was sampled by policy 'abc', not by the reference 'xyz'; sample again"
     ):
         check_policy([published(), row(traj_idx=4)], "xyz")
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_no_matter(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(json.dumps(row(traj_idx=i)).encode() + b"\r\n" for i in (0, 1)))
+    assert read(path) == [row(), row(traj_idx=1)]
+
+
+def test_rows_on_one_line_are_not_torn(tmp_path):
+    """Of old line ends, say: all of the file would go as its torn last line."""
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\r".join(json.dumps(row(traj_idx=i)).encode() for i in (0, 1)))
+    before = path.read_bytes()
+    for refuses in (read, Writer):
+        with pytest.raises(StoreError, match=r"r\.jsonl:1: not JSON in UTF-8: Extra data"):
+            refuses(path)
+    assert path.read_bytes() == before
+
+
+def test_too_many_brackets_are_a_bad_row(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", "[" * 100_000)
+    with pytest.raises(StoreError, match=r"r\.jsonl:1: not JSON"):
+        read(path)
 
 
 @pytest.mark.parametrize("content", ["precious notes, not json", '[\n {"a": 1}\n]', "\ufeff{}"])

@@ -163,9 +163,23 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path):
         load({"prompt": "1 + 2"})
     with pytest.raises(TaskError, match=r"b\.jsonl:1: 'split' is 'test'"):
         load({"prompt": "1 + 2", "answer": 3, "split": "test"})
-    (tmp_path / "c.jsonl").write_text('{"prompt": "1')
-    with pytest.raises(TaskError, match=r"c\.jsonl:1: not JSON"):
-        load_task(TaskConfig(kind="jsonl", path=str(tmp_path / "c.jsonl")))
+    one, named = {"prompt": "1 + 2", "answer": 3}, {"prompt": "5 + 6", "answer": 11, "split": "eval"}
+    for rows, word in (((one, named), "there"), ((named, one), "missing")):
+        with pytest.raises(TaskError, match=rf"b\.jsonl:2: 'split' is {word}, unlike above; all rows say it, or none"):
+            load(*rows)
+    load(one, {"prompt": "2 + 1", "answer": " 3"})  # the same, in other words
+    with pytest.raises(TaskError, match=r"b\.jsonl:2: this problem .* has the answer '4' here and '3' on line 1"):
+        load(one, {"prompt": "2 + 1", "answer": 4})
+    for name in ("prompt", "answer"):
+        with pytest.raises(TaskError, match=rf"b\.jsonl:1: '{name}' is .* half a character"):
+            load({**one, name: "\ud800"})
+    for content in (b'{"prompt": "1', '{"prompt": "größe", "answer": 1}'.encode("latin-1"), b"[" * 100_000):
+        (tmp_path / "c.jsonl").write_bytes(content)
+        with pytest.raises(TaskError, match=r"c\.jsonl:1: not JSON"):
+            load_task(TaskConfig(kind="jsonl", path=str(tmp_path / "c.jsonl")))
+    (tmp_path / "c.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(named).encode() + b"\r\n")
+    task = load_task(TaskConfig(kind="jsonl", path=str(tmp_path / "c.jsonl"), eval_problems=1))
+    assert [problem.prompt for problem in task.problems("eval")] == ["5 + 6"]
 
 
 def test_math_verify_judges_and_survives_a_hang():

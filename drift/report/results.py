@@ -92,7 +92,11 @@ def _moved(records: Records) -> str:
 def _all_seeds(records: Records) -> str:
     rows = []
     for arm, result in records.results.items():
-        for label, values in ((f"multi@{records.turns}", result.multi), ("single", result.single)):
+        for label, values in (
+            (f"multi@{records.turns}", result.multi),
+            ("single", result.single),
+            *result.sampled.items(),
+        ):
             cells = "".join(f"<td>{percent(value)}</td>" for value in values)
             rows.append(f"<tr><td>{esc(arm)} <small>{label}</small></td>{cells}</tr>")
     shown = table(["", *(f"seed {esc(seed)}" for seed in records.seeds)], rows)

@@ -34,7 +34,7 @@ _reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; install it with: pip install 'drift-rl[triton]'"
+        return 'Triton is not installed; install it with: pip install -e ".[triton]", on Linux'
     if not torch.cuda.is_available() and not interpreted():
         return (
             "no CUDA device is visible; run where nvidia-smi and torch.cuda.is_available() see one, or set "
