@@ -181,7 +181,8 @@ class _Loop:
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         start, phase = time.perf_counter(), self.curriculum.at(number)
-        self.engine.sync()
+        with distributed.in_turn():  # the first rank hands the weights over, when all have their samples of older ones
+            self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
         if writer is not None:

@@ -20,7 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,9 @@ class _Job:
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
         options["rollouts"] = folder / "rollouts.jsonl"
         options["examples_path"] = folder / "examples.jsonl"
-        with self.clock("train"), self._engine(self.config.rollout.batch_size) as engine:
+        with self.clock("train"), ExitStack() as stack:
+            with distributed.in_turn():
+                engine = stack.enter_context(self._engine(self.config.rollout.batch_size))
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
 
