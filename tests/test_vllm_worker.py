@@ -51,6 +51,8 @@ def test_the_worker_loads_then_renews_the_head_and_forgets_a_version_that_failed
 
 
 def test_the_worker_needs_none_of_drifts_dependencies():
-    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'pydantic', 'transformers', 'httpcore2']))\n"
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'pydantic', 'transformers', 'httpcore2']))\n"
+    )
     code += "import drift.engines.vllm_worker"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

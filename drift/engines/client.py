@@ -60,7 +60,9 @@ class Client:
 
             from drift.engines.limit import Limit, limited
         except ImportError as error:
-            raise ImportError("engine.kind=vllm needs httpcore2 (pip install httpcore2; Python 3.11 or later)") from error
+            raise ImportError(
+                "engine.kind=vllm needs httpcore2 (pip install httpcore2; Python 3.11 or later)"
+            ) from error
         self.url, self.retries, self.wait, self.timeout = url.rstrip("/"), retries, wait, timeout
         self._http, self._limit, self._closed = httpcore2, Limit(SLICE), threading.Event()
         key = os.environ.get("VLLM_API_KEY")  # as the server itself reads it
@@ -96,9 +98,19 @@ class Client:
         try:
             with self._limit(self.timeout, wanted):
                 answer = self._pool.request(
-                    method, where, headers=self._headers, content=content, extensions={"timeout": {"pool": self.timeout}}
+                    method,
+                    where,
+                    headers=self._headers,
+                    content=content,
+                    extensions={"timeout": {"pool": self.timeout}},
                 )
-        except (http.ConnectError, http.ConnectTimeout, http.ReadError, http.WriteError, http.RemoteProtocolError) as error:
+        except (
+            http.ConnectError,
+            http.ConnectTimeout,
+            http.ReadError,
+            http.WriteError,
+            http.RemoteProtocolError,
+        ) as error:
             wanted()
             raise Unreachable(f"{where}: {_name(error)}") from error  # before or amid the answer
         except http.TimeoutException as error:

@@ -101,7 +101,9 @@ class VLLMEngine:
         Raises EngineError where the server does not sample from them afterwards, RuntimeError while a batch is sampled.
         """
         if not self._sampling.acquire(blocking=False):
-            raise RuntimeError("sync: a batch is being sampled, which would come from two policies; wait for its samples")
+            raise RuntimeError(
+                "sync: a batch is being sampled, which would come from two policies; wait for its samples"
+            )
         try:
             self._sync(self.policy.hash())
         finally:
