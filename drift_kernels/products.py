@@ -16,10 +16,7 @@ from torch import Tensor
 
 from drift_kernels.backends import cpu
 
-TILE_BYTES, TILE_ROWS = (
-    2 << 20,
-    256,
-)  # a widened tile of a weight: small enough for a cache, with rows enough for a product
+TILE_BYTES, TILE_ROWS = 2 << 20, 256  # a widened tile of a weight: small enough for a cache, with rows enough for a product
 TILE_SHARE = 8  # and at most this part of the workspace
 
 
@@ -243,10 +240,7 @@ class HeadBlock:
         self.by, self.dtype, self.vocabulary = choose(hidden, weight, dtype, workspace), dtype, weight.shape[0]
         self.low_rank = None if lora is None else LowRank(lora, dtype)
         # of the workspace, once and for each row
-        self.bytes, self.row_bytes = (
-            self.by.bytes,
-            row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes,
-        )
+        self.bytes, self.row_bytes = self.by.bytes, row_stride(self.vocabulary, dtype) * dtype.itemsize + self.by.row_bytes
 
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows."""

@@ -1,4 +1,4 @@
-"""One step ahead on a server, with a stand-in for it (tests/vllm_server has the real one): what samples come from which weights."""
+"""One step ahead on a server, with a stand-in for it (tests/vllm_server has the real one): which weights samples come from."""
 
 import threading
 
@@ -88,9 +88,14 @@ def test_a_run_that_ends_early_waits_for_no_answer(policy, server, monkeypatch):
 
     monkeypatch.setattr(Branches, "accumulate", interrupted)
     monkeypatch.setattr("drift.ahead.PATIENCE", 0.1)
-    with pytest.raises(KeyboardInterrupt), opened(policy, server) as engine:
-        server.faults = [None, None, gate, gate]
-        train_online(policy, engine, task, task.made, parse(CONFIG), seed=0)
+
+    def run():
+        with opened(policy, server) as engine:
+            server.faults = [None, None, gate, gate]
+            train_online(policy, engine, task, task.made, parse(CONFIG), seed=0)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     for thread in threading.enumerate():
         if thread.name.startswith("drift"):
             thread.join(10)

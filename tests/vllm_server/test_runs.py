@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ TINY |= {"train": {**CONFIG["train"], "lr": 3e-3}}
 class Noted(VLLMEngine):
     """Keeps the weights of every `sync`, the threads that sample, and how often weights were handed over."""
 
-    made: list[Noted] = []
+    made: ClassVar[list[Noted]] = []
 
     def __init__(self, policy, config):
         self.states, self.threads = [], set()
