@@ -241,7 +241,7 @@ def test_one_request_that_fails_ends_the_others(policy, server):
 def test_a_batch_that_fails_and_an_engine_that_is_closed_hang_up(policy, server):
     """Nobody waits for requests in flight; the server drops those whose connection is gone."""
     gates = [threading.Event(), threading.Event()]
-    with opened(policy, server, concurrency=2) as engine:
+    with opened(policy, server, concurrency=2, timeout=90.0) as engine:  # longer than a gate holds
         server.faults = [gates[0], 400]
         with pytest.raises(EngineError, match="HTTP 400"):
             engine.generate(PROMPTS[:2], seed=3, **HOW)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 from drift.engines import EngineError
 
@@ -66,9 +66,9 @@ class Client:
         self.url, self.retries, self.wait, self.timeout = url.rstrip("/"), retries, wait, timeout
         self._http, self._limit, self._closed = httpcore2, Limit(SLICE), threading.Event()
         key = os.environ.get("VLLM_API_KEY")  # as the server itself reads it
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        where, proxies = urlsplit(self.url), getproxies_environment()
-        proxy = None if proxy_bypass_environment(where.netloc, proxies) else proxies.get(where.scheme)
+        self._headers = [("Content-Type", "application/json"), *([("Authorization", f"Bearer {key}")] if key else [])]
+        where = urlsplit(self.url)
+        proxy = None if proxy_bypass(where.netloc) else getproxies().get(where.scheme)
         self._pool = httpcore2.ConnectionPool(
             max_connections=concurrency,
             max_keepalive_connections=concurrency,
