@@ -34,9 +34,7 @@ class Reference:
     def __init__(self, policy: Policy, config: Config, start: dict[str, Tensor] | None = None) -> None:
         self.policy, self.config, self.start = policy, config, policy.state() if start is None else start
 
-    def kl(
-        self, trajectories: Sequence[Trajectory], most: int, logprobs: Mapping[int, Tensor] | None = None
-    ) -> float:
+    def kl(self, trajectories: Sequence[Trajectory], most: int, logprobs: Mapping[int, Tensor] | None = None) -> float:
         """KL(policy‖reference), nats a token, over up to `most` of the trajectories, evenly spread.
 
         The trajectories are those that the policy sampled on all ranks. Every rank calls this, with the same ones.

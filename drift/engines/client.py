@@ -68,7 +68,8 @@ class Client:
         key = os.environ.get("VLLM_API_KEY")  # as the server itself reads it
         self._headers = [("Content-Type", "application/json"), *([("Authorization", f"Bearer {key}")] if key else [])]
         where = urlsplit(self.url)
-        proxy = None if proxy_bypass(where.netloc) else getproxies().get(where.scheme)
+        proxies = {} if proxy_bypass(where.netloc) else getproxies()
+        proxy = proxies.get(where.scheme) or proxies.get("all")
         self._pool = httpcore2.ConnectionPool(
             max_connections=concurrency,
             max_keepalive_connections=concurrency,
