@@ -17,6 +17,7 @@ compared within a seed. Under torchrun, the first rank samples and evaluates and
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -364,7 +365,9 @@ def _claim(folder: Path, config: Config) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    file.write_text(dump(config), encoding="utf-8")
+    partial = file.with_name(f"{file.name}.{os.getpid()}")  # in one go: every rank comes here, and may be reading
+    partial.write_text(dump(config), encoding="utf-8")
+    partial.replace(file)
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:
