@@ -76,6 +76,7 @@ class Measured:
     loss: float = 0.0
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → (sum, count), of tokens
     examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.token_values`
+    logprobs: dict[int, Tensor] = field(default_factory=dict)  # of the samples that were asked for, by place
 
     def add(self, **values: tuple[Any, Any]) -> None:
         """Adds (sum, count) pairs."""
@@ -119,10 +120,12 @@ class Branches:
         tokens: int,
         trajectories: int,
         keep: Collection[int] = (),
+        score: Collection[int] = (),
     ) -> Measured:
         """This rank's samples; tokens, trajectories: of the global batch, all ranks' response tokens and samples.
 
-        keep: places in the global batch of the samples whose tokens go into `Measured.examples`.
+        keep: places in the global batch of the samples whose tokens go into `Measured.examples`; score: of those whose
+        log-probs under the policy, before the update, go into `Measured.logprobs`.
         """
         by_index = {sample.trajectory.index: sample for sample in samples}
         limit = min(self.train.max_length, self.train.max_tokens)
@@ -133,7 +136,12 @@ class Branches:
         heads = self._teach(sides, packs, teacher) if teacher else [None] * len(packs)
         normalizer = trajectories if self.spec.aggregation.startswith("sequence") else tokens
         for batch, side, head in zip(packs, sides, heads):
-            self._pack(batch.to(device), side, head, phase, normalizer, measured, keep)
+            logprobs = self._pack(batch.to(device), side, head, phase, normalizer, measured, keep)
+            bounds = batch.cu_seqlens.tolist()
+            for index, start, stop in zip(batch.indices, bounds, bounds[1:]):
+                if index in score:
+                    found = logprobs[start:stop][batch.response_mask[start:stop].to(device)]
+                    measured.logprobs[index] = found.float().cpu()
         return measured
 
     def _teach(
@@ -166,7 +174,8 @@ class Branches:
         normalizer: float,
         measured: Measured,
         keep: Collection[int],
-    ) -> None:
+    ) -> Tensor:
+        """The policy's log-probs [T]."""
         hidden, (weight, bias) = self.policy.hidden(batch), self.policy.head()
         common: dict[str, Any] = {**self.logits, "bias": bias, "config": self.kernel}
         with torch.no_grad():
@@ -222,6 +231,7 @@ class Branches:
         if batch.rollout_logprobs is not None:
             measured.add(sampler_kl=((batch.rollout_logprobs - scored.logprobs)[mask].sum(), count))
         measured.add(**{name.replace("/", "_"): pair for name, pair in out.metrics.items() if name != "taught_entropy"})
+        return scored.logprobs
 
     def _sampled_by(self, batch: PackedBatch, logprobs: Tensor) -> Tensor | float:
         """The divergence's importance ratio where the sampler's weights are older, one step or more (B6)."""

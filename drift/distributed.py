@@ -108,6 +108,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """The first rank goes through the body, then all others. Every rank enters; an error of the first keeps them out."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -20,7 +20,7 @@ PACKAGES = {
     "math-verify": "",
     "triton": 'pip install -e ".[triton]", on Linux',
     "flash-attn": 'pip install -e ".[flash-attn]", where there is CUDA',
-    "httpx2": "pip install httpx2 (Python 3.11 or later), for engine.kind=vllm",
+    "httpcore2": "pip install httpcore2 (Python 3.11 or later), for engine.kind=vllm",
     "peft": 'pip install -e ".[lora]"',
     "tensorboard": 'pip install -e ".[tensorboard]"',
     "wandb": 'pip install -e ".[wandb]"',

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from drift import chat, checkpoint, distributed, store, token_values
 from drift.ahead import Ahead, Still
@@ -42,7 +43,7 @@ from drift.environments import Environment
 from drift.meter import Stopwatch
 from drift.optimizer import MasterAdamW, learning_rate
 from drift.policy import Policy
-from drift.reference import Reference
+from drift.reference import Reference, chosen
 from drift.reprompt import Attempt, lessons, teacher_trajectory
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
@@ -51,7 +52,7 @@ from drift.routing import DifficultyRouter
 from drift.tasks import Task
 from drift.teacher import Teacher
 from drift.track import Track
-from drift.trainer import seeded, training, update
+from drift.trainer import has_dropout, seeded, training, update
 from drift.types import Problem
 from drift.watch import Watch, repeat_rate
 
@@ -173,6 +174,7 @@ class _Loop:
         self.difference, self.entropy = StepMean(), StepMean()
         self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
         self.reference = Reference(policy, config) if self.online.watch.every else None
+        self.certain = not has_dropout(policy.model)  # its log-probs in training are those out of it
         self.teacher: Teacher | None = None
         if self.algorithm.teacher:
             parameters = policy.model.named_parameters()
@@ -182,7 +184,8 @@ class _Loop:
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         watch, start, phase = Stopwatch(), time.perf_counter(), self.curriculum.at(number)
-        self.engine.sync()
+        with distributed.in_turn():  # the first rank hands the weights over, when all have their samples of older ones
+            self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
         if writer is not None:
@@ -194,11 +197,13 @@ class _Loop:
         sampled = time.perf_counter()
         parts = [part for sample in samples for part in sample.parts]
         keep = token_values.choose(number, self.online, [(part.solved_at > 0, part.taught is None) for part in parts])
-        reference_kl = self._reference_kl(parts, number)
+        compared = self._compared(parts, number)
+        known = {part.trajectory.index for part in compared} if self.certain else set[int]()
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
             measured = self.branches.accumulate(
-                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts), keep
+                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts), keep, known
             )
+        reference_kl = self._reference_kl(parts, compared, measured.logprobs)
         if self.ahead:
             self.ahead.check()
         lr = learning_rate(number, self.online.steps, self.config.train)
@@ -245,11 +250,19 @@ class _Loop:
             return {}
         return tool_metrics([(s.row.get("tool_calls", 0), s.row.get("tool_errors", 0)) for s in samples])
 
-    def _reference_kl(self, samples: Sequence[Sample], number: int) -> float | None:
+    def _compared(self, parts: Sequence[Sample], number: int) -> Sequence[Sample]:
+        """Those that the reference scores in this step."""
         watch = self.online.watch
-        if self.reference is None or number % watch.every:
+        return chosen(parts, watch.trajectories) if self.reference and number % watch.every == 0 else []
+
+    def _reference_kl(
+        self, parts: Sequence[Sample], compared: Sequence[Sample], logprobs: dict[int, Tensor]
+    ) -> float | None:
+        """logprobs: what this rank's training has found; with dropout nothing, and the policy is run once more."""
+        if self.reference is None or not compared:
             return None
-        return self.reference.kl([sample.trajectory for sample in samples], watch.trajectories)
+        known = dict(distributed.gather(list(logprobs.items()))) if self.certain else None
+        return self.reference.kl([part.trajectory for part in parts], self.online.watch.trajectories, known)
 
     def _parts(self) -> list[tuple[str, Any]]:
         named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}

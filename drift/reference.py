@@ -8,7 +8,7 @@ Left out: a reference that is another model. TRL and verl take one for the loss;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +34,20 @@ class Reference:
     def __init__(self, policy: Policy, config: Config, start: dict[str, Tensor] | None = None) -> None:
         self.policy, self.config, self.start = policy, config, policy.state() if start is None else start
 
-    def kl(self, trajectories: Sequence[Trajectory], most: int) -> float:
+    def kl(self, trajectories: Sequence[Trajectory], most: int, logprobs: Mapping[int, Tensor] | None = None) -> float:
         """KL(policy‖reference), nats a token, over up to `most` of the trajectories, evenly spread.
 
         The trajectories are those that the policy sampled on all ranks. Every rank calls this, with the same ones.
+        logprobs: the policy's own of their assistant tokens, as `score` gives them, by `Trajectory.index`, where a step has
+        them already (`chosen`); else the policy is run once more.
         """
-        (now, _), (before, _) = self._scores(trajectories, most)
+        if logprobs is None:
+            (now, _), (before, _) = self._scores(trajectories, most)
+        else:
+            mine = distributed.share(chosen(trajectories, most))
+            order = [index for batch in _packs(mine, self.config) for index in batch.indices]
+            now = torch.cat([torch.zeros(0), *(logprobs[index] for index in order)])
+            before = self._before(mine)[0]
         return _means(k3(now, before))[0]
 
     def moved(self, trajectories: Sequence[Trajectory], most: int) -> dict[str, float]:
@@ -53,13 +61,21 @@ class Reference:
     def _scores(
         self, trajectories: Sequence[Trajectory], most: int
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        mine = distributed.share(trajectories[:: -(-len(trajectories) // most)])
-        now, state = score(self.policy, mine, self.config), self.policy.state()
+        mine = distributed.share(chosen(trajectories, most))
+        return score(self.policy, mine, self.config), self._before(mine)
+
+    def _before(self, mine: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
+        state = self.policy.state()
         try:
             self.policy.restore(self.start)
-            return now, score(self.policy, mine, self.config)
+            return score(self.policy, mine, self.config)
         finally:
             self.policy.restore(state)
+
+
+def chosen(trajectories: Sequence[Any], most: int) -> Sequence[Any]:
+    """Up to `most` of them, evenly spread."""
+    return trajectories[:: -(-len(trajectories) // most)]
 
 
 def _means(*values: Tensor) -> list[float]:
@@ -81,10 +97,9 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     """
     train = config.train
     kernel = drift_kernels.KernelConfig(backend=train.backend, workspace_bytes=train.workspace_bytes)
-    packs = pack(trajectories, train.max_tokens, max_length=min(train.max_length, train.max_tokens), turns="assistant")
     found: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))]
     with scoring(policy.model):
-        for batch in packs:
+        for batch in _packs(trajectories, config):
             batch = batch.to(policy.device)
             out = score_pack(policy, batch, config.rollout.temperature, return_entropy=True, config=kernel)
             assert out.entropy is not None
@@ -92,6 +107,11 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
             found.append((out.logprobs[mask].float().cpu(), out.entropy[mask].float().cpu()))
     logprobs, entropies = zip(*found)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _packs(trajectories: Sequence[Trajectory], config: Config) -> list[PackedBatch]:
+    limit = min(config.train.max_length, config.train.max_tokens)
+    return pack(trajectories, config.train.max_tokens, max_length=limit, turns="assistant")
 
 
 def score_pack(policy: Policy, batch: PackedBatch, temperature: float | Tensor, **options: Any) -> Any:

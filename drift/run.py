@@ -18,10 +18,11 @@ compared within a seed. Under torchrun, the first rank samples and evaluates and
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,9 @@ class _Job:
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
         options["rollouts"] = folder / "rollouts.jsonl"
         options["examples_path"] = folder / "examples.jsonl"
-        with self.clock("train"), self._engine(self.config.rollout.batch_size) as engine:
+        with self.clock("train"), ExitStack() as stack:
+            with distributed.in_turn():
+                engine = stack.enter_context(self._engine(self.config.rollout.batch_size))
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
 
@@ -404,7 +407,9 @@ def _claim(folder: Path, config: Config) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    file.write_text(dump(config), encoding="utf-8")
+    partial = file.with_name(f"{file.name}.{os.getpid()}")  # in one go: every rank comes here, and may be reading
+    partial.write_text(dump(config), encoding="utf-8")
+    partial.replace(file)
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:

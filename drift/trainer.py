@@ -235,3 +235,10 @@ def seeded(seed: int, step: int, model: torch.nn.Module) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0]))
         yield
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a training pass may drop anything: in a module, or by a rate that the config names."""
+    named: dict[str, Any] = model.config.get_text_config().to_dict()  # pyright: ignore
+    rates = [value for name, value in named.items() if "drop" in name and isinstance(value, (int, float))]
+    return any(rates) or any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))

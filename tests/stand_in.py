@@ -9,6 +9,7 @@ import json
 import threading
 import time
 import uuid
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,8 +23,9 @@ class StandIn:
     """Serves `model` at `url` while it is entered.
 
     faults   one for each completion from now on, first come first served: an HTTP status, "drop" (no answer), "abort" (one
-             sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, a function
-             of a completion's choices that returns others, or None
+             sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, an event
+             to wait for, "drip" and "drip headers" (a byte at a time), a function of a completion's choices that returns
+             others, or None
     lacks    parts of "ids", "prompt ids", "same prompt", "logprobs", "n", "completions", "rpc", "extension", "adapters"
     raw      log-probs before temperature
     deaf     loads nothing and says it did; "head": everything but the tied head, as vLLM on a CPU
@@ -96,7 +98,7 @@ class StandIn:
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         if self.deaf is not True:
             self.model.load_state_dict(new, strict=False)
-        self.version = version
+        self.version = version if self.version == version else None
 
     def count(self, name, body):
         with self.lock:
@@ -118,6 +120,10 @@ class StandIn:
             time.sleep(fault)
         elif isinstance(fault, int):
             return fault, {"error": {"message": "made up"}}
+        elif isinstance(fault, threading.Event):
+            fault.wait(30)
+        elif fault in ("drip", "drip headers"):
+            return fault, None
         elif fault == "drop":
             return None
         elif fault == "restart":
@@ -196,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # so that no thread waits for a second request
         if answer is None:
             return
+        if isinstance(answer[0], str):
+            return self.drip(answer[0])
         content = (answer[1] if isinstance(answer[1], str) else json.dumps(answer[1])).encode()
         try:
             self.send_response(answer[0])
@@ -205,6 +213,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
         except ConnectionError:  # the other side did not wait so long
             pass
+
+    def drip(self, what):
+        """A byte at a time, of the headers or of the content."""
+        start = "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n" + ("X-Long: " if what == "drip headers" else "\r\n")
+        with suppress(OSError):  # the other side did not wait so long
+            self.wfile.write(start.encode())
+            for _ in range(500):
+                self.wfile.write(b"7")
+                time.sleep(0.02)
 
     def log_message(self, *_):
         pass

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def main(out):
         counted = distributed.sum_values(1.0, rank, 0.1)
         assert counted == [2.0, 1.0, 0.2], counted
         assert distributed.share(range(5)) == range(rank, 5, 2)
+        seen = out / "was first"
+        with distributed.in_turn():
+            assert seen.exists() == (rank == 1)
+            if rank == 0:
+                time.sleep(0.5)  # the other rank would look meanwhile
+                seen.touch()
 
 
 @pytest.fixture(scope="module")

@@ -116,3 +116,15 @@ def test_a_server_that_is_not_there_is_refused_at_once(policy):
     config = EngineConfig(kind="vllm", url="http://127.0.0.1:9", wait=60.0)
     with pytest.raises(EngineError, match="nobody answers"), open_engine(config, policy, 8):
         pass
+
+
+def test_a_proxy_is_taken_from_the_environment(policy, server, monkeypatch):
+    config = EngineConfig(kind="vllm", url="http://there.invalid:8")
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(EngineError, match="lacks what training needs"), open_engine(config, policy, 8):
+        pass
+    assert server.calls[0][0] == "http://there.invalid:8/v1/models"
+    monkeypatch.setenv("no_proxy", "there.invalid")
+    with pytest.raises(EngineError, match="nobody answers"), open_engine(config, policy, 8):
+        pass

@@ -4,14 +4,18 @@ import json
 import math
 
 import pytest
+import small
 import torch
+from peft import LoraConfig
 from scripted import WordTask, quarters
+from transformers.models.qwen2 import Qwen2Config
 
 from drift import checkpoint, online, report, rhythm, rollout
 from drift.config import parse
 from drift.engines.hf import HFEngine
 from drift.policy import load_policy
 from drift.track import Track
+from drift.trainer import has_dropout
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +131,41 @@ def test_the_watch_is_in_the_log_and_says_what_looks_wrong(tmp_path):
     assert [step for step, row in track.logged.items() if row["watch/low_solved"]] == fallen != []
     said = [line for line in track.said if "solved has fallen" in line]
     assert said[0].startswith(f"online: step {fallen[0]}: solved has fallen to {solved[fallen[0] - 1]:.1%}")
+
+
+@pytest.mark.parametrize("trajectories", [64, 5])
+def test_the_steps_own_log_probs_give_the_same_kl(tmp_path, monkeypatch, trajectories):
+    """As one more pass of the policy, which is made where dropout would change them."""
+    found, passes = {}, {}
+    for certain in (True, False):
+        counted = []
+        with monkeypatch.context() as patched:
+            patched.setattr(online, "has_dropout", lambda model, certain=certain: not certain)
+            kl = online.Reference.kl
+
+            def counting(self, *arguments, kl=kl, counted=counted):
+                hook = self.policy.causal_lm.base_model.register_forward_pre_hook(lambda *_: counted.append(1))
+                try:
+                    return kl(self, *arguments)
+                finally:
+                    hook.remove()
+
+            patched.setattr(online.Reference, "kl", counting)
+            watch = {"trajectories": trajectories, "examples": 0}
+            _, track, _ = trained(tmp_path / str(certain), "grpo", watch=watch)
+        found[certain] = [row["watch/reference_kl"] for row in track.logged.values()]
+        passes[certain] = len(counted)
+    assert found[True] == pytest.approx(found[False], rel=1e-3, abs=1e-9)
+    assert min(found[True][1:]) > 1e-5
+    assert passes[True] == passes[False] / 2
+
+
+@pytest.mark.parametrize("rate", ["lora", "attention"])
+def test_dropout_is_seen(rate):
+    shape = Qwen2Config(**small.SHAPE, attention_dropout=0.1 if rate == "attention" else 0.0)
+    lora = {"r": 2, "target_modules": "all-linear"}
+    assert has_dropout(small.Policy(shape, lora=LoraConfig(**lora, lora_dropout=0.1 if rate == "lora" else 0.0)).model)
+    assert not has_dropout(small.Policy(Qwen2Config(**small.SHAPE), lora=LoraConfig(**lora)).model)
 
 
 def test_without_a_reference_no_copy_is_kept(tmp_path):

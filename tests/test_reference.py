@@ -101,6 +101,24 @@ def test_some_of_the_trajectories_stand_for_all():
     assert reference.kl(trajectories, 4) != pytest.approx(reference.kl(trajectories, 64))
 
 
+def test_log_probs_that_are_there_already_spare_a_pass():
+    policy, trajectories = small.Policy(LOOSE), small.some(9)
+    reference, passes = Reference(policy, CONFIG), []
+    move(policy)
+    known = {}
+    for t in trajectories[::3]:
+        known[t.index] = score(policy, [t], CONFIG)[0]
+    expected = reference.kl(trajectories, 4)
+    policy.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    policy.causal_lm.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert reference.kl(trajectories, 4) == expected
+    both = len(passes)
+    assert reference.kl(trajectories, 4, known) == pytest.approx(expected, rel=1e-5)
+    assert len(passes) - both == both / 2
+    known[trajectories[3].index] = known[trajectories[3].index] - 0.5
+    assert reference.kl(trajectories, 4, known) != pytest.approx(expected, rel=1e-2)
+
+
 def test_the_mean_of_k3_is_the_kl():
     """Over all tokens of a vocabulary, each with its probability."""
     draw = torch.Generator().manual_seed(0)

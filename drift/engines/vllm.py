@@ -66,6 +66,7 @@ class VLLMEngine:
         self.gap = 0.0  # nats by which log-probs differed after the last handover, at most
         self.handovers, self.repeated = 0, 0  # weights handed over, batches sampled again
         self._state: State | None = None  # the server, when it was last handed weights
+        self._sampling = threading.Lock()  # held while requests are in flight
         self._handover = tempfile.TemporaryDirectory(prefix="drift-weights-", dir=config.folder)
         self._probes = _probe_prompts(policy)
         self._logits = torch.empty(0)  # [P, V] after each probe, of the weights of `version`
@@ -95,11 +96,20 @@ class VLLMEngine:
     # --- weights ---
 
     def sync(self) -> None:
-        """Hands the policy's weights over, unless the server got these already, and compares log-probs.
+        """Hands the policy's weights over, unless the server holds these already, and compares log-probs.
 
-        Raises EngineError where the server does not sample from them afterwards.
+        Raises EngineError where the server does not sample from them afterwards, RuntimeError while a batch is sampled.
         """
-        version = self.policy.hash()
+        if not self._sampling.acquire(blocking=False):
+            raise RuntimeError(
+                "sync: a batch is being sampled, which would come from two policies; wait for its samples"
+            )
+        try:
+            self._sync(self.policy.hash())
+        finally:
+            self._sampling.release()
+
+    def _sync(self, version: str) -> None:
         if version == self.version and self._state is not None:
             return
         folder, before = self._folder(version), self.version
@@ -115,17 +125,22 @@ class VLLMEngine:
         return Path(self._handover.name) / str(version)
 
     def _hand_over(self, before: str | None = None) -> None:
-        """Loads the weights of `version` as they were saved, and compares, even if the server starts anew meanwhile."""
+        """Loads the weights of `version` as they were saved, and compares, even if the server starts anew meanwhile.
+
+        Those that another rank, or an earlier stage, has handed over are not loaded again.
+        """
         assert self.version is not None
         try:
             for _ in range(RESTARTS):
                 found = self._ask_state()
                 self._state = State(found.start, self.version, found.vocabulary)
                 with suppress(Restarted):
-                    self._load(self._folder(self.version), self.version, before)
+                    held = found.version == self.version
+                    if not held:
+                        self._load(self._folder(self.version), self.version, before)
                     self._compare()
                     if self._ask_state() == self._state:
-                        self.handovers += 1
+                        self.handovers += not held
                         return
             raise EngineError(
                 f"{self.client.url}: the server was started anew {RESTARTS} times while it got its weights"
@@ -150,6 +165,7 @@ class VLLMEngine:
             raise EngineError(
                 f"{self.client.url}: the cache of prefixes could not be cleared, and holds the old weights"
             )
+        self._call("drift_mark", version)  # last: whoever finds this version there need do nothing
 
     def _load_adapter(self, folder: Path, version: str, before: str | None) -> None:
         try:
@@ -160,7 +176,6 @@ class VLLMEngine:
             there = "already been loaded" in str(error) or "cannot be found" in str(error)  # before or after a restart
             if not there:
                 raise self._unfit(f"it does not take adapters at run time ({error})") from error
-        self._call("drift_mark", version)
 
     def _compare(self) -> None:
         """The server's log-probs of what it samples against the policy's, on a few prompts."""
@@ -270,6 +285,10 @@ class VLLMEngine:
 
     def _batch(self, requests: Sequence[_Request], bar: Any) -> list[tuple[list[int], Sample]]:
         """(prompt ids, sample) of each place, in order, all from one version of the weights."""
+        with self._sampling:
+            return self._batch_of_one_version(requests, bar)
+
+    def _batch_of_one_version(self, requests: Sequence[_Request], bar: Any) -> list[tuple[list[int], Sample]]:
         for _ in range(RESTARTS + 1):
             if self._ask_state() != self._state:
                 self._hand_over()
@@ -297,9 +316,7 @@ class VLLMEngine:
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-                with suppress(EngineError):  # those in flight need not be waited for
-                    self.client.once("/abort_requests", {})
-                raise
+                raise  # those in flight hang up, by which the server drops them; it may have other clients
 
     def _send(self, request: _Request, stop: threading.Event | None = None) -> Answer:
         def read(answer: Any) -> Answer:

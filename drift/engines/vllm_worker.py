@@ -24,16 +24,20 @@ class Weights:
         return {"start": START, "version": self.drift_version, "vocabulary": config.get_vocab_size()}
 
     def drift_load(self, folder: str, version: str) -> None:
-        """Takes up the weights in a folder, as `save_pretrained` left them."""
+        """Takes up the weights in a folder, as `save_pretrained` left them; `drift_mark` says when they may be used.
+
+        A worker that holds this version already keeps its name: another rank may be sampling from it.
+        """
         worker: Any = self
+        kept = version if self.drift_version == version else None
         self.drift_version = None  # should it fail half-way
         worker.reload_weights(weights_path=folder)
         head = getattr(worker.model_runner.get_model(), "lm_head", None)
         method = getattr(head, "quant_method", None)
         if method is not None:  # a CPU multiplies by a copy of the head, which a reload of tied weights does not renew
             method.process_weights_after_loading(head)
-        self.drift_version = version
+        self.drift_version = kept
 
     def drift_mark(self, version: str) -> None:
-        """Notes the version of adapters that were loaded by another route."""
+        """Notes the version of weights or adapters that were loaded, once no prefix of older ones is left."""
         self.drift_version = version
