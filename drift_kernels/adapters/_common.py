@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import drift_kernels as dk
 
+not_compiled: Any = torch.compiler.disable  # a decorator; heads are swapped while a model runs
+
 
 @dataclass(frozen=True)
 class Support:
@@ -170,7 +172,7 @@ def head_of(model: Any) -> Head:
 Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything
 
 
-@torch.compiler.disable
+@not_compiled
 def inside_head(model: Any, hidden: Tensor, fn: Inside) -> Any:
     """fn(hidden, head) in the place of the head's forward: FSDP's hooks gather the weight and reduce its gradient there."""
     module = head_module(model)

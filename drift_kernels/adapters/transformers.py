@@ -25,6 +25,7 @@ from drift_kernels.adapters._common import (
     WeightedCollator,
     head_module,
     inside_head,
+    not_compiled,
     shifted,
     transform_of,
     unwrap_peft,
@@ -189,7 +190,7 @@ class _Patch:
             _restore(self.head, "forward", self.before[2])
             del self.model._drift_patch, self.head._drift_patch
 
-    @torch.compiler.disable
+    @not_compiled
     def project(self, before: Any, hidden: Tensor) -> Tensor:
         """Stands for the head's forward."""
         call = self.call
@@ -202,7 +203,7 @@ class _Patch:
         call.hidden, call.version = hidden, _version(hidden)
         return hidden if call.passing else before(hidden)
 
-    @torch.compiler.disable(recursive=False)
+    @not_compiled(recursive=False)
     def forward(self, before: Any, *args: Any, token_weights: Tensor | None = None, **kwargs: Any) -> Any:
         """Stands for the model's forward."""
         labels = kwargs.get("labels") is not None
@@ -242,7 +243,7 @@ class _Patch:
             return tuple(None if item is call.given else item for item in outputs)
         return outputs
 
-    @torch.compiler.disable
+    @not_compiled
     def loss(
         self,
         logits: Tensor,
