@@ -1,6 +1,7 @@
 """One step ahead on a server, with a stand-in for it (tests/vllm_server has the real one): which weights samples come from."""
 
 import threading
+import time
 
 import pytest
 from scripted import WordTask
@@ -84,6 +85,9 @@ def test_a_run_that_ends_early_waits_for_no_answer(policy, server, monkeypatch):
     gate, task = threading.Event(), WordTask(4)
 
     def interrupted(*arguments):
+        until = time.monotonic() + 60
+        while server.in_flight < 2 and time.monotonic() < until:
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Branches, "accumulate", interrupted)

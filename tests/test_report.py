@@ -186,12 +186,15 @@ def test_odd_characters_reach_the_page(tmp_path):
     folder = make_run(tmp_path / "run", seeds=1, prompts=1)
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     for row in rows:
-        row["messages"][0]["content"] = "half \ud83d of a pair, a \x00 and a \x1b[31m, שלום, " + "long " * 2000
+        row["messages"][0]["content"] = "a \x00 and a \x1b[31m, שלום, " + "long " * 2000
     write_lines(folder / "rollouts.jsonl", rows)
     page = page_of(folder)
     assert "a ␀ and a ␛[31m, שלום" in page
     assert "characters more" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", page)
+    rows[0]["messages"][0]["content"] = "half \ud83d of a pair"
+    write_lines(folder / "rollouts.jsonl", rows)
+    assert "line 1: messages[0] should be an object" in text_of(page_of(folder))
 
 
 def test_an_empty_folder_says_what_is_missing(tmp_path):
