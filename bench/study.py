@@ -33,7 +33,7 @@ from drift.run import rollout_path
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: written by python -m bench.study -->", "<!-- /methods -->"
-FEW = 3  # seeds at most of a sweep
+FEW = 3  # seeds at most of an ablation or a sweep
 MARGIN = 0.03  # of non-inferiority, a share of problems
 T95 = (
     6.314,
@@ -134,7 +134,7 @@ SMOKE_VARIANTS = ("A", "GRPO", "B", "A, β = 0.1")
 
 def config_of(variant: Variant, out: Path, count: int, smoke: bool) -> Config:
     """The run that a variant is part of; `count` seeds."""
-    seeds = range(count if variant.group in ("methods", "ablations") else min(count, FEW))
+    seeds = range(count if variant.group == "methods" else min(count, FEW))
     where = (f"name={slug(variant.folder)}", f"output_dir={out}", f"seeds={list(seeds)}", "track.progress=false")
     small = (*SMOKE, *(() if "online=null" in variant.overrides else SMOKE_ONLINE)) if smoke else ()
     return load(ROOT / "configs" / "online.yaml", [*variant.overrides, *small, *where])
@@ -298,7 +298,7 @@ def markdown(result: dict[str, Any]) -> str:
     seeds = len(result["seeds"])
     lines += [
         "",
-        f"Percent of {result['problems']} held-out problems: means ± standard errors over {seeds} seeds (of other bands, β and γ "
+        f"Percent of {result['problems']} held-out problems: means ± standard errors over {seeds} seeds (below the methods "
         f"{min(FEW, seeds)}). Differences are paired by seed; ✓: not worse than GRPO by {100 * MARGIN:.0f} points, the one-sided "
         "95 % bound by Student's t over seeds lying above. CPU seconds of one thread: sampling and training, without evaluation.",
     ]
@@ -356,15 +356,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help=f"of the methods (default 5; others take {FEW})")
+    parser.add_argument("--seeds", type=int, default=5, help=f"of the methods (default 5; others take {FEW} at most)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
     parser.add_argument("--out", type=Path, help="runs' folder (default runs/methods; runs/methods-smoke with --smoke)")
+    groups = list(dict.fromkeys(variant.group for variant in VARIANTS))
+    parser.add_argument("--groups", nargs="+", choices=groups, default=groups, help="beside the methods (default: all)")
     parser.add_argument("--smoke", action="store_true", help="a few variants, a few steps; writes no docs")
     options = parser.parse_args(arguments)
     if options.seeds < 2 or options.jobs < 1:
         parser.error("--seeds takes at least 2, --jobs at least 1")
     out = options.out or Path("runs") / ("methods-smoke" if options.smoke else "methods")
-    variants = [v for v in VARIANTS if not options.smoke or v.name in SMOKE_VARIANTS]
+    wanted = {"methods", *options.groups}  # what others are compared with, and the base
+    variants = [v for v in VARIANTS if (v.name in SMOKE_VARIANTS if options.smoke else v.group in wanted)]
     count = 2 if options.smoke else options.seeds
     configs = {v.folder: config_of(v, out, count, options.smoke) for v in variants}
     perform(variants, configs, out, options.jobs)
