@@ -110,9 +110,8 @@ class Problem:
     advantages: Tensor | None  # [S] fp32, for "clip"
     old: Tensor | None  # [T] fp32, for "clip": 0 where not trained
     cu_seqlens: Tensor  # [S + 1] int32
-    teacher: tuple[Tensor, Tensor] | None = (
-        None  # "jsd": hidden [T, D], weight [V, D]; "jsd-top": ids, log-probs [T, k]
-    )
+    # "jsd": hidden [T, D], weight [V, D]; "jsd-top": ids, log-probs [T, k]
+    teacher: tuple[Tensor, Tensor] | None = None
 
     @property
     def trained(self) -> Tensor:

@@ -128,9 +128,8 @@ class Branches:
         log-probs under the policy, before the update, go into `Measured.logprobs`.
         """
         by_index = {sample.trajectory.index: sample for sample in samples}
-        limit = min(self.train.max_length, self.train.max_tokens)
         students = [sample.trajectory for sample in samples]
-        packs = pack(students, self.train.max_tokens, max_length=limit, turns="assistant")
+        packs = pack(students, self.train.max_tokens, max_length=self.train.longest, turns="assistant")
         sides = [[by_index[index] for index in batch.indices] for batch in packs]
         device, measured = self.policy.device, Measured()
         heads = self._teach(sides, packs, teacher) if teacher else [None] * len(packs)

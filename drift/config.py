@@ -176,6 +176,11 @@ class TrainConfig(Section):
         named = isinstance(data, dict) and data.get("preset") == "exact"
         return preset(data, "preset exact", EXACT) if named else data
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a trajectory at most: what does not fit into a pack is cut to fit."""
+        return min(self.max_length, self.max_tokens)
+
 
 class EvalConfig(Section):
     """Greedy multi-turn evaluation (A6)."""
@@ -344,7 +349,7 @@ def _parse(text: str, source: str) -> Any:
         TypeError,
         AttributeError,
         RecursionError,
-    ) as error:  # the last four of odd tags and keys
+    ) as error:  # the last four of odd keys
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -183,7 +183,7 @@ class _Loop:
 
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
-        watch, start, phase = Stopwatch(), time.perf_counter(), self.curriculum.at(number)
+        clock, phase = Stopwatch(), self.curriculum.at(number)
         with distributed.in_turn():  # the first rank hands the weights over, when all have their samples of older ones
             self.engine.sync()
         samples = self._sample(number)
@@ -194,7 +194,7 @@ class _Loop:
         more = number + 1 < self.online.steps
         if self.ahead and more:
             self.ahead.start(partial(self._play, number + 1, number))
-        sampled = time.perf_counter()
+        sampled = clock.read()["step_time"]
         parts = [part for sample in samples for part in sample.parts]
         keep = token_values.choose(number, self.online, [(part.solved_at > 0, part.taught is None) for part in parts])
         compared = self._compared(parts, number)
@@ -225,7 +225,7 @@ class _Loop:
             correct=[sample.solved_at > 0 for sample in samples],
             reference_kl=reference_kl,
         )
-        took = watch.read()
+        took = clock.read()
         self.stats.steps += 1
         self.stats.skipped += result.skipped
         self.stats.trajectories += len(samples)
@@ -239,7 +239,7 @@ class _Loop:
             "skipped": float(result.skipped),
             "lr": lr,
             **means,
-            "seconds_sampling": sampled - start,
+            "seconds_sampling": sampled,
             **waited,
             **took,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},

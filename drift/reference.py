@@ -110,8 +110,7 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
 
 
 def _packs(trajectories: Sequence[Trajectory], config: Config) -> list[PackedBatch]:
-    limit = min(config.train.max_length, config.train.max_tokens)
-    return pack(trajectories, config.train.max_tokens, max_length=limit, turns="assistant")
+    return pack(trajectories, config.train.max_tokens, max_length=config.train.longest, turns="assistant")
 
 
 def score_pack(policy: Policy, batch: PackedBatch, temperature: float | Tensor, **options: Any) -> Any:

@@ -407,9 +407,7 @@ def _claim(folder: Path, config: Config) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}")  # in one go: every rank comes here, and may be reading
-    partial.write_text(dump(config), encoding="utf-8")
-    partial.replace(file)
+    _write(file, dump(config))
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:
@@ -427,7 +425,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """In one go: a reader finds the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """In one go: a reader finds the old file or the new one, even where several ranks write."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

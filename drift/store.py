@@ -20,6 +20,8 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from drift.types import is_whole
+
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 _TURN = re.compile(r"t[1-9][0-9]{0,4}")
@@ -79,8 +81,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Text that can be written: JSON may spell half of a surrogate pair, which no tokenizer takes."""
-    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+    return isinstance(value, str) and is_whole(value)
 
 
 def _is_count(value: Any) -> bool:

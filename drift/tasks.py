@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from drift.mathverify import MathVerifier
-from drift.types import Problem
+from drift.types import Problem, is_whole
 
 if TYPE_CHECKING:
     from drift.config import TaskConfig
@@ -231,7 +231,7 @@ class JsonlTask:
             if not isinstance(row.get(name), str | int | float) or isinstance(row[name], bool):
                 found = repr(row[name]) if name in row else f"missing beside {', '.join(map(repr, row)) or 'nothing'}"
                 raise TaskError(f"{where}: {name!r} is {found}; it has to be text or a number")
-            if any("\ud800" <= letter <= "\udfff" for letter in str(row[name])):
+            if not is_whole(str(row[name])):
                 raise TaskError(f"{where}: {name!r} is {row[name]!r}, which holds half a character; spell it whole")
         named = "split" in row
         if self._named not in (None, named):

@@ -189,7 +189,7 @@ def _pack(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: f
     return pack(
         trajectories,
         config.max_tokens,
-        max_length=min(config.max_length, config.max_tokens),  # what does not fit into a pack is cut to fit
+        max_length=config.longest,
         min_weight=min_weight,
         turns=config.turns,
         token_reduction=config.token_reduction,

@@ -73,3 +73,8 @@ class PackedBatch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+
+
+def is_whole(text: str) -> bool:
+    """Whether text holds whole characters alone: JSON may spell half of a surrogate pair, which no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

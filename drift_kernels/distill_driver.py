@@ -114,15 +114,16 @@ class TeacherLogits:
         dtype, self.kernels = driver.compute_dtype(x.hidden.dtype), backends.load(driver.backend_of(x, call.call))
         self.hidden, self.head = teacher.hidden, call.teacher
         self.bias = None if teacher.bias is None else teacher.bias.to(dtype).contiguous()
-        self.inverse = None if teacher.temperature is None else 1 / teacher.temperature.to(dtype)
+        self.temperature = None if teacher.temperature is None else teacher.temperature.to(dtype)
         self.on_host = x.hidden.device.type == "cpu"
 
     def run(self, taught: Taught, targets: Tensor) -> dict[str, Tensor]:
         """Makes logits [n, V] of a chunk's taught rows, whose `targets` are [n]; returns their log-probs and entropies [C]."""
         self.logits = self.block.products(self.hidden[taught.teacher])
-        inverse = None if self.inverse is None else self.inverse[taught.teacher]
-        if inverse is not None and self.on_host:
-            rows.check_temperature(1 / inverse)
+        temperature = None if self.temperature is None else self.temperature[taught.teacher]
+        if self.on_host:
+            rows.check_temperature(temperature)
+        inverse = None if temperature is None else 1 / temperature
         self.chunk = Chunk(targets, None, inverse, self.bias, self.head)
         self.stats = self.kernels.row_stats(self.logits, self.chunk, STATS)
         return {name: taught.spread(self.stats[name]) for name in ("logprobs", "entropy")}

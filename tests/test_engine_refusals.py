@@ -1,6 +1,7 @@
 """What the engine on a vLLM server refuses, in words: a server that lacks something, samples that no model makes."""
 
 import math
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig
@@ -8,7 +9,7 @@ from small import LORA, TOKENIZER, Policy, causal_lm
 from stand_in import StandIn
 from test_engines import HOW, PROMPTS, _quick, opened, policy, server, shape
 
-from drift.config import EngineConfig
+from drift.config import ConfigError, EngineConfig, parse
 from drift.engines import EngineError, open_engine
 from drift.engines.vllm import server_command
 
@@ -128,3 +129,24 @@ def test_a_proxy_is_taken_from_the_environment(policy, server, monkeypatch):
     monkeypatch.setenv("no_proxy", "there.invalid")
     with pytest.raises(EngineError, match="nobody answers"), open_engine(config, policy, 8):
         pass
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"engine": {"kind": "vllm"}, "rollout": {"top_p": 0.9}}, "rollout.top_p 0.9 with engine.kind 'vllm'"),
+        ({"engine": {"url": "localhost:8000"}}, "engine.url"),
+        ({"engine": {"concurrency": 0}}, "engine.concurrency"),
+        ({"engine": {"retry": 1}}, "engine.retries"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(section, words):
+    with pytest.raises(ConfigError, match=words):
+        parse({"name": "x", **section})
+
+
+def test_the_documented_commands_are_the_ones_that_errors_name():
+    text = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    assert f"    {server_command('runs/online-vllm/base', cpu=True)}\n" in text
+    big = server_command("Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", lora_rank=16)
+    assert f"    {big}\n" in text

@@ -189,40 +189,27 @@ def _last_line(*command: str) -> str:
     return _lines(*command)[-1]
 
 
+# Kernels that leave logits or gradients where they found products, on a CPU.
+WRITING = ("row_stats", "grad_logits", "fused_policy", "fused_distill", "grad_buckets")
+
+
 @cache
 def _out_of_place() -> SimpleNamespace:
     """The CPU's row kernels as a GPU backend's: gradients into `out`, products left as they are."""
     cpu: ModuleType = backends.load("cpu")
 
-    def row_stats(logits: Tensor, chunk: Any, want: tuple[str, ...]) -> dict[str, Tensor]:
-        return cpu.row_stats(logits.clone(), chunk, want)
+    def beside(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(logits: Tensor, *arguments: Any, out: Tensor | None = None, **options: Any) -> Any:
+            own = logits.clone()
+            found = kernel(own, *arguments, **options)
+            if out is not None:
+                out.copy_(own)
+            return found
 
-    def grad_logits(logits: Tensor, *arguments: Any, raw: bool, out: Tensor) -> Tensor:
-        own = logits.clone()
-        live = cpu.grad_logits(own, *arguments, raw=raw)
-        out.copy_(own)
-        return live
-
-    def fused_policy(logits: Tensor, *arguments: Any, gradient: bool, out: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        own = logits.clone()
-        found = cpu.fused_policy(own, *arguments, gradient=gradient)
-        out.copy_(own)
-        return found
-
-    def fused_distill(logits: Tensor, *arguments: Any, gradient: bool, out: Tensor) -> tuple[Tensor, Tensor]:
-        own = logits.clone()
-        found = cpu.fused_distill(own, *arguments, gradient=gradient)
-        out.copy_(own)
-        return found
-
-    def grad_buckets(logits: Tensor, *arguments: Any, out: Tensor) -> Tensor:
-        own = logits.clone()
-        live = cpu.grad_buckets(own, *arguments)
-        out.copy_(own)
-        return live
+        return run
 
     def score(hidden: Tensor, weight: Tensor, chunk: Any, want: tuple[str, ...]) -> dict[str, Tensor]:
         return cpu.row_stats(hidden.float() @ weight.float().t(), chunk, want)
 
-    made = (row_stats, grad_logits, fused_policy, fused_distill, grad_buckets, score, cpu.top_k, cpu.bucket_logprobs)
-    return SimpleNamespace(**{kernel.__name__: kernel for kernel in made})
+    written = {name: beside(getattr(cpu, name)) for name in WRITING}
+    return SimpleNamespace(**written, score=score, top_k=cpu.top_k, bucket_logprobs=cpu.bucket_logprobs)

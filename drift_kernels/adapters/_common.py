@@ -169,6 +169,12 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
 
 
+def transformed(products: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Logits of products in fp32: what `transform_of` names, done to them."""
+    scaled = products.float() * scale
+    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
 Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything
 
 
@@ -250,8 +256,9 @@ def _check_logits(model: Any) -> None:
             head = head_of(model)
             hidden = hidden.to(head.weight)
             found = nn.functional.linear(hidden, head.weight, head.bias)
-            found = found.float().mul(head.logit_scale).to(expected.device)
-            found = found if head.softcap is None else head.softcap * torch.tanh(found / head.softcap)
+            if head.lora is not None:
+                found = found + head.lora.scale * (hidden.to(head.lora.A) @ head.lora.A.t() @ head.lora.B.t())
+            found = transformed(found, head.softcap, head.logit_scale).to(expected.device)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -28,6 +28,7 @@ from drift_kernels.adapters._common import (
     not_compiled,
     shifted,
     transform_of,
+    transformed,
     unwrap_peft,
     wrap_forward,
 )
@@ -285,8 +286,7 @@ class _Patch:
         elif given.data_ptr() == hidden.data_ptr():
             known = False
         elif not self.explained:
-            expected = hidden.detach().float() * scale
-            expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
+            expected = transformed(hidden.detach(), softcap, scale)
             known = self.explained = torch.allclose(expected, given.detach().float(), rtol=2e-2, atol=1e-3)
         else:
             known = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import drift_kernels as dk
 from drift_kernels.adapters import trl as adapter
+from drift_kernels.adapters._common import run_inside_forward
 from drift_kernels.adapters.trl import DriftGRPOTrainer, DriftSFTTrainer
 from drift_kernels.conversation import check_trained, role_markers
 
@@ -385,6 +387,15 @@ def test_a_family_whose_logits_are_not_its_heads_is_refused(name, message, tmp_p
         with pytest.raises(NotImplementedError, match=message):
             make(model)
         assert [module.training for module in model.modules()] == modes
+
+
+def test_a_trained_adapter_on_the_head_makes_logits_too():
+    """TRL refuses one, our check of a model's logits does not."""
+    model = peft.get_peft_model(tiny.model(), peft.LoraConfig(r=4, target_modules=["lm_head"])).base_model.model
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    run_inside_forward(model)
 
 
 # --- what is trained, as docs/adapters.md checks it ---
