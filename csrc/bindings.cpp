@@ -175,8 +175,10 @@ PYBIND11_MODULE(_cpu, m) {
   address(gemm, "rounded", &Gemm::rounded);
   gemm.def_readwrite("m", &Gemm::m).def_readwrite("n", &Gemm::n).def_readwrite("k", &Gemm::k);
   gemm.def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("b_stride", &Gemm::b_stride).def_readwrite("c_stride", &Gemm::c_stride);
-  gemm.def_readwrite("accumulate", &Gemm::accumulate).def_readwrite("threads", &Gemm::threads);
+  gemm.def_readwrite("accumulate", &Gemm::accumulate).def_readwrite("threads", &Gemm::threads).def_readwrite("pairs", &Gemm::pairs).def_readwrite("scale", &Gemm::scale);
+  gemm.def_property("type", [](const Gemm& g) { return static_cast<int>(g.type); }, [](Gemm& g, int t) { g.type = static_cast<Type>(t); });
 
+  m.def("has_gemm", &has_gemm);
   m.def("has_bf16_gemm", &has_bf16_gemm);
   m.def("gemm_scratch_bytes", &gemm_scratch_bytes);
   const auto product = [&m](const char* name, void (*run)(const Gemm&)) {

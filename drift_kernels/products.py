@@ -1,8 +1,8 @@
 """The three matrix products of a chunk: logits, and from their gradient dhidden and dweight. Two ways to the same sums.
 
-`Widened` gives torch operands in the compute dtype. `Native` multiplies bf16 operands as they are and sums in fp32, which
-torch cannot (its bf16 products round their results to bf16); d(logits) is rounded to bf16 on the way in. `LowRank` adds a
-LoRA head's part to either.
+`Native` multiplies in `csrc/cpu/gemm.cpp`, summing in fp32. Halves are widened on the way into its panels; with AVX512-BF16
+it multiplies bf16 operands as they are (torch's bf16 products round their results to bf16) and rounds d(logits) to bf16 on
+the way in. `Widened` gives torch operands in the compute dtype. `LowRank` adds a LoRA head's part to either.
 """
 
 from __future__ import annotations
@@ -148,20 +148,24 @@ class Widened:
 
 
 class Native:
-    """The same products of bf16 operands, by `csrc/cpu/gemm.cpp`."""
+    """The same products by `csrc/cpu/gemm.cpp`, of fp32 rows and a weight of any dtype, or of bf16 ones with a bf16 weight."""
 
-    operand, sums = torch.bfloat16, torch.float32
-    empty = staticmethod(huge_pages)  # and bf16 ones a quarter less
+    sums = torch.float32
 
-    def __init__(self, weight: Tensor, workspace: int) -> None:
-        self.weight, self.threads = weight, 1
-        self.bytes, packed = self._scratch_bytes(8), self._scratch_bytes(8) - self._scratch_bytes(0)
-        self.row_bytes = weight.shape[1] * weight.itemsize + packed // 8  # as gathered, and packed eight by eight
-        self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self.bytes))
+    def __init__(self, weight: Tensor, operand: torch.dtype, workspace: int) -> None:
+        self.weight, self.operand, self.threads = weight, operand, 1
+        self.pairs = operand == torch.bfloat16
+        self.bytes, packed = self._scratch_bytes(0), self._scratch_bytes(8) - self._scratch_bytes(0)
+        self.row_bytes = weight.shape[1] * operand.itemsize + packed // 8  # as gathered, and packed eight by eight
+        self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self._scratch_bytes(8)))
         self.bytes = self._scratch_bytes(8)
 
+    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory."""
+        return huge_pages(size, dtype)
+
     def _scratch_bytes(self, rows: int) -> int:
-        return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads)
+        return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads, self.operand)
 
     def reserve(self, rows: int) -> None:
         self.scratch = self.empty((self._scratch_bytes(rows),), torch.uint8)
@@ -170,7 +174,7 @@ class Native:
         cpu.gemm_nt(hidden, self.weight, out, self.scratch, self.threads)
 
     def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
-        cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads)
+        cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads, pairs=self.pairs)
 
     def dweight(
         self,
@@ -182,8 +186,8 @@ class Native:
         accumulate: bool,
         scale: float,
     ) -> None:
-        assert scale == 1  # other scales are for adding to what an fp32 weight has
-        cpu.gemm_tn(dlogits, hidden, sums, self.scratch, self.threads, accumulate=accumulate, rounded=rounded)
+        how = {"accumulate": accumulate, "scale": scale, "rounded": rounded}
+        cpu.gemm_tn(dlogits, hidden, sums, self.scratch, self.threads, **how)
 
 
 class WeightGradient:
@@ -219,20 +223,22 @@ def gradient_dtype(weight: torch.dtype, compute: torch.dtype, device: torch.devi
     return weight if weight == torch.bfloat16 and device.type == "cpu" else compute
 
 
-def is_native(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `Native` can and should multiply these. It does not where
+def native_operand(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """In what dtype `Native` takes hidden rows of this kind: bf16 where it can multiply in it, else fp32. None: not at all.
 
-    - an operand is not bf16: fp32 and fp64 are multiplied as they are, and fp16 has no such instruction;
-    - the elements of a row do not lie side by side in memory: the kernels read them so;
-    - the CPU lacks AVX512-BF16, or the compiler did not know it.
+    That is for fp64, where the elements of a row do not lie side by side in memory (the kernels read them so), and on a CPU
+    without AVX2 or with a compiler that did not know it.
     """
-    bf16 = hidden.dtype == weight.dtype == torch.bfloat16
-    return bf16 and hidden.stride(1) == weight.stride(1) == 1 and cpu.has_bf16_gemm()
+    dtypes = {hidden.dtype, weight.dtype}
+    if not (dtypes <= set(cpu.WEIGHT_TYPES) and hidden.stride(1) == weight.stride(1) == 1 and cpu.has_gemm()):
+        return None
+    return torch.bfloat16 if dtypes == {torch.bfloat16} and cpu.has_bf16_gemm() else torch.float32
 
 
 def choose(hidden: Tensor, weight: Tensor, dtype: torch.dtype, workspace: int) -> Widened | Native:
     """The products of hidden rows by `weight` in the compute dtype; the workspace bounds a widened tile."""
-    return Native(weight, workspace) if is_native(hidden, weight) else Widened(weight, dtype, workspace)
+    operand = native_operand(hidden, weight)
+    return Widened(weight, dtype, workspace) if operand is None else Native(weight, operand, workspace)
 
 
 def block_of_rows(by: Widened | Native, count: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """C++ kernels (`csrc/cpu`) on torch tensors. C rows of V logits, M entries; R is float32 or float64.
 
-The bf16 products take bf16 and fp32 matrices whose last stride is 1, and a scratch tensor of `gemm_scratch_bytes`.
+The products sum in fp32. They take matrices whose last stride is 1, and a scratch tensor of `gemm_scratch_bytes`. Hidden rows
+are fp32, and the weight fp32, bf16 or fp16; or both are bf16, and multiplied so (`has_bf16_gemm`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [  # with what drivers read of every backend
     "grad_buckets",
     "grad_logits",
     "has_bf16_gemm",
+    "has_gemm",
     "row_stats",
     "top_k",
 ]
@@ -169,31 +171,37 @@ def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:
     return (count, None) if count == logits.shape[0] else (count, order[:count])
 
 
+has_gemm = _cpu.has_gemm  # () -> bool
 has_bf16_gemm = _cpu.has_bf16_gemm  # () -> bool
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/gemm.h: Type
 
 
-def gemm_scratch_bytes(rows: int, width: int, threads: int) -> int:
-    """What the products of up to `rows` hidden rows of `width` need as scratch, whatever the vocabulary."""
-    return _cpu.gemm_scratch_bytes(rows, width, threads) + GEMM_ALIGNMENT
+def gemm_scratch_bytes(rows: int, width: int, threads: int, operand: torch.dtype) -> int:
+    """What the products of up to `rows` hidden rows of `width` in `operand` need as scratch, whatever the vocabulary."""
+    return _cpu.gemm_scratch_bytes(rows, width, threads, operand == torch.bfloat16) + GEMM_ALIGNMENT
 
 
-def _gemm(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int], scratch: Tensor, threads: int):
+def _gemm(
+    a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int], pairs: bool, scratch: Tensor, threads: int
+):
     g = _cpu.Gemm()
     g.a, g.b, g.c = a.data_ptr(), b.data_ptr(), out.data_ptr()
     g.a_stride, g.b_stride, g.c_stride = a.stride(0), b.stride(0), out.stride(0)
     g.m, g.n, g.k = sizes
+    g.type, g.pairs = WEIGHT_TYPES[b.dtype], pairs
     g.scratch, g.threads = -(-scratch.data_ptr() // GEMM_ALIGNMENT) * GEMM_ALIGNMENT, threads
     return g
 
 
 def gemm_nt(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int) -> None:
-    """out [C, V] fp32 = a [C, D] bf16 · bᵀ, b [V, D] bf16."""
-    _cpu.gemm_nt(_gemm(a, b, out, (a.shape[0], b.shape[0], a.shape[1]), scratch, threads))
+    """out [C, V] fp32 = a [C, D] · bᵀ, b [V, D]: hidden rows and a weight."""
+    sizes = (a.shape[0], b.shape[0], a.shape[1])
+    _cpu.gemm_nt(_gemm(a, b, out, sizes, a.dtype == torch.bfloat16, scratch, threads))
 
 
-def gemm_nn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int) -> None:
-    """out [C, D] fp32 = a [C, V] fp32, rounded to bf16, · b [V, D] bf16."""
-    _cpu.gemm_nn(_gemm(a, b, out, (a.shape[0], b.shape[1], a.shape[1]), scratch, threads))
+def gemm_nn(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor, threads: int, *, pairs: bool) -> None:
+    """out [C, D] fp32 = a [C, V] fp32 · b [V, D], a weight; `pairs`: a is rounded to bf16."""
+    _cpu.gemm_nn(_gemm(a, b, out, (a.shape[0], b.shape[1], a.shape[1]), pairs, scratch, threads))
 
 
 def gemm_tn(
@@ -204,14 +212,19 @@ def gemm_tn(
     threads: int,
     *,
     accumulate: bool,
+    scale: float = 1.0,
     rounded: Tensor | None = None,
 ) -> None:
-    """out [V, D] fp32 (+)= aᵀ · b [C, D] bf16, a [C, V] fp32 rounded to bf16; to `rounded` [V, D] bf16 instead where given."""
+    """out [V, D] fp32 (+)= scale · aᵀ · b, a [C, V] fp32, b [C, D] hidden rows; a is rounded to bf16 where b is bf16.
+
+    To `rounded` [V, D] bf16 instead where given.
+    """
     target = out if rounded is None else rounded
     assert target is not None
-    g = _gemm(a, b, target, (a.shape[1], b.shape[1], a.shape[0]), scratch, threads)
+    sizes = (a.shape[1], b.shape[1], a.shape[0])
+    g = _gemm(a, b, target, sizes, b.dtype == torch.bfloat16, scratch, threads)
     if rounded is not None:
         g.c, g.c_stride = (0, 0) if out is None else (out.data_ptr(), out.stride(0))
         g.rounded = _address(rounded)
-    g.accumulate = accumulate
+    g.accumulate, g.scale = accumulate, scale
     _cpu.gemm_tn(g)
