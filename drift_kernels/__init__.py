@@ -2,6 +2,7 @@
 
 from drift_kernels.backends import available_backends
 from drift_kernels.distill_ops import distill_loss, self_distill_loss, topk_logprobs
+from drift_kernels.memory import empty_cache
 from drift_kernels.ops import (
     LinearLogprob,
     LossOutput,
@@ -31,6 +32,7 @@ __all__ = [
     "TeacherTopK",
     "available_backends",
     "distill_loss",
+    "empty_cache",
     "linear_logprob",
     "pointwise_loss",
     "policy_loss",

@@ -133,22 +133,23 @@ def _no_double_backward() -> None:
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad·scale in `dtype`, without a copy in between; see `_may_hand_over` for when that is grad itself."""
-    if dtype == grad.dtype:
-        return grad if _may_hand_over(grad, scale) else grad * scale
-    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    """grad·scale in `dtype`, without a copy in between, and in grad's own memory where `_is_last_use`."""
+    if dtype != grad.dtype:
+        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    if not _is_last_use(grad, scale):
+        return grad * scale
+    return grad if float(scale) == 1.0 else grad.mul_(scale)
 
 
-def _may_hand_over(grad: Tensor, scale: Tensor) -> bool:
-    """Whether the saved gradient itself may leave backward, which saves a pass over [V, D].
+def _is_last_use(grad: Tensor, scale: Tensor) -> bool:
+    """Whether the saved gradient itself may leave backward, which saves a second [V, D] and a pass over it.
 
-    Only where reading `scale` costs no synchronisation, it is 1, and the graph is freed after this backward: whoever gets
-    the tensor may add to it in place, and a second backward would see that.
+    Only where reading `scale` costs no synchronisation, and the graph is freed after this backward: whoever gets the tensor
+    may add to it in place, and a second backward would see that.
     """
     if grad.device.type != "cpu" or torch.compiler.is_compiling() or scale.numel() != 1:
         return False
-    keeps = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
-    return not keeps and float(scale) == 1.0
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class FusedLoss(torch.autograd.Function):

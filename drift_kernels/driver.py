@@ -52,7 +52,7 @@ class Sweep:
         self.limit = max(1, int((workspace - self.products.bytes - beside[0]) // row_bytes))
         largest = min(self.limit, plan.count)
         self.products.reserve(largest)
-        self.logits = products.block_of_rows(self.products, largest, V, self.dtype)
+        self.logits = products.block_of_rows("logits", largest, V, self.dtype)
         self.bias = None if x.bias is None else x.bias.to(self.dtype).contiguous()
         self.inverse_temperature = None if x.temperature is None else 1 / x.temperature.to(self.dtype)
         self.grads = self._empty_grads()

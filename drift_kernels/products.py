@@ -11,26 +11,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from drift_kernels import memory
 from drift_kernels.backends import cpu
 
 # Of a widened tile of a weight: small enough for a cache, with rows enough for a product.
 TILE_BYTES, TILE_ROWS = 2 << 20, 256
 TILE_SHARE = 8  # and at most this part of the workspace
-
-
-def huge_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory through numpy, which asks the kernel for huge pages."""
-    kinds = {torch.float32: np.float32, torch.uint8: np.uint8, torch.bfloat16: np.int16}
-    return torch.from_numpy(np.empty(size, dtype=kinds[dtype])).view(dtype)
-
-
-def small_pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory by torch."""
-    return torch.empty(size, dtype=dtype)
 
 
 def row_stride(width: int, dtype: torch.dtype) -> int:
@@ -89,8 +78,6 @@ class LowRank:
 class Widened:
     """Products by torch in `dtype`; a weight of another dtype is widened tile by tile."""
 
-    empty = staticmethod(small_pages)  # fp32 calls took a quarter longer on huge pages
-
     def __init__(self, weight: Tensor, dtype: torch.dtype, workspace: int) -> None:
         V, D = weight.shape
         self.weight, self.operand, self.sums = weight, dtype, dtype
@@ -100,7 +87,7 @@ class Widened:
             best = max(TILE_BYTES // self.row_bytes, TILE_ROWS)
             self.tile = max(1, min(V, best, workspace // TILE_SHARE // self.row_bytes))
             self.bytes = self.tile * self.row_bytes
-            self.buffer = self.empty((self.tile, D), dtype)
+            self.buffer = memory.empty("tile", (self.tile, D), dtype)
 
     def reserve(self, rows: int) -> None:
         """Makes room for chunks of at most `rows` rows."""
@@ -160,15 +147,11 @@ class Native:
         self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self._scratch_bytes(8)))
         self.bytes = self._scratch_bytes(8)
 
-    def empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory."""
-        return huge_pages(size, dtype)
-
     def _scratch_bytes(self, rows: int) -> int:
         return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads, self.operand)
 
     def reserve(self, rows: int) -> None:
-        self.scratch = self.empty((self._scratch_bytes(rows),), torch.uint8)
+        self.scratch = memory.empty("scratch", (self._scratch_bytes(rows),), torch.uint8)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         cpu.gemm_nt(hidden, self.weight, out, self.scratch, self.threads)
@@ -206,9 +189,9 @@ class WeightGradient:
         """Adds scale · dlogits [C, V]ᵀ · hidden [C, D]; `final` says that nothing comes after."""
         by, accumulate = self.by, self.sums is not None
         if final and self.dtype != by.sums:
-            self.rounded = by.empty(by.weight.shape, self.dtype)
+            self.rounded = memory.empty("dweight", by.weight.shape, self.dtype)
         elif self.sums is None:
-            self.sums = by.empty(by.weight.shape, by.sums)
+            self.sums = memory.empty("sums" if self.dtype != by.sums else "dweight", by.weight.shape, by.sums)
         by.dweight(dlogits, hidden, self.sums, self.rounded, accumulate=accumulate, scale=self.scale)
 
     def result(self) -> Tensor:
@@ -241,9 +224,9 @@ def choose(hidden: Tensor, weight: Tensor, dtype: torch.dtype, workspace: int) -
     return Widened(weight, dtype, workspace) if operand is None else Native(weight, operand, workspace)
 
 
-def block_of_rows(by: Widened | Native, count: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised logits [count, width]."""
-    return by.empty((count, row_stride(width, dtype)), dtype)[:, :width]
+def block_of_rows(use: str, count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised logits [count, width], for `use` as `memory.empty` has it."""
+    return memory.empty(use, (count, row_stride(width, dtype)), dtype)[:, :width]
 
 
 class HeadBlock:
@@ -260,7 +243,7 @@ class HeadBlock:
     def reserve(self, count: int) -> None:
         """Makes room for `count` rows."""
         self.by.reserve(count)
-        self.block = block_of_rows(self.by, count, self.vocabulary, self.dtype)
+        self.block = block_of_rows("teacher's logits", count, self.vocabulary, self.dtype)
 
     def products(self, hidden: Tensor) -> Tensor:
         """[n, V] of hidden rows [n, D]; the next call's take their place."""

@@ -1,10 +1,15 @@
-"""Peak memory at a real vocabulary: the high-water mark of a fresh process."""
+"""Peak memory at a real vocabulary, the high-water mark of a fresh process; and memory that calls hand on to each other."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+import drift_kernels as dk
+from drift_kernels import memory
+from drift_kernels.testing import make_case
 
 SCRIPT = """
 import re, sys, torch
@@ -38,3 +43,69 @@ def test_peak_memory_stays_within_the_workspace(dtype, V, preset):
     done = subprocess.run([sys.executable, "-c", SCRIPT, dtype, V, preset], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert 0.3 < float(done.stdout) <= 1.05, f"peak over what is there by right: {done.stdout.strip()} of the workspace"
+
+
+SIZE = (300, 1001)  # of fp32: above `memory.KEPT_FROM`
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Nothing kept."""
+    monkeypatch.setattr(memory, "_free", {})
+
+
+def test_a_freed_block_is_taken_again_and_only_then(cold):
+    first, other = memory.empty("a", SIZE, torch.float32), memory.empty("a", SIZE, torch.float32)
+    address = other.data_ptr()
+    assert first.data_ptr() != address
+    assert address % 64 == 0
+    view = other[5:, 7]
+    del other
+    assert memory.empty("a", SIZE, torch.float32).data_ptr() != address, "a view still lives"
+    memory.empty_cache()
+    del view
+    assert memory.empty("b", SIZE, torch.float32).data_ptr() != address, "another use"
+    again = memory.empty("a", (600, 1000), torch.bfloat16)
+    assert again.data_ptr() == address
+    assert (again.shape, again.dtype, again.is_contiguous()) == ((600, 1000), torch.bfloat16, True)
+
+
+def test_a_block_too_small_makes_room_for_a_larger_one(cold):
+    memory.empty("a", SIZE, torch.float32)
+    assert memory._free["a"][0].nbytes < 8 * 300 * 1001
+    memory.empty("a", SIZE, torch.float64)
+    assert [block.nbytes >= 8 * 300 * 1001 for block in memory._free["a"]] == [True]
+
+
+def test_little_is_not_kept_and_the_cache_can_be_emptied(cold):
+    memory.empty("a", (10, 10), torch.float32)
+    assert not memory._free
+    memory.empty("a", SIZE, torch.float32)
+    dk.empty_cache()
+    assert not memory._free["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [4 << 20, 256 << 20])
+def test_what_earlier_calls_left_there_changes_nothing(dtype, workspace, cold):
+    """Blocks of NaN handed on; a gradient that is still held is left alone."""
+    case = make_case(300, 64, 9001, masked=0.3, dtype=dtype)
+
+    def run():
+        h, w, _ = case.leaves(dtype)
+        config = dk.KernelConfig(workspace_bytes=workspace)
+        loss = dk.weighted_cross_entropy(h, w, case.targets, case.token_weights, config=config).loss
+        return loss, *torch.autograd.grad(0.5 * loss, (h, w))
+
+    first = run()
+    copies = [value.clone() for value in first]
+    for block in (block for free in memory._free.values() for block in free):
+        block.fill(0xFF)
+    second = run()
+    for a, b, c in zip(first, second, copies):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
+    assert second[2].data_ptr() != first[2].data_ptr()
+    address = second[2].data_ptr()
+    del second, b
+    assert run()[2].data_ptr() == address

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import drift_kernels as dk
-from drift_kernels import _cpu, products
+from drift_kernels import _cpu, memory, products
 from drift_kernels.backends import cpu
 from drift_kernels.testing import gradients, make_case, within_budget
 
@@ -126,8 +126,8 @@ def test_the_last_chunk_rounds_the_gradient_of_the_weight(monkeypatch):
     """One chunk makes no fp32 [V, D]; several make one, and a last chunk without a gradient changes nothing."""
     case = make_case(60, 50, 1001, masked=0.0, dtype=torch.bfloat16)
     made = []
-    original = products.Native.empty
-    monkeypatch.setattr(products.Native, "empty", lambda self, *what: made.append(what) or original(self, *what))
+    original = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda use, *what: made.append(what) or original(use, *what))
     h, w, _ = case.leaves(torch.bfloat16)
     with torch.no_grad():
         old = dk.linear_logprob(h, w, case.targets).logprobs - 1  # clipped where A > 0
@@ -225,7 +225,7 @@ def test_a_widened_gradient_is_the_fp32_sum_rounded(V, transposed, chunks, basel
     assert isinstance(by, products.Widened)
     assert by.tile == min(V, 7)
     hidden = torch.randint(-9, 10, (count, D), generator=g).float()
-    dlogits = products.block_of_rows(by, count, V, torch.float32)
+    dlogits = products.block_of_rows("logits", count, V, torch.float32)
     dlogits.copy_(torch.randint(-99, 100, (count, V), generator=g))
     out, back = torch.full((count, V + 3), NAN)[:, :V], torch.full((count, D), NAN)
     by.logits(hidden, out)
@@ -247,8 +247,8 @@ def test_one_chunk_of_widened_operands_makes_no_fp32_gradient(baseline, monkeypa
     case = make_case(60, 50, 3001, masked=0.0, dtype=torch.bfloat16)
     monkeypatch.setattr(products, "TILE_BYTES", 0)
     made = []
-    original = products.Widened.empty
-    monkeypatch.setattr(products.Widened, "empty", staticmethod(lambda *what: made.append(what) or original(*what)))
+    original = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda use, *what: made.append(what) or original(use, *what))
     grads = []
     for workspace in (8 << 20, 400_000):
         h, w, _ = case.leaves(torch.bfloat16)

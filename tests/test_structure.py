@@ -15,6 +15,7 @@ KERNELS = [
     "exploration",
     "rows",
     "backends",
+    "memory",
     "products",
     "pieces",
     "staging",
