@@ -1,9 +1,9 @@
 """`python -m bench.chunks`: the constant of the chunk-size model in `drift_kernels/rows.py`, measured on this machine.
 
 A loss over n rows in k chunks does the same products for every k. What grows with k is what each chunk costs by itself: fetching
-and storing dweight [V, D] once more, and the ramp of three products, together α·V·D seconds. What shrinks with k is the
-logits buffer of n/k rows, whose pages the system has to clear and map: f seconds a byte. k·α·V·D + f·4·V·n/k is least for
-chunks of √(κ·n·D) rows, κ = α / 4f: V drops out.
+and storing dweight [V, D] once more, packing the weight, and the ramp of three products, together α·V·D seconds. What shrinks
+with k is the logits buffer of n/k rows, whose pages the system has to clear and map when it is first made: f seconds a byte.
+k·α·V·D + f·4·V·n/k is least for chunks of √(κ·n·D) rows, κ = α / 4f: V drops out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+
+from drift_kernels import products
 
 D, V, ROWS = 512, 65_536, 1_024
 PIECES = (1, 2, 4, 8)
@@ -31,13 +33,15 @@ def chunk_cost() -> float:
     """α: seconds that each further chunk costs, over V·D; the least-squares slope of time against the number of chunks."""
     hidden, weight = torch.randn(ROWS, D), torch.randn(V, D)
     logits, dhidden, dweight = torch.randn(ROWS, V), torch.empty(ROWS, D), torch.zeros(V, D)
+    by = products.choose(hidden, weight, torch.float32, BYTES)
+    by.reserve(ROWS)
 
     def sweep(pieces: int) -> None:
         for i in range(pieces):
             part = slice(ROWS * i // pieces, ROWS * (i + 1) // pieces)
-            torch.mm(hidden[part], weight.t(), out=logits[part])
-            torch.mm(logits[part], weight, out=dhidden[part])
-            torch.addmm(dweight, logits[part].t(), hidden[part], beta=int(i > 0), out=dweight)
+            by.logits(hidden[part], logits[part])
+            by.dhidden(logits[part], dhidden[part])
+            by.dweight(logits[part], hidden[part], dweight, None, accumulate=i > 0, scale=1.0)
 
     times = [median(seconds(lambda k=k: sweep(k)) for _ in range(ROUNDS)) for k in PIECES]
     mean_k, mean_t = sum(PIECES) / len(PIECES), sum(times) / len(times)

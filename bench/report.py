@@ -222,7 +222,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with progress(len(args.cases) + 1) as (say, advance):
         for name in dict.fromkeys(args.cases):
             case = CASES[name].shrunk() if args.smoke else CASES[name]
-            found = run_case(case, contenders, args.rounds, lambda text, name=name: say(f"{name}: {text}"))
+            found = run_case(
+                case,
+                contenders,
+                args.rounds,
+                lambda text, name=name: say(f"{name}: {text}"),
+                half_limit=not held,
+            )
             results["cases"].append(found)
             save(results, stem)
             advance()

@@ -16,7 +16,36 @@ pairs = pytest.mark.skipif(not cpu.has_bf16_gemm(), reason="needs a CPU with AVX
 NAN = float("nan")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["nt", "nn", "tn"]
-EDGES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 33, 47, 48, 49, 127, 129, 255, 257, 383, 384, 385, 481, 513, 770]
+EDGES = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    23,
+    24,
+    25,
+    33,
+    47,
+    48,
+    49,
+    127,
+    129,
+    255,
+    257,
+    383,
+    384,
+    385,
+    481,
+    513,
+    770,
+]
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from(EDGES))  # about tiles and blocks
 # instruction set, dtype of hidden rows, of the weight
 WAYS = [(isa, F32, weight) for isa in ("avx2", "avx512") for weight in (F32, BF16, F16)] + [("avx512", BF16, BF16)]

@@ -136,7 +136,7 @@ void nt(const Gemm& g) {
       K::template lines<MR>(a + i * g.a_stride, g.a_stride, std::min(MR, g.m - i), g.k, scratch.shared + i * dwords, dwords);
     dword* panel = scratch.enter().own;
     float* partial = reinterpret_cast<float*>(panel + NR * depth);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t j = 0; j < g.n; j += NR)
       for (int64_t row = 0; row < g.m; row += L::ROWS)
         for (int64_t k = 0; k == 0 || k < g.k; k += deep) {

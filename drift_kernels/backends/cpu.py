@@ -181,9 +181,7 @@ def gemm_scratch_bytes(rows: int, width: int, threads: int, operand: torch.dtype
     return _cpu.gemm_scratch_bytes(rows, width, threads, operand == torch.bfloat16) + GEMM_ALIGNMENT
 
 
-def _gemm(
-    a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int], pairs: bool, scratch: Tensor, threads: int
-):
+def _gemm(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int], pairs: bool, scratch: Tensor, threads: int):
     g = _cpu.Gemm()
     g.a, g.b, g.c = a.data_ptr(), b.data_ptr(), out.data_ptr()
     g.a_stride, g.b_stride, g.c_stride = a.stride(0), b.stride(0), out.stride(0)
