@@ -107,7 +107,7 @@ struct Blocks {
   static int64_t own_dwords(int64_t rows, int64_t width) {  // grows with both
     const int64_t across = up(width, K::NR);
     const int64_t nt = K::NR * K::dwords(std::min(width, NT)) + std::min(up(rows, K::MR), ROWS) * K::NR;
-    const int64_t nn = (std::min(across, COLUMNS) + K::MR) * K::dwords(NN);
+    const int64_t nn = (std::min(across, COLUMNS) + K::WIDTH) * K::dwords(NN);
     const int64_t tn = BLOCK * K::dwords(std::min(rows, TN)) + BLOCK * across;
     return up(std::max({nt, nn, tn}), 16);
   }
@@ -175,12 +175,15 @@ void nn(const Gemm& g) {
       for (int64_t block = left; block < right && top < bottom; block += L::COLUMNS) {
         const int64_t kc = std::min(deep, g.k - k), columns = std::min(L::COLUMNS, right - block);
         K::template columns<NR>(b + k * g.b_stride + block, g.b_stride, columns, kc, packed, depth);
-        for (int64_t i = top; i < bottom; i += MR) {
-          K::template lines<MR>(a + i * g.a_stride + k, g.a_stride, std::min(MR, bottom - i), kc, slab, depth);
-          for (int64_t j = 0; j < columns; j += NR) {
-            float* c = g.c + i * g.c_stride + block + j;
-            K::any_tile(slab, packed + j * depth, K::dwords(kc), bottom - i, columns - j, 1, k ? c : nullptr, g.c_stride, c, g.c_stride);
-          }
+        for (int64_t i = top; i < bottom; i += K::WIDTH) {
+          const int64_t rows = std::min(K::WIDTH, bottom - i);
+          K::template lines<MR>(a + i * g.a_stride + k, g.a_stride, rows, kc, slab, depth);
+          for (int64_t j = 0; j < columns; j += NR)
+            for (int64_t below = 0; below < rows; below += MR) {
+              float* c = g.c + (i + below) * g.c_stride + block + j;
+              K::any_tile(slab + below * depth, packed + j * depth, K::dwords(kc), rows - below, columns - j, 1, k ? c : nullptr, g.c_stride, c,
+                          g.c_stride);
+            }
         }
       }
   }
