@@ -1,7 +1,7 @@
 """Peak extra memory of one contender, in a process of its own: `python -m bench.memory CONTENDER CASE…` prints JSON lines.
 
 Extra is how far the high-water mark rises over what was resident before the step; the gradients are part of it. The mark
-is reset before each case, and freed memory is given back (`ENVIRONMENT`), so one case does not pay for the next.
+is reset before each case, and freed memory is given back (`ENVIRONMENT`, `empty_cache`), so one case does not pay for the next.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from bench import verify
 from bench.cases import CASES, CURVES, Case, make
 from bench.peers import CONTENDERS, drift
+from drift_kernels import empty_cache
 
 # Blocks from 64 KiB on are mapped, and so unmapped when freed; glibc would otherwise raise that bound up to 32 MiB.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -47,6 +48,7 @@ def peak_extra(contender: str, name: str, smoke: bool = False) -> int:
     problem = make(tiny if smoke else case)
     loss = drift(int(mib) << 20) if mib else CONTENDERS[contender].load()
     verify.step(make(tiny), loss)  # libraries and threads are up, code is compiled
+    empty_cache()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

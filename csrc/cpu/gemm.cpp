@@ -23,11 +23,6 @@ namespace {
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define STEP_OF_K 1
-template <class T>
-TARGET_INLINE Reg load_line(const T* p, int64_t n) { return load(p, n); }
-template <class T>
-TARGET_INLINE Reg load_column(const T* p, int64_t, int64_t n, int64_t) { return load(p, n); }
-TARGET_INLINE Sum multiply(Reg a, Reg b, Sum sum) { return multiply_add(as_fp32(a), as_fp32(b), sum); }
 #include "cpu/panels.h"
 #undef TARGET
 }  // namespace avx2
@@ -35,11 +30,6 @@ TARGET_INLINE Sum multiply(Reg a, Reg b, Sum sum) { return multiply_add(as_fp32(
 namespace avx512 {
 namespace single {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
-template <class T>
-TARGET_INLINE Reg load_line(const T* p, int64_t n) { return load(p, n); }
-template <class T>
-TARGET_INLINE Reg load_column(const T* p, int64_t, int64_t n, int64_t) { return load(p, n); }
-TARGET_INLINE Sum multiply(Reg a, Reg b, Sum sum) { return multiply_add(as_fp32(a), as_fp32(b), sum); }
 #include "cpu/panels.h"
 #undef TARGET
 #undef STEP_OF_K
@@ -258,7 +248,7 @@ void widened(const Gemm& g, F run) {
 
 }  // namespace
 
-bool has_gemm() { return simd() != Simd::baseline && __builtin_cpu_supports("f16c"); }
+bool has_gemm() { return simd() != Simd::baseline; }  // whoever has AVX2 has F16C
 
 bool has_bf16_gemm() { return simd() == Simd::avx512 && __builtin_cpu_supports("avx512bf16"); }
 

@@ -1,8 +1,17 @@
-// Packing and the micro-kernel. gemm.cpp includes this once for each kind of product, in a namespace that has TARGET (the
-// instruction set), STEP (elements of k in a dword of a packed panel), and what registers.h lists.
+// Packing and the micro-kernel. gemm.cpp includes this once for each kind of product, in a namespace that has registers.h's
+// functions, with TARGET (the instruction set) and STEP_OF_K (elements of k in a packed dword). Where that is not 1 the namespace
+// has its own `load_line` (the first elements of a line along k), `load_column` (along n; STEP_OF_K lines) and `multiply`.
 //
 // A panel holds W lanes for each dword of k, side by side. One micro-kernel holds an MR × NR tile of C in registers: 24 of
 // AVX-512's 32, or 12 of AVX2's 16.
+#if STEP_OF_K == 1
+template <class T>
+TARGET_INLINE Reg load_line(const T* p, int64_t n) { return load(p, n); }
+template <class T>
+TARGET_INLINE Reg load_column(const T* p, int64_t, int64_t n, int64_t) { return load(p, n); }
+TARGET_INLINE Sum multiply(Reg a, Reg b, Sum sum) { return multiply_add(as_fp32(a), as_fp32(b), sum); }
+#endif
+
 struct Panels {
   static constexpr int64_t STEP = STEP_OF_K, WIDTH = LANES, MR = LANES / 2, NR = 3 * LANES;
   static constexpr int64_t AHEAD = 8;  // lines of n elements fetched before they are packed
