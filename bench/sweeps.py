@@ -26,7 +26,7 @@ from bench.report import RESULTS, machine, progress
 DRAWN = ("drift", "eager")
 WORKSPACES = (64, 128, 256, 512, 1024)  # MiB
 PICTURE = Path(__file__).parent.parent / "docs" / "benchmarks.svg"
-TICKS = (1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 4, 8, 16, 32, 64)  # of times
+TICKS = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 4, 8, 16, 32, 64)  # of times
 AXES = {"T": "rows T", "V": "vocabulary V", "active": "active rows, %", "workspace": "workspace, MiB"}
 SHAPES = {
     "T": "V 8,192, D 256",
