@@ -142,10 +142,10 @@ class Native:
     def __init__(self, weight: Tensor, operand: torch.dtype, workspace: int) -> None:
         self.weight, self.operand, self.threads = weight, operand, 1
         self.pairs = operand == torch.bfloat16
-        self.bytes, packed = self._scratch_bytes(0), self._scratch_bytes(8) - self._scratch_bytes(0)
-        self.row_bytes = weight.shape[1] * operand.itemsize + packed // 8  # as gathered, and packed eight by eight
         self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self._scratch_bytes(8)))
         self.bytes = self._scratch_bytes(8)
+        packed = self.bytes - self._scratch_bytes(0)
+        self.row_bytes = weight.shape[1] * operand.itemsize + packed // 8  # as gathered, and packed eight by eight
 
     def _scratch_bytes(self, rows: int) -> int:
         return cpu.gemm_scratch_bytes(rows, self.weight.shape[1], self.threads, self.operand)

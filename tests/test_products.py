@@ -214,7 +214,7 @@ def test_rounding_of_an_operand_is_to_the_nearest_even_and_keeps_nan(kind):
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_rounding_of_a_result_is_to_the_nearest_even_and_keeps_nan(isa):
     """In whole registers and in what is left over."""
-    all_bits = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would carry over
+    all_bits = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a NaN that rounding would carry over
     values = torch.cat([TIES, QUIET_BITS_ONLY_BELOW, all_bits]).repeat(3)
     rounded = torch.empty(1, len(values), dtype=torch.bfloat16)
     with held_to(isa):
