@@ -141,7 +141,6 @@ class Native:
 
     def __init__(self, weight: Tensor, operand: torch.dtype, workspace: int) -> None:
         self.weight, self.operand, self.threads = weight, operand, 1
-        self.pairs = operand == torch.bfloat16
         self.threads = max(1, min(torch.get_num_threads(), workspace // 2 // self._scratch_bytes(8)))
         self.bytes = self._scratch_bytes(8)
         packed = self.bytes - self._scratch_bytes(0)
@@ -157,7 +156,8 @@ class Native:
         cpu.gemm_nt(hidden, self.weight, out, self.scratch, self.threads)
 
     def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
-        cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads, pairs=self.pairs)
+        pairs = self.operand == torch.bfloat16
+        cpu.gemm_nn(dlogits, self.weight, out, self.scratch, self.threads, pairs=pairs)
 
     def dweight(
         self,
@@ -169,8 +169,8 @@ class Native:
         accumulate: bool,
         scale: float,
     ) -> None:
-        how = {"accumulate": accumulate, "scale": scale, "rounded": rounded}
-        cpu.gemm_tn(dlogits, hidden, sums, self.scratch, self.threads, **how)
+        scratch, threads = self.scratch, self.threads
+        cpu.gemm_tn(dlogits, hidden, sums, scratch, threads, accumulate=accumulate, scale=scale, rounded=rounded)
 
 
 class WeightGradient:

@@ -79,18 +79,18 @@ struct Blocks {
   static constexpr int64_t BLOCK = 128;        // gemm_tn: rows of C that share a pass over the packed B
   static constexpr int64_t GROUP = 512 << 10;  // gemm_tn: bytes of packed B that stay in L2 meanwhile
 
-  dword *shared, *own;  // own: a thread's, which calls `enter`
-  int64_t size;
+  dword *shared, *first;  // first: the first thread's own
+  int64_t size;           // of one thread's
 
   Blocks(const Gemm& g, int64_t rows, int64_t width)
-      : shared(static_cast<dword*>(g.scratch)), own(shared + shared_dwords(rows, width)), size(own_dwords(rows, width)) {}
+      : shared(static_cast<dword*>(g.scratch)), first(shared + shared_dwords(rows, width)), size(own_dwords(rows, width)) {}
 
-  Blocks enter() const {
-    Blocks mine = *this;
+  dword* own() const {
 #ifdef _OPENMP
-    mine.own += omp_get_thread_num() * size;
+    return first + omp_get_thread_num() * size;
+#else
+    return first;
 #endif
-    return mine;
   }
 
   static int64_t shared_dwords(int64_t rows, int64_t width) { return up(rows, K::MR) * up(width, K::NR) / K::STEP; }
@@ -124,7 +124,7 @@ void nt(const Gemm& g) {
 #pragma omp for
     for (int64_t i = 0; i < g.m; i += MR)
       K::template lines<MR>(a + i * g.a_stride, g.a_stride, std::min(MR, g.m - i), g.k, scratch.shared + i * dwords, dwords);
-    dword* panel = scratch.enter().own;
+    dword* panel = scratch.own();
     float* partial = reinterpret_cast<float*>(panel + NR * depth);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t j = 0; j < g.n; j += NR)
@@ -160,7 +160,7 @@ void nn(const Gemm& g) {
   for (int64_t part = 0; part < across * down; part++) {
     const int64_t left = part % across * width, right = std::min(left + width, g.n);
     const int64_t top = part / across * height, bottom = std::min(top + height, g.m);
-    dword *packed = scratch.enter().own, *slab = packed + std::min(up(g.n, NR), L::COLUMNS) * depth;
+    dword *packed = scratch.own(), *slab = packed + std::min(up(g.n, NR), L::COLUMNS) * depth;
     for (int64_t k = 0; k == 0 || k < g.k; k += deep)
       for (int64_t block = left; block < right && top < bottom; block += L::COLUMNS) {
         const int64_t kc = std::min(deep, g.k - k), columns = std::min(L::COLUMNS, right - block);
@@ -195,7 +195,7 @@ void tn(const Gemm& g) {
 #pragma omp for
     for (int64_t j = 0; j < g.n; j += NR)
       K::template columns<NR>(b + j, g.b_stride, std::min(NR, g.n - j), g.k, scratch.shared + j * dwords, dwords);
-    dword* packed = scratch.enter().own;
+    dword* packed = scratch.own();
     float* sums = reinterpret_cast<float*>(packed + L::BLOCK * depth);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < g.m; block += L::BLOCK)

@@ -31,6 +31,24 @@ struct Panels {
     }
   }
 
+  // Lane j of register i and lane i of register j change places.
+  TARGET_INLINE static void transpose(Reg (&r)[LANES]) {
+    Reg t[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2) {
+      t[i] = low32(r[i], r[i + 1]);
+      t[i + 1] = high32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) {
+      r[i] = low64(t[i], t[i + 2]);
+      r[i + 1] = high64(t[i], t[i + 2]);
+      r[i + 2] = low64(t[i + 1], t[i + 3]);
+      r[i + 3] = high64(t[i + 1], t[i + 3]);
+    }
+    transpose_blocks(r);
+  }
+
   // Lines of k elements, one line a lane.
   template <int64_t W, class T>
   TARGET static void lines(const T* in, int64_t stride, int64_t count, int64_t k, dword* out, int64_t depth) {

@@ -52,20 +52,14 @@ INLINE void store(bf16* p, int64_t n, Sum sum) {  // to nearest even; a NaN stay
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
-INLINE void transpose(Reg (&r)[16]) {
+// halves of every block of four dwords, one of a after one of b
+INLINE Reg low32(Reg a, Reg b) { return _mm512_unpacklo_epi32(a, b); }
+INLINE Reg high32(Reg a, Reg b) { return _mm512_unpackhi_epi32(a, b); }
+INLINE Reg low64(Reg a, Reg b) { return _mm512_unpacklo_epi64(a, b); }
+INLINE Reg high64(Reg a, Reg b) { return _mm512_unpackhi_epi64(a, b); }
+
+INLINE void transpose_blocks(Reg (&r)[16]) {  // of four dwords: block j of register 4j' + i goes to block j' of 4j + i
   Reg t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
@@ -140,27 +134,18 @@ INLINE void store(bf16* p, int64_t n, Sum sum) {  // to nearest even; a NaN stay
   for (int64_t i = 0; i < n; i++) p[i] = some[i];
 }
 
-INLINE void transpose(Reg (&r)[8]) {
-  Reg t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
+INLINE Reg low32(Reg a, Reg b) { return _mm256_unpacklo_epi32(a, b); }
+INLINE Reg high32(Reg a, Reg b) { return _mm256_unpackhi_epi32(a, b); }
+INLINE Reg low64(Reg a, Reg b) { return _mm256_unpacklo_epi64(a, b); }
+INLINE Reg high64(Reg a, Reg b) { return _mm256_unpackhi_epi64(a, b); }
+
+INLINE void transpose_blocks(Reg (&r)[8]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    const Reg low = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    r[i] = low;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
 #undef INLINE
