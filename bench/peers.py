@@ -99,15 +99,19 @@ def _liger() -> Loss:
     return lambda p: p.loss(_ChunkedSelectiveLogProbFunction.apply(p.hidden, p.weight, p.filled, None, 1.0, 4096))
 
 
-def _liger_grpo() -> Loss:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+def _liger_grpo(rows: int | None) -> Callable[[], Loss]:
+    """In chunks of about `rows` rows; None: of one sequence, its default. Not compiled, which is slower on a CPU."""
 
-    def loss(p: Problem) -> Tensor:
+    def load() -> Loss:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        return lambda p: loss(LigerFusedLinearGRPOLoss, p)
+
+    def loss(fused_loss: Any, p: Problem) -> Tensor:
         assert p.old is not None
         shape = (p.case.segments, p.case.length)
-        fused = LigerFusedLinearGRPOLoss(
-            beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo", chunk_size=max(1, 1024 // p.case.length)
-        )
+        chunk = {} if rows is None else {"chunk_size": max(1, rows // p.case.length)}
+        fused = fused_loss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo", **chunk)
         return fused(
             p.hidden.view(*shape, -1),
             p.weight,
@@ -117,7 +121,7 @@ def _liger_grpo() -> Loss:
             old_per_token_logps=p.old.view(shape),
         )[0]
 
-    return loss
+    return load
 
 
 def _verl() -> Loss:
@@ -189,7 +193,16 @@ CONTENDERS = {
         ),
         Contender("trl", "TRL", "trl", _always(8), _trl),
         Contender("liger", "Liger", "liger-kernel", _always(8), _liger),
-        Contender("liger-grpo", "Liger GRPO", "liger-kernel", _always(8), _liger_grpo, _unclipped),
+        Contender("liger-grpo", "Liger GRPO", "liger-kernel", _always(8), _liger_grpo(1024), _unclipped),
+        Contender(
+            "liger-grpo-default",
+            "Liger GRPO, default chunks",
+            "liger-kernel",
+            _always(8),
+            _liger_grpo(None),
+            _unclipped,
+            once=True,
+        ),
         Contender("verl", "verl", "verl", _always(8), _verl),
         Contender("apple", "Apple CCE", "cut-cross-entropy", lambda case, shares: 6 * shares.trained, _apple),
     )

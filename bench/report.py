@@ -181,7 +181,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=", ".join(CONTENDERS),
     )
-    parser.add_argument("--rounds", type=int, default=5, help="at most, the first included (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing, at most (default 5)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it work at all")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument(

@@ -41,7 +41,7 @@ def curve(name: str, smoke: bool, sizes: bool, say: Callable[[str], None]) -> li
     points = []
     for case in CURVES[name]:
         size = case.shrunk() if smoke else case
-        found = run_case(size, [CONTENDERS[c] for c in DRAWN], 3, lambda text, case=case: say(f"{case.name}: {text}"))
+        found = run_case(size, [CONTENDERS[c] for c in DRAWN], 2, lambda text, case=case: say(f"{case.name}: {text}"))
         over = {entry["name"]: entry["over_limits"][0] for entry in found["contenders"]}
         points.append({"x": float(case.name.partition("=")[2]), "over": over, "bytes": {}})
     if sizes:
@@ -62,7 +62,7 @@ def workspace_curve(smoke: bool, sizes: bool, say: Callable[[str], None]) -> lis
         )
         for mib in WORKSPACES
     ]
-    found = run_case(case, ours, 4, lambda text: say(f"workspace: {text}"))
+    found = run_case(case, ours, 3, lambda text: say(f"workspace: {text}"))
     problem = make(case)
     gemms = GemmLimit(problem, problem.shares(), torch.float32)
     say("workspace: GEMMs alone")

@@ -56,7 +56,7 @@ def test_smoke_report_has_every_case_and_contender(tmp_path, capsys):
                 assert (entry["status"], entry["seconds"]) == ("refused", None)
             else:
                 assert entry["status"] == "ok", (case["name"], entry)
-                assert entry["seconds"] == min(entry["times"].values()) > 0
+                assert entry["seconds"] == min(entry["times"][number] for number in ("1", "2")) > 0
                 assert len(entry["over_limits"]) == len(case["limits"])
         assert case["fastest_peer"] in OFFLINE[1:]
         assert case["speedup"] > 0

@@ -68,6 +68,19 @@ using Avx2 = avx2::Panels;
 using Avx512 = avx512::single::Panels;
 using Pairs = avx512::pairs::Panels;
 
+// Lines of n elements that will be packed next: fetched one by one while tiles are multiplied, or packing would wait for memory.
+template <class T>
+struct Ahead {
+  const T* p;
+  int64_t stride, n, lines;
+
+  void fetch_one() {
+    if (lines-- <= 0) return;
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) fetch(p + i);
+    p += stride;
+  }
+};
+
 constexpr int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // How far a thread goes at a time with panels K, and the scratch for that.
@@ -133,8 +146,11 @@ void nt(const Gemm& g) {
           const int64_t kc = std::min(deep, g.k - k), rows = std::min(L::ROWS, g.m - row), columns = std::min(NR, g.n - j);
           const bool last = k + deep >= g.k;
           K::template lines<NR>(b + j * g.b_stride + k, g.b_stride, columns, kc, panel, depth);
+          const int64_t onward = !last ? j * g.b_stride + k + deep : (row + L::ROWS < g.m ? j : j + g.threads * NR) * g.b_stride;
+          Ahead<B> ahead{b + onward, g.b_stride, deep, NR};
           for (int64_t i = 0; i < rows; i += MR) {
             float* sums = partial + i * NR;
+            ahead.fetch_one();
             K::any_tile(scratch.shared + (row + i) * dwords + K::dwords(k) * MR, panel, K::dwords(kc), rows - i, columns, 1, k ? sums : nullptr, NR,
                         last ? g.c + (row + i) * g.c_stride + j : sums, last ? g.c_stride : NR);
           }
@@ -165,11 +181,16 @@ void nn(const Gemm& g) {
       for (int64_t block = left; block < right && top < bottom; block += L::COLUMNS) {
         const int64_t kc = std::min(deep, g.k - k), columns = std::min(L::COLUMNS, right - block);
         K::template columns<NR>(b + k * g.b_stride + block, g.b_stride, columns, kc, packed, depth);
+        const int64_t onward = block + L::COLUMNS < right ? k * g.b_stride + block + L::COLUMNS : (k + deep) * g.b_stride + left;
+        Ahead<B> ahead{b + onward, g.b_stride, columns, deep};
         for (int64_t i = top; i < bottom; i += K::WIDTH) {
           const int64_t rows = std::min(K::WIDTH, bottom - i);
           K::template lines<MR>(a + i * g.a_stride + k, g.a_stride, rows, kc, slab, depth);
+          Ahead<A> beside{a + (i + K::WIDTH) * g.a_stride + k, g.a_stride, deep, K::WIDTH};
           for (int64_t j = 0; j < columns; j += NR)
             for (int64_t below = 0; below < rows; below += MR) {
+              beside.fetch_one();
+              ahead.fetch_one();
               float* c = g.c + (i + below) * g.c_stride + block + j;
               K::any_tile(slab + below * depth, packed + j * depth, K::dwords(kc), rows - below, columns - j, 1, k ? c : nullptr, g.c_stride, c,
                           g.c_stride);
@@ -203,9 +224,11 @@ void tn(const Gemm& g) {
         const int64_t kc = std::min(deep, g.k - k), rows = std::min(L::BLOCK, g.m - block);
         const bool last = k + deep >= g.k;
         K::template columns<MR>(a + k * g.a_stride + block, g.a_stride, rows, kc, packed, depth);
+        Ahead<A> ahead{a + (last ? block + g.threads * L::BLOCK : (k + deep) * g.a_stride + block), g.a_stride, rows, deep};
         for (int64_t group = 0; group < g.n; group += wide)
           for (int64_t i = 0; i < rows; i += MR)
             for (int64_t j = group; j < std::min(g.n, group + wide); j += NR) {
+              ahead.fetch_one();
               const dword *left = packed + i * depth, *right = scratch.shared + j * dwords + K::dwords(k) * NR;
               float *c = g.c + (block + i) * g.c_stride + j, *own = sums + i * width + j;
               const float* from = k ? (rounded ? own : c) : (g.accumulate ? c : nullptr);
