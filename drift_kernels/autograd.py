@@ -192,7 +192,7 @@ class PointwiseLoss(torch.autograd.Function):
 
 def finish_forward(ctx: Any, loss: Tensor, grads: Any, outputs: Tensor, head: tuple, call: Call):
     ctx.save_for_backward(*grads)
-    ctx.needs, ctx.accumulate_scale = call.needs, call.accumulate_scale
+    ctx.needs, ctx.accumulate_scale, ctx.spent = call.needs, call.accumulate_scale, False
     ctx.dtypes = tuple(None if t is None else t.dtype for t in head)
     ctx.mark_non_differentiable(outputs)
     ctx.set_materialize_grads(False)
@@ -211,6 +211,12 @@ def finish_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, 
                 f"accumulate_into_grad={ctx.accumulate_scale} was added to weight.grad in the forward, but backward scales "
                 f"the loss by {float(grad_loss)}: pass that number as accumulate_into_grad, and zero weight.grad"
             )
+        if ctx.spent:
+            raise RuntimeError(
+                "accumulate_into_grad added to weight.grad once, in the forward: a second backward over the retained graph "
+                "would leave it out; use KernelConfig(accumulate_into_grad=None)"
+            )
+        ctx.spent = True
         needs[1] = False  # it is in weight.grad already
     return tuple(
         _scaled(g, grad_loss, dtype) if need else None for need, g, dtype in zip(needs, ctx.saved_tensors, ctx.dtypes)

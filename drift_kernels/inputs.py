@@ -162,6 +162,8 @@ def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int,
             raise IndexError(f"{name} holds {low}…{high}; it must lie in [0, {size})")
         if name == "rows" and bool((index.diff() < 0).any()):
             raise ValueError("rows must be sorted, so that the entries of a hidden row lie together")
+        if name == "active" and index.unique().numel() < index.numel():
+            raise ValueError("active holds a position twice; it must name each once (a mask's .nonzero() does)")
 
 
 def _cast_for_autocast(
@@ -300,8 +302,9 @@ def check_accumulation(weight: Tensor) -> None:
     """Raises RuntimeError unless dW may be added to `weight.grad` behind autograd's back, and makes it where there is none.
 
     It may not where the weight is not a leaf (its gradient belongs to what made it) or not in its compute dtype (.grad would
-    round every sum); where hooks wait for the gradient; where several processes may share it (DDP and FSDP reduce it
-    in hooks of their own, which cannot be seen from here); and in a compiled graph.
+    round every sum); where hooks wait for the gradient; where the forward may run twice (activation checkpointing); where several
+    processes may share it (DDP and FSDP reduce it in hooks of their own, which cannot be seen from here); and in a compiled
+    graph.
     """
     reason = None
     if torch.compiler.is_compiling():
@@ -312,6 +315,11 @@ def check_accumulation(weight: Tensor) -> None:
         reason = f"weight is {weight.dtype}, and sums would be rounded to it: pass an fp32 master weight"
     elif weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         reason = "hooks on weight wait for its gradient, and would not see this one"
+    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        reason = (
+            "hooks on saved tensors are in force, as under activation checkpointing, which would run this forward again and "
+            "add it twice: keep the loss outside of that"
+        )
     elif (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()

@@ -6,6 +6,7 @@ Shapes: hidden [T, D] (packed) or [B, L, D] (padded), targets of its leading sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -191,7 +192,7 @@ def policy_loss(
     A loss that reads whole sequences (`spec.scope`) takes one pass too where a chunk holds them whole, else 2 units more for
     rows not clipped; so does one that selects over the call.
 
-    advantages        of the targets' shape, or one per segment [S] with `cu_seqlens`, `segment_ids` or padded inputs
+    advantages        of the targets' shape, or else one per segment [S] with `cu_seqlens`, `segment_ids` or padded inputs
     old_logprobs      log-probs under the policy that is being improved on; None = on-policy, the ratio is 1
     ref_logprobs      of the reference policy, for spec.kl_coef
     rollout_logprobs  of the sampler, for spec.correction (needs old_logprobs)
@@ -450,19 +451,37 @@ def policy_metrics(values: dict[str, Tensor], mask: Tensor, names: tuple[str, ..
 
 
 def _check_pointwise(fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> None:
-    """Raises ValueError unless fn of the whole is fn of its halves, and has a loss a token."""
+    """Raises ValueError unless fn makes one loss a token, of that token alone.
+
+    Tried on log-probs from −0.001 to −50 in random order, and in the opposite one. fn of the tokens in two random parts
+    must be what it is of all of them; and each token's gradient must grow as its loss does, by powers of two, which
+    round nothing.
+    """
     device = tensors[0].device if tensors else None
-    logprobs = -torch.linspace(0.1, 5.0, count, dtype=dtype, device=device)
-    whole = fn(logprobs.requires_grad_(torch.is_grad_enabled()), *tensors)
-    check_closure(whole, logprobs)
-    with torch.no_grad():
+    drawn = torch.Generator().manual_seed(0)
+    order, picked = (torch.randperm(count, generator=drawn).to(device) for _ in range(2))
+    spread = -torch.logspace(-3, math.log10(50), max(count, 1), dtype=dtype, device=device)[:count][order]
+    alone = "a token's loss may read that token alone"
+    for logprobs in (spread, spread.flip(0)):
+        whole = fn(logprobs.requires_grad_(torch.is_grad_enabled()), *tensors)
+        check_closure(whole, logprobs)
         if whole.shape != logprobs.shape:
             raise ValueError(
                 f"fn returned shape {tuple(whole.shape)} for {count} tokens; it must return one loss a token, not reduce"
             )
         if count < 2:
             return
-        half = count // 2
-        parts = torch.cat([fn(logprobs[s], *(t[s] for t in tensors)) for s in (slice(None, half), slice(half, None))])
-        if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise ValueError("fn of all tokens differs from fn of two halves: a token's loss may read that token alone")
+        with torch.no_grad():
+            try:
+                halves = picked.tensor_split([count // 2 | 1])
+                parts = torch.cat([fn(logprobs[half], *(t[half] for t in tensors)) for half in halves])
+            except Exception as error:
+                raise ValueError(f"fn fails on some of the tokens, though {alone}: {error}") from error
+        if parts.shape != whole.shape or not torch.allclose(whole[picked], parts, rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise ValueError(f"fn of all tokens differs from fn of two parts of them: {alone}")
+        if whole.requires_grad:
+            factor = torch.exp2(picked % 5).to(dtype)
+            (plain,) = torch.autograd.grad(whole.sum(), logprobs, retain_graph=True)
+            (scaled,) = torch.autograd.grad((factor * whole).sum(), logprobs)
+            if not torch.allclose(scaled, factor * plain, rtol=1e-6, atol=1e-30, equal_nan=True):
+                raise ValueError(f"fn's gradient at a token depends on other tokens' losses: {alone}")

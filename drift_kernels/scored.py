@@ -58,6 +58,8 @@ def policy_token_loss(
     for name, needed in needs.items():
         if needed and given[name] is None:
             raise ValueError(f"kl_coef={spec.kl_coef} and correction={spec.correction!r} need {name}")
+    if spec.off_policy_threshold is not None and old_logprobs is None and rollout_logprobs is None:
+        raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
     segments, count = segments_of(logprobs.shape, cu_seqlens, segment_ids, logprobs.device)
     whole = spec.scope == "sequence" or (spec.correction or "").startswith("sequence")
     if whole and segments is None:

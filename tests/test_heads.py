@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import drift_kernels as dk
 from drift_kernels.testing import gradients, make_case, within_budget
@@ -185,6 +186,28 @@ def test_accumulate_into_grad_makes_no_gradient_of_its_own():
     (loss + pointwise).backward()
     (plain,) = torch.autograd.grad(2 * dk.weighted_cross_entropy(h, w, CASE.targets).loss, w)
     torch.testing.assert_close(w.grad, plain)
+
+
+def test_accumulate_into_grad_refuses_what_would_count_it_wrongly():
+    """A second backward would leave it out; a checkpointed forward runs twice."""
+    config = dk.KernelConfig(accumulate_into_grad=1.0)
+    h, w, _ = CASE.leaves(torch.float64)
+    (expected,) = torch.autograd.grad(dk.weighted_cross_entropy(h, w, CASE.targets).loss, w)
+
+    def loss(h, w):
+        return dk.weighted_cross_entropy(h, w, CASE.targets, config=config).loss
+
+    twice = loss(h, w)
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        twice.backward()
+    torch.testing.assert_close(w.grad, expected)
+    w.grad = None
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        checkpoint(loss, h, w, use_reentrant=False)
+    assert w.grad is None
+    checkpoint(loss, h, w, use_reentrant=True).backward()  # its first forward makes no gradient
+    torch.testing.assert_close(w.grad, expected)
 
 
 def test_accumulate_into_grad_checks_its_contract():

@@ -47,6 +47,7 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"rows": torch.tensor([-1, 0, 1, 2, 3, 4])}, IndexError, r"rows holds -1…4; it must lie in \[0, 6\)"),
         ({"active": torch.tensor([0, 6])}, IndexError, "active holds 0…6"),
         ({"active": torch.tensor([-1])}, IndexError, "active holds -1"),
+        ({"active": torch.tensor([1, 0, 1])}, ValueError, "active holds a position twice"),
         ({"cu_seqlens": torch.tensor([2, 4, 6])}, ValueError, "must rise from 0 to the number of tokens, 6"),
         ({"cu_seqlens": torch.tensor([0, 2, 9])}, ValueError, "must rise from 0"),
         ({"cu_seqlens": torch.tensor([0, 5, 3, 6])}, ValueError, "must rise from 0"),
@@ -133,7 +134,9 @@ def test_odd_tensors_and_options_are_named():
     for scale in (math.nan, math.inf, "2"):
         with pytest.raises(ValueError, match="must be a finite number"):
             dk.LoRAHead(W[:2], W[:, :2], scale)
-    refused(ValueError, "two halves", dk.pointwise_loss, H, W, Y, lambda logp: torch.ones(len(Y)) * logp[0])
+    refused(
+        ValueError, "may read that token alone", dk.pointwise_loss, H, W, Y, lambda logp: torch.ones(len(Y)) * logp[0]
+    )
     teacher = dk.TeacherHead(H, W)
     refused(TypeError, "spec=None must be a DistillSpec", dk.distill_loss, H, W, teacher, spec=None)
     weights = {"distill_weights": None, "policy_weights": None}

@@ -311,7 +311,7 @@ def test_pointwise_loss_takes_any_function(backend):
 def test_pointwise_loss_refuses_what_it_would_get_wrong():
     case = make_case(10, 9, 61, masked=0.0)
     args = (case.hidden, case.weight, case.targets)
-    with pytest.raises(ValueError, match="differs from fn of two halves"):
+    with pytest.raises(ValueError, match="differs from fn of two parts"):
         dk.pointwise_loss(*args, lambda logp: -logp / logp.exp().sum())
     with pytest.raises(ValueError, match="not reduce"):
         dk.pointwise_loss(*args, lambda logp: -logp.mean())
@@ -321,6 +321,39 @@ def test_pointwise_loss_refuses_what_it_would_get_wrong():
         dk.pointwise_loss(*args, focal, case.advantages[:3])
     with pytest.raises(TypeError, match="fn returned a float"):
         dk.pointwise_loss(*args, lambda logp: 1.0)
+
+
+OF_OTHERS = {
+    "pairs": lambda logp, a: -F.logsigmoid(logp[0::2] - logp[1::2]).repeat_interleave(2),
+    "a neighbour's gradient": lambda logp, a: -a * (logp.detach() + (logp - logp.detach()).flip(0)),
+    "a neighbour's advantage": lambda logp, a: -logp * a.flip(0),
+    "blocks": lambda logp, a: -logp * a.view(-1, 2).mean(1).repeat_interleave(2),
+    "running minimum": lambda logp, a: -a * logp.cummin(0).values,
+    "sorted": lambda logp, a: -a * logp.sort(descending=True).values,
+    "the token before": lambda logp, a: -torch.minimum(logp, torch.cat((logp[:1], logp[:-1]))),
+    "improbable neighbours": lambda logp, a: -a * torch.where(logp < -5, logp.roll(1), logp),
+}
+
+
+@pytest.mark.parametrize("count", [2, 24])
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_pointwise_loss_refuses_a_function_that_reads_other_tokens(name, count):
+    case = make_case(count, 9, 61, masked=0.0)
+    with pytest.raises(ValueError, match="may read that token alone"):
+        dk.pointwise_loss(case.hidden, case.weight, case.targets, OF_OTHERS[name], case.advantages)
+
+
+def test_pointwise_loss_takes_functions_whose_gradients_cancel():
+    """Each equals its gradient's exact multiple under the check, however large its terms are."""
+    case = make_case(64, 9, 61, masked=0.0)
+    for fn in (
+        lambda logp, old: 1e4 * ((old - logp).exp() - (old - logp) - 1),
+        lambda logp, old: -(logp - old).exp().clamp(0.8, 1.2) * old,
+        lambda logp, old: -((1 - logp.exp()) ** 2) * logp,
+        lambda logp, old: logp.exp() ** 2,
+        lambda logp, old: old * 0,
+    ):
+        assert dk.pointwise_loss(case.hidden, case.weight, case.targets, fn, case.noise).loss.isfinite()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -86,6 +86,7 @@ def test_what_it_refuses():
         "old_logprobs has shape": {"old_logprobs": torch.zeros(3)},
         "need ref_logprobs": {"spec": dk.PolicySpec(kl_coef=0.1)},
         "need old_logprobs": {"spec": SPECS["token-correction"]},
+        "needs rollout_logprobs or old_logprobs": {"spec": dk.PolicySpec(off_policy_threshold=0.5), "cu_seqlens": CU},
         "reads whole sequences": {"spec": SPECS["gspo"], "old_logprobs": data["old_logprobs"]},
     }.items():
         with pytest.raises(ValueError, match=message):
