@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import memory
+from drift_kernels import _cpu, memory
 from drift_kernels.testing import make_case
 
 SCRIPT = """
@@ -109,3 +110,12 @@ def test_what_earlier_calls_left_there_changes_nothing(dtype, workspace, cold):
     address = second[2].data_ptr()
     del second, b
     assert run()[2].data_ptr() == address
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+def test_kernels_touch_nothing_behind_their_tensors():
+    """In a process that the first byte too far would end."""
+    script = Path(__file__).parent / "guarded.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-3000:]}"
+    assert run.stdout.split("\n")[:-1] == [f"{isa} clean" for isa in _cpu.isas()]
