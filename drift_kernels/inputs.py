@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from drift_kernels.driver import compute_dtype
@@ -67,6 +68,13 @@ def check_data(name: str, value: Tensor, device: torch.device) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be real")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, and no gradient would reach it; detach it")
+    check_no_tangent(name, value)
+
+
+def check_no_tangent(name: str, value: Tensor) -> None:
+    """Raises ValueError where forward-mode autograd would lose what it carries with `value`."""
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise ValueError(f"{name} has a tangent, and it would get no further; detach it")
 
 
 def flatten(

@@ -25,6 +25,7 @@ from drift_kernels.inputs import (
     check_closure,
     check_cu_seqlens,
     check_data,
+    check_no_tangent,
     check_outputs,
     check_tensor,
     flatten,
@@ -257,6 +258,7 @@ def pointwise_loss(
     for i, tensor in enumerate(per_token_tensors):
         if tensor.requires_grad:
             raise ValueError(f"per_token_tensors[{i}] requires grad, and no gradient would reach it; detach it")
+        check_no_tangent(f"per_token_tensors[{i}]", tensor)
         if tensor.shape != flat.shape:
             raise ValueError(
                 f"per_token_tensors[{i}] has shape {tuple(tensor.shape)}, targets {tuple(flat.shape)}; they must agree"

@@ -1,11 +1,10 @@
-"""Extreme numbers and unusual inputs: overflow, saturation, ±inf, one-word vocabularies, odd strides, torch's own machinery."""
+"""Extreme numbers and unusual inputs: overflow, saturation, ±inf, one-word vocabularies. What torch does around an op: `test_every_op`."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import drift_kernels as dk
 from drift_kernels.testing import gradients, make_case
@@ -172,28 +171,6 @@ def test_the_same_target_several_times_in_a_row():
     torch.testing.assert_close(torch.autograd.grad(fused, (h, w)), torch.autograd.grad(eager, (h, w)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_transposed_and_strided_inputs(dtype):
-    case = make_case(30, 16, 61, seed=1, dtype=dtype)
-    h, w, b = case.leaves(dtype)
-    strange = {
-        "hidden": torch.stack([h, h], -1).flatten(1)[:, ::2].detach().requires_grad_(),
-        "weight": w.detach().t().contiguous().t().requires_grad_(),
-        "bias": torch.stack([b, b], 1)[:, 0].detach().requires_grad_(),
-    }
-    assert not any(t.is_contiguous() for t in strange.values())
-    token_weights = torch.stack([case.token_weights] * 2, 1)[:, 1].to(torch.float32)
-    targets = torch.stack([case.targets] * 2, 1)[:, 0]
-
-    def run(h, w, b, targets, weights):
-        return dk.weighted_cross_entropy(h, w, targets, weights, bias=b).loss
-
-    plain = gradients(lambda *x: run(*x, case.targets, case.token_weights.float()), (h, w, b))
-    other = gradients(lambda *x: run(*x, targets, token_weights), tuple(strange.values()))
-    close = {"rtol": 2**-6, "atol": 2e-4} if dtype == torch.bfloat16 else {}  # other products, sums in another order
-    torch.testing.assert_close(other, plain, **close)
-
-
 @pytest.mark.slow
 def test_more_logits_than_32_bits_can_count():
     """T·V = 2^31 and some: offsets are 64-bit; the last row is as good as the first."""
@@ -211,95 +188,6 @@ def test_more_logits_than_32_bits_can_count():
     assert torch.isfinite(everything).all()
     exact = torch.log_softmax(hidden[few].double() @ weight.double().t(), -1).gather(1, targets[few, None])[:, 0]
     torch.testing.assert_close(some.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-NEEDS = [[bool(mask >> i & 1) for i in range(5)] for mask in range(32)]
-
-
-@pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "".join("hwbAB"[i] for i in range(5) if needs[i]) or "none")
-def test_any_subset_of_inputs_may_require_grad(needs):
-    h, w, b = leaves()
-    A, B = torch.randn(2, 9, dtype=torch.float64), torch.randn(61, 2, dtype=torch.float64)
-    everything = [t.detach() for t in (h, w, b, A, B)]
-
-    def run(h, w, b, A, B):
-        head = {"bias": b, "lora": dk.LoRAHead(A, B, 0.5)}
-        old = torch.full((30,), -4.0, dtype=torch.float64)
-        loss = dk.policy_loss(h, w, CASE.targets, CASE.advantages, old_logprobs=old, **head).loss
-        plain = dk.linear_logprob(h, w, CASE.targets, **head).logprobs
-        return loss + (plain * CASE.noise).sum()
-
-    full = [t.clone().requires_grad_() for t in everything]
-    want = torch.autograd.grad(run(*full), full)
-    some = [t.clone().requires_grad_(need) for t, need in zip(everything, needs)]
-    loss = run(*some)
-    assert loss.requires_grad == any(needs)
-    if any(needs):
-        loss.backward()
-    for t, need, grad in zip(some, needs, want):
-        assert (t.grad is not None) == need
-        if need:
-            torch.testing.assert_close(t.grad, grad, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_autocast_casts_every_tensor_of_the_head(half, backend):
-    h, w, b = leaves(torch.float32)
-    A, B = torch.randn(2, 9).requires_grad_(), torch.randn(61, 2).requires_grad_()
-    with torch.autocast("cpu", dtype=half):
-        options = {"bias": b, "lora": dk.LoRAHead(A, B, 0.5), "config": on(backend)}
-        loss = dk.weighted_cross_entropy(h, w, CASE.targets, **options).loss
-    loss.backward()
-    low = [t.detach().to(half).requires_grad_() for t in (h, w, b, A, B)]
-    options = {"bias": low[2], "lora": dk.LoRAHead(*low[3:], 0.5), "config": on(backend)}
-    want = dk.weighted_cross_entropy(*low[:2], CASE.targets, **options).loss
-    want.backward()
-    torch.testing.assert_close(loss, want)
-    for t, other in zip((h, w, b, A, B), low):
-        assert t.grad.dtype == torch.float32
-        torch.testing.assert_close(t.grad, other.grad.float())
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_around_the_backbone_and_around_the_op(reentrant):
-    layer = torch.nn.Linear(9, 9).double()
-    _, w, b = leaves()
-    x = CASE.hidden.clone().requires_grad_()
-
-    def loss_of(hidden):
-        return dk.weighted_cross_entropy(hidden, w, CASE.targets, bias=b).loss
-
-    def grads(loss):
-        return torch.autograd.grad(loss, (x, w, *layer.parameters())) if not reentrant else backward(loss)
-
-    def backward(loss):  # the reentrant form knows .backward() alone
-        for t in (x, w, *layer.parameters()):
-            t.grad = None
-        loss.backward()
-        return tuple(t.grad for t in (x, w, *layer.parameters()))
-
-    plain = grads(loss_of(torch.tanh(layer(x))))
-    outside = grads(loss_of(checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=reentrant)))
-    inside = grads(checkpoint(lambda x: loss_of(torch.tanh(layer(x))), x, use_reentrant=reentrant))
-    torch.testing.assert_close(outside, plain)
-    torch.testing.assert_close(inside, plain)
-
-
-def test_torch_func_is_refused_in_words():
-    h, w, _ = (t.detach() for t in leaves())
-    ops = (
-        lambda h: dk.weighted_cross_entropy(h, w, CASE.targets).loss,
-        lambda h: dk.policy_loss(h, w, CASE.targets, CASE.advantages).loss,
-        lambda h: dk.pointwise_loss(h, w, CASE.targets, lambda logp: -logp).loss,
-        lambda h: dk.linear_logprob(h, w, CASE.targets).logprobs.sum(),
-    )
-    for op in ops:
-        for transform in (torch.func.grad, torch.func.vjp, torch.func.jacrev):
-            with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
-                transform(op, h) if transform is torch.func.vjp else transform(op)(h)
-        with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
-            torch.func.vmap(op)(torch.stack([h, h]))
 
 
 @pytest.mark.parametrize("shape", [(0, 9), (1, 0, 9), (0, 4, 9)])
