@@ -309,11 +309,11 @@ def run(
     needs: tuple[str, ...] = LEAVES,
     outputs: bool = False,
     config: dk.KernelConfig = dk.KernelConfig(),
-    around: AbstractContextManager = nullcontext(),
+    around: AbstractContextManager | None = None,
 ) -> Result:
     """Loss, gradients of the leaves in `needs`, metrics, and with `outputs` all the op has per token. `around` the forward."""
     op, x = OPS[name], batch.leaves(needs)
-    with around:
+    with around or nullcontext():
         out = op.call(x, config, normalizer, op.outputs if outputs else ())
     needs = needs if op.gradient else ()
     grads = dict(zip(needs, torch.autograd.grad(out.loss, [x.leaf(n) for n in needs]))) if needs else {}

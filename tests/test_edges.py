@@ -1,4 +1,4 @@
-"""Extreme numbers and unusual inputs: overflow, saturation, ±inf, one-word vocabularies. What torch does around an op: `test_every_op`."""
+"""Extreme numbers and unusual inputs: overflow, saturation, ±inf, one-word vocabularies. Of every op: `test_every_op`."""
 
 import math
 

@@ -3,6 +3,8 @@
 Loss, gradients of every leaf, outputs and metrics, in double. Policy losses by preset: `test_invariances`.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from every_op import LEAVES, OPS, ROW_BYTES, close, joined, make, run
@@ -34,7 +36,7 @@ def test_chunk_size(name, batch, rows, needs, asked):
 def test_splitting_into_micro_batches_with_a_global_normalizer(name, batch, cuts, needs, asked):
     """Every sequence alone, too."""
     edges = [0, *sorted(cut for cut in cuts if cut < len(batch.lengths)), len(batch.lengths)]
-    parts = [batch.sequences(list(range(a, b)))[0] for a, b in zip(edges[:-1], edges[1:])]
+    parts = [batch.sequences(list(range(a, b)))[0] for a, b in pairwise(edges)]
     close(joined([run(name, part, 7.0, needs, asked) for part in parts]), run(name, batch, 7.0, needs, asked))
 
 

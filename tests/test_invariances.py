@@ -1,9 +1,11 @@
-"""What must not change a loss: how a batch is split, ordered, packed, padded or chunked. Every preset, random shapes.
+"""What must not change a policy loss: how a batch is split, ordered, packed, padded or chunked. Every preset, random shapes.
 
 The objectives that select over a batch ("clip_cov", "kl_cov") are excepted from splitting: their scope is the call.
+Other ops: `test_every_op_invariances`.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,8 +28,17 @@ for name in ("gspo", "gspo_token", "luspo", "sequence_terms"):
     SPECS[name] = replace(SPECS[name], clip_low=0.1, clip_high=0.1)
 for name in ("clip_cov", "kl_cov"):
     SPECS[name] = replace(SPECS[name], cov_share=0.3, cov_bounds=(0.01, 5.0))
+SPECS["clip_cov_all"] = replace(SPECS["clip_cov"], cov_share=1.0)  # takes every candidate, and so none by chance
 SPLITS = [name for name, spec in SPECS.items() if spec.scope != "batch"]
 RANDOM = [name for name in SPECS if name != "clip_cov"]  # whose choice depends on the order of the tokens
+# where neither a ratio nor a mean is taken over a sequence, which would count tokens of weight 0
+ALONE = [
+    name
+    for name in SPLITS
+    if SPECS[name].scope == "token"
+    and SPECS[name].aggregation != "sequence_mean_token_mean"
+    and not (SPECS[name].correction or "").startswith("sequence")
+]
 D, V = 5, 23
 
 
@@ -85,10 +96,10 @@ def assume_no_ties(batch: Batch, name: str) -> None:
     assume(name != "kl_cov" or int((batch.targets >= 0).sum()) != 2)
 
 
-def run(batch: Batch, spec: dk.PolicySpec, normalizer: float | None = 7.0, **options):
-    """(loss, d hidden, d weight)"""
+def run(batch: Batch, spec: dk.PolicySpec, normalizer: float | None = 7.0, sampler: bool = False, **options):
+    """(loss, d hidden, d weight); with `sampler` rollout log-probs are passed wherever there are any."""
     h, w = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
-    tokens = {name: v for name, v in batch.tokens.items() if name != "rollout_logprobs" or spec.correction}
+    tokens = {name: v for name, v in batch.tokens.items() if name != "rollout_logprobs" or spec.correction or sampler}
     if spec.kl_coef == 0:
         del tokens["ref_logprobs"]
     advantages = tokens.pop("advantages")
@@ -200,16 +211,75 @@ def test_dropping_sequences_without_advantage(name, batch):
     assert not dh[dropped].any()
 
 
+@pytest.mark.parametrize("name", SPECS)
+@given(batch=batches)
+@quick
+def test_dropping_masked_tokens(name, batch):
+    """They may as well not be there, in any loss and given no denominator; and no gradient reaches them."""
+    keep = batch.targets >= 0
+    lengths = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add(0, batch.owner, keep.long()).tolist()
+    if name == "clip_cov":
+        assume(keep.all())  # its choice goes by place
+    loss, dh, dw = run(batch, SPECS[name], None)
+    close((loss, dh[keep], dw), run(batch.take(keep.nonzero()[:, 0], lengths), SPECS[name], None))
+    assert not dh[~keep].any()
+
+
+@pytest.mark.parametrize("name", ALONE)
+@given(batch=batches, rows=st.integers(1, 60))
+@quick
+def test_dropping_tokens_without_a_coefficient(name, batch, rows):
+    """Tokens of weight 0, and of advantage 0 where no other term reads them."""
+    spec = SPECS[name]
+    keep = batch.tokens["token_weights"] != 0
+    if not (spec.kl_coef or spec.entropy_coef or spec.z_loss_coef or spec.dro_beta):
+        keep &= batch.tokens["advantages"] != 0
+    lengths = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add(0, batch.owner, keep.long()).tolist()
+    loss, dh, dw = run(batch, spec)
+    fewer = batch.take(keep.nonzero()[:, 0], lengths)
+    close((loss, dh[keep], dw), run(fewer, spec, config=workspace(rows)))
+    assert not dh[~keep].any()
+
+
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_batch_of_one(name):
-    """The sum over calls with one sequence each is the whole."""
-    batch = make([4, 1, 7], 3)
-    whole = run(batch, SPECS[name])
-    one = [
-        run(batch.take(torch.arange(int(a), int(b)), [int(b - a)]), SPECS[name])[0]
-        for a, b in zip(batch.cu[:-1], batch.cu[1:])
-    ]
-    close(sum(one), whole[0])
+@given(batch=batches)
+@quick
+def test_a_batch_of_one(name, batch):
+    """Calls with one sequence each add up to the whole."""
+    ends = batch.cu.tolist()
+    parts = [run(batch.take(torch.arange(a, b), [b - a]), SPECS[name]) for a, b in pairwise(ends)]
+    loss, dh, dw = zip(*parts)
+    close((torch.stack(loss).sum(), torch.cat(dh), torch.stack(dw).sum(0)), run(batch, SPECS[name]))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@given(batch=batches)
+@quick
+def test_on_policy_is_a_ratio_of_one(name, batch):
+    """No old log-probs, or the policy's own: the same loss and gradients."""
+    spec = replace(SPECS[name], correction=None, cov_kl_coef=0)  # one needs old ones, the other's term has a kink there
+    tokens = dict(batch.tokens)
+    del tokens["old_logprobs"]
+    if spec.off_policy_threshold is None:
+        del tokens["rollout_logprobs"]
+    without = Batch(batch.lengths, batch.hidden, batch.weight, batch.targets, tokens)
+    own = dk.linear_logprob(batch.hidden, batch.weight, batch.targets).logprobs
+    given_old = replace(without, tokens=tokens | {"old_logprobs": own})
+    close(run(without, spec, sampler=True), run(given_old, spec, sampler=True))
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "clip_cov_all", "kl_cov"])
+def test_a_selection_over_a_call_is_another_in_its_parts(name):
+    """Why these are excepted from splitting, batches of one and dropping what does not count."""
+    differences = []
+    for seed in range(10):
+        batch = make([6, 6], seed)
+        whole, *halves = (
+            run(batch, SPECS[name])[0],
+            *(run(batch.take(torch.arange(a, a + 6), [6]), SPECS[name])[0] for a in (0, 6)),
+        )
+        differences.append(abs(sum(halves) - whole))
+    assert max(differences) > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s.scope == "sequence"])
