@@ -113,7 +113,8 @@ class PolicySpec:
     ratio      "token"; "sequence": r = exp(mean of logp − old over the sequence), one for all its tokens (GSPO, arXiv
                2507.18071); "sequence_token": that value, with the gradient of the token's own logp (GSPO-token)
     kl_coef    times the estimator of KL(policy‖reference), added per token; d = logp − ref.
-               "k1": d; "k2": d²/2; "k3": exp(−d) + d − 1; "abs": |d|; a trailing "+": that value, the gradient of k2.
+               "k1": d; "k2": d²/2; "k3": exp(−d) + d − 1 (+∞ in fp32 where d < −88); "abs": |d|; a trailing "+": that value,
+               the gradient of k2.
                kl_unbiased multiplies the estimate by r, through which the gradient flows too (DeepSeek-V3.2)
     entropy_coef  times the token's entropy, subtracted (with its gradient)
     z_loss_coef   times lse², added (lse of the logits after temperature)

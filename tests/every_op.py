@@ -23,6 +23,7 @@ class Batch:
     lengths: list[int]
     head: dict[str, Tensor]
     tokens: dict[str, Tensor]
+    softcap: float | None = 4.0  # of both
 
     @property
     def cu(self) -> Tensor:
@@ -40,7 +41,7 @@ class Batch:
         return row, torch.arange(len(row)) - self.cu[row]
 
     def take(self, index: Tensor, lengths: list[int]) -> "Batch":
-        return Batch(lengths, self.head, {name: v[index] for name, v in self.tokens.items()})
+        return replace(self, lengths=lengths, tokens={name: v[index] for name, v in self.tokens.items()})
 
     def sequences(self, order: list[int]) -> tuple["Batch", Tensor]:
         """The batch of these sequences, and where their tokens came from."""
@@ -143,7 +144,7 @@ def make(lengths: list[int], seed: int) -> Batch:
 
 def head_of(x: Batch) -> dict:
     lora = dk.LoRAHead(x.head["A"], x.head["B"], 0.5)
-    return {"bias": x.head["bias"], "lora": lora, "temperature": x.tokens["temperature"], "softcap": 4.0}
+    return {"bias": x.head["bias"], "lora": lora, "temperature": x.tokens["temperature"], "softcap": x.softcap}
 
 
 def data_of(x: Batch, *names: str) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def data_of(x: Batch, *names: str) -> dict[str, Tensor]:
 def teacher_head(x: Batch) -> dk.TeacherHead:
     lora = dk.LoRAHead(x.head["teacher_A"], x.head["teacher_B"], 0.7)
     weight, bias = x.head["teacher_weight"], x.head["teacher_bias"]
-    return dk.TeacherHead(x.tokens["seen"], weight, bias, lora, x.tokens["teacher_temperature"], 5.0, 1.1)
+    return dk.TeacherHead(x.tokens["seen"], weight, bias, lora, x.tokens["teacher_temperature"], x.softcap, 1.1)
 
 
 def stored(x: Batch) -> dk.TeacherTopK:

@@ -1,10 +1,14 @@
-"""Every op under what torch does around it: odd strides, frozen leaves, autocast, checkpointing, functional transforms."""
+"""Every op with infinite logits, and under what torch does around it: odd strides, frozen leaves, autocast, checkpointing,
+functional transforms.
+"""
 
+import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from every_op import GSPO, LEAVES, LOSSES, OPS, ROW_BYTES, Batch, Result, close, make, run
+from every_op import GSPO, LEAVES, LOSSES, OPS, ROW_BYTES, Batch, Result, V, close, make, run
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +60,48 @@ def test_odd_strides(name, layout, dtype):
         dtype
     ]  # other products, in another order
     close(run(name, odd, config=on("auto")), run(name, plain, config=on("auto")), rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+@pytest.mark.parametrize("bias", ["bias", "teacher_bias"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_infinite_logits_through_a_softcap(name, backend, bias, infinite, dtype):
+    """tanh(±inf) = ±1: as any logit that large, of the student or the teacher."""
+
+    def with_bias(value):
+        change = torch.full((), value, dtype=dtype)
+        head = BATCH.to(dtype).head
+        return replace(BATCH.to(dtype), head=head | {bias: head[bias].index_put((torch.tensor(5),), change)})
+
+    found = run(name, with_bias(infinite), config=on(backend))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    close(found, run(name, with_bias(math.copysign(1e6, infinite)), config=on(backend)), rtol=tolerance, atol=tolerance)
+    assert all(value.isfinite().all() for value in (found.loss, *found.tokens.values(), *found.head.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_a_masked_word_is_none(name, backend):
+    """A bias of −inf in both heads, as users mask tokens: as if the vocabulary ended before its last word."""
+    last = replace(BATCH, softcap=None)
+    targets = last.tokens["targets"].clamp(max=V - 2)
+    ids = torch.where(
+        last.tokens["ids"] == V - 1, last.tokens["ids"].min(-1, keepdim=True).values - 1, last.tokens["ids"]
+    )
+    ids = torch.arange(ids.shape[1]).expand_as(ids) if bool((ids < 0).any()) else ids
+    last = replace(last, tokens=last.tokens | {"targets": targets, "ids": ids.contiguous()})
+    of_words = ("weight", "bias", "B", "teacher_weight", "teacher_bias", "teacher_B")
+    fewer = replace(last, head=last.head | {n: last.head[n][:-1] for n in of_words})
+    nothing = torch.tensor(-math.inf, dtype=torch.float64)
+    minus = {n: last.head[n].index_put((torch.tensor(V - 1),), nothing) for n in ("bias", "teacher_bias")}
+    found = run(name, replace(last, head=last.head | minus), config=on(backend))
+    for leaf in ("weight", "bias", "B"):
+        if leaf in found.head:
+            assert not found.head[leaf][-1].any()  # nor NaN
+            found.head[leaf] = found.head[leaf][:-1]
+    close(found, run(name, fewer, config=on(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

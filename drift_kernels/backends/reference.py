@@ -44,7 +44,7 @@ def statistics(z: Tensor, targets: Tensor, rows: Tensor | None, mask: Tensor) ->
     safe = targets.masked_fill(~mask, 0)
     per_row = {
         "lse": torch.logsumexp(z, -1),
-        "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1),
+        "entropy": -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1),  # 0·∞ is 0, in the gradient too
         "mean_logits": z.mean(-1),
         "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
     }
