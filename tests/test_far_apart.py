@@ -200,9 +200,8 @@ def test_hidden_states_and_heads_of_whole_ops(dtype):
         grads = torch.autograd.grad(policy + distill + scored.sum(), leaves)
         return policy.detach(), distill.detach(), scored.detach(), kept.ids, kept.logprobs, *grads
 
-    (_, _, scored, *_, dhidden, dweight), _ = both(
-        call, *tensors, tolerance=1e-12 if dtype == torch.float64 else 0.0
-    )  # torch's products
+    tolerance = 1e-12 if dtype == torch.float64 else 0.0  # where torch multiplies
+    (_, _, scored, *_, dhidden, dweight), _ = both(call, *tensors, tolerance=tolerance)
     exact = (tensors[0].double() @ tensors[1].double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(scored.double(), exact, rtol=1e-4, atol=1e-4)
     assert dhidden.any(-1).all()
