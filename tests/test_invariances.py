@@ -92,8 +92,16 @@ def make(lengths: list[int], seed: int) -> Batch:
 
 
 def assume_no_ties(batch: Batch, name: str) -> None:
-    """Two tokens have equal covariances, and which of them "kl_cov" takes depends on their order."""
-    assume(name != "kl_cov" or int((batch.targets >= 0).sum()) != 2)
+    """Which of two tokens of equal covariance "kl_cov" takes depends on their order: of two there are, or of one sequence."""
+    where = batch.targets >= 0
+    if name != "kl_cov" or not where.any():
+        return
+    own = dk.linear_logprob(batch.hidden, batch.weight, batch.targets).logprobs[where]
+    advantages = batch.tokens["advantages"][where]
+    covariance = (advantages - advantages.mean()) * (own - own.mean())
+    count = max(int(SPECS[name].cov_share * len(own)), 1)
+    largest = covariance.sort(descending=True).values
+    assume(count == len(own) or largest[count - 1] - largest[count] > 1e-9)
 
 
 def run(batch: Batch, spec: dk.PolicySpec, normalizer: float | None = 7.0, sampler: bool = False, **options):
