@@ -276,15 +276,21 @@ def scoped(x: Inputs, call: Call, normalizer: Tensor) -> tuple[Tensor, Grads, Te
     return total_of(collected.get("loss", []), sweep), sweep.finish(), sweep.scatter(collected, call.outputs)
 
 
+def without_saved_hooks() -> torch.autograd.graph.saved_tensors_hooks:
+    """For an op's own small graphs: hooks on saved tensors are not meant for them.
+
+    Those of a checkpoint would compute its whole region again each time that one is differentiated.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
 def differentiate(fn: Callable[..., Tensor], leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """fn(**leaves) [M] and the derivatives of its sum by those leaves that it depends on.
 
-    Autograd is switched on whatever surrounds: a compiled graph calls operators below it. Hooks on saved tensors are not for
-    what is saved here: those of a checkpoint would compute the whole call again for each chunk.
+    Autograd is switched on whatever surrounds: a compiled graph calls operators below it.
     """
     tls, nothing = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    no_hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-    with torch._C._ForceDispatchKeyGuard(tls, nothing), torch.enable_grad(), no_hooks:
+    with torch._C._ForceDispatchKeyGuard(tls, nothing), torch.enable_grad(), without_saved_hooks():
         inputs = {name: values.detach().requires_grad_() for name, values in leaves.items()}
         result = fn(**inputs)
         if not result.requires_grad:

@@ -16,6 +16,7 @@ from torch import Tensor
 from drift_kernels import backends, formulas
 from drift_kernels.autograd import FusedLoss, Head, LinearLogprobs, PointwiseLoss, Rest
 from drift_kernels.backends import reference
+from drift_kernels.driver import without_saved_hooks
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
     OUTPUTS,
@@ -265,7 +266,8 @@ def pointwise_loss(
             )
     tensors = tuple(tensor.reshape(-1) for tensor in per_token_tensors)
     mask = flat.mask(ignore_index)
-    _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
+    with without_saved_hooks():
+        _check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
     names = check_outputs(outputs, OUTPUTS)
     call = with_needs(
         Call(PolicySpec(), head_options(temperature, softcap, logit_scale, ignore_index), config, names), flat
