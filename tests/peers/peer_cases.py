@@ -8,6 +8,9 @@ within an error budget, in fp32. Discontinuities (clip edges, bounds, thresholds
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -117,6 +120,14 @@ def ratio(batch: Batch) -> Tensor:
 
 def sequence_ratio(batch: Batch) -> Tensor:
     return masked_mean(batch.logp - batch.old, batch.mask, -1).exp()
+
+
+def compared(function: Callable, expression: str) -> set[str]:
+    """The texts that a peer's `function` compares `expression` with: the options it knows."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and ast.unparse(node.left) == expression]
+    values = [c.value for node in found for c in ast.walk(node) if isinstance(c, ast.Constant)]
+    return {value for value in values if isinstance(value, str)}
 
 
 def of_level(level: str) -> Callable[[Batch], Tensor]:

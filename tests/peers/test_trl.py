@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from peer_cases import (
     Batch,
@@ -12,6 +12,7 @@ from peer_cases import (
     assert_same,
     batches,
     bounded,
+    compared,
     importance,
     logprobs,
     make_batch,
@@ -22,15 +23,20 @@ from peer_cases import (
     settle,
 )
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl_peer import (
     CLIPPED,
     LOSSES,
     Options,
+    clear_of_entropy,
     given_of,
+    high_entropy,
     importance_sampling_ratio,
     off_the_edges,
+    rloo,
     spec_of,
     trl,
+    with_its_entropy_bonus,
 )
 
 import drift_kernels as dk
@@ -49,6 +55,8 @@ def cases(draw: st.DrawFn, loss_type: str, level: str) -> tuple[Batch, Options]:
     mode = pick(None, *(MODES[:2] if loss_type == "vespo" else MODES))
     beta = pick(0.0, 0.07)
     old = mode is not None or pick(True, True, False)
+    quantile = pick(1.0, 1.0, 0.65, 0.35)
+    bonus = loss_type not in ("grpo", "sapo") and (beta == 0 or quantile == 1)  # else two calls: see below
     o = Options(
         loss_type=loss_type,
         importance_sampling_level=level,
@@ -62,13 +70,18 @@ def cases(draw: st.DrawFn, loss_type: str, level: str) -> tuple[Batch, Options]:
         vespo=pick((2.0, 3.0, 3.0, 2.0), (1.0, 1.5, 0.5, 0.75)),
         mode=mode,
         clip=pick((None, 3.0), (None, 1.2), (0.8, 1.25), (0.7, None)),
-        entropy_coef=pick(0.0, 0.05) if loss_type == "bnpo" else 0.0,
+        entropy_coef=pick(0.0, 0.05) if bonus else 0.0,
+        top_entropy_quantile=quantile,
         old=old,
         tool_mask=pick(False, True),
         items=pick(None, 37.0),
         horizon=pick(None, 64),
+        accumulation=pick(1, 1, 4),
+        steps=pick(None, 2),
+        training=pick(True, True, False),
     )
-    return off_the_edges(draw(batches()), o), o
+    batch = off_the_edges(draw(batches()), o)
+    return batch, o if clear_of_entropy(batch, o) else dataclasses.replace(o, top_entropy_quantile=1.0)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -85,50 +98,97 @@ def test_every_loss(loss_type, level):
         batch, o = case
         outputs = ("entropy", "kl") if o.beta else ("entropy",)
         names = {name: name for name in outputs}
-        if loss_type in CLIPPED and level == "token" and o.mode not in MASKS:
+        if loss_type in CLIPPED and level == "token" and o.mode not in MASKS and o.top_entropy_quantile == 1:
             names |= CLIP_METRICS
-        assert_same(batch, lambda b: trl(b, o), spec_of(o), metrics=names, outputs=outputs, **given_of(batch, o))
+        spec, given = with_its_entropy_bonus(spec_of(o), batch, o), given_of(batch, o)
+        mine, peer = batch, lambda b: trl(b, o)
+        if o.top_entropy_quantile < 1:
+            kept = high_entropy(batch, o)
+            if o.beta:  # KL stays on every token
+                a = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
+                mine = dataclasses.replace(batch, advantages=a * kept)
+                peer = lambda b: trl(dataclasses.replace(b, advantages=batch.advantages.to(b.old.dtype)), o)  # noqa: E731
+            else:
+                given |= {"token_weights": kept.double()}
+        assert_same(mine, peer, spec, metrics=names, outputs=outputs, **given)
 
     check()
 
 
 @pytest.mark.parametrize(
-    ("preset", "options"),
+    ("preset", "options", "changes"),
     [
-        ("grpo", Options("grpo")),
-        ("bnpo", Options("bnpo")),
-        ("dapo", Options("dapo", epsilon_high=0.28)),
-        ("dr_grpo", Options("dr_grpo")),
-        ("gspo", Options("grpo", "sequence", epsilon=3e-4, epsilon_high=4e-4)),
-        ("luspo", Options("luspo", "sequence", epsilon=3e-4, epsilon_high=4e-4)),
-        ("sapo", Options("sapo")),
-        ("vespo", Options("vespo")),
+        ("grpo", Options("grpo"), {}),
+        ("bnpo", Options("bnpo"), {}),
+        ("ppo", Options("bnpo"), {}),
+        ("dapo", Options("dapo", epsilon_high=0.28), {}),
+        ("dr_grpo", Options("dr_grpo"), {}),
+        ("gspo", Options("grpo", "sequence", epsilon=3e-4, epsilon_high=4e-4), {}),
+        ("luspo", Options("luspo", "sequence", epsilon=3e-4, epsilon_high=4e-4), {}),
+        ("sapo", Options("sapo"), {}),
+        ("vespo", Options("vespo"), {}),
+        ("gmpo", Options("gmpo", "sequence", epsilon=0.4, epsilon_high=0.4), {}),
+        ("cispo", Options("cispo", epsilon_high=1.2), {"clip_low": None}),
+        ("reinforce", Options("cispo", epsilon_high=1.0, old=False), {}),  # it has no loss of that name
+        ("gpg", Options("cispo", epsilon_high=1.0, old=False), {}),
     ],
 )
-def test_presets_are_its_losses(preset, options):
+def test_presets_are_its_losses(preset, options, changes):
     batch = off_the_edges(make_batch(3, 4, 8, False), options)
-    spec = dk.PolicySpec.preset(preset)
+    spec = dk.PolicySpec.preset(preset, **changes)
     rtol = 1e-7 if preset == "sapo" else 1e-10  # 1.05 is an fp32 number in TRL
     assert_same(batch, lambda b: trl(b, options), spec, rtol, **given_of(batch, options))
 
 
-def test_gradient_accumulation_is_a_factor_of_the_denominator():
-    batch, o = off_the_edges(make_batch(4, 3, 6, False), Options()), Options(accumulation=4)
-    assert_same(batch, lambda b: trl(b, o), spec_of(o), normalizer=12.0, old=True)
+def test_every_name_it_knows_is_compared():
+    assert compared(GRPOTrainer._compute_loss, "self.loss_type") == set(LOSSES)
+    assert compared(GRPOTrainer._compute_loss, "self.importance_sampling_level") == {"token", "sequence"}
+    generation = GRPOTrainer._generate_and_score_completions
+    assert compared(generation, "self.vllm_importance_sampling_mode") == set(MODES)
 
 
-def test_high_entropy_tokens_alone_are_zero_advantages_elsewhere():
-    """top_entropy_quantile drops the objective of tokens, not their KL: advantages of zero do."""
-    o = Options("bnpo", top_entropy_quantile=0.4, beta=0.1)
+@bounded
+@given(st.data())
+def test_its_gmpo_trainer(data):
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    beta = pick(0.0, 0.07)
+    o = Options(
+        "gmpo",
+        "sequence",
+        epsilon=pick(0.1, 0.4),
+        epsilon_high=pick(0.1, 0.4),
+        beta=beta,
+        top_entropy_quantile=1.0 if beta else pick(1.0, 0.65),
+        old=pick(True, True, False),
+        tool_mask=pick(False, True),
+        accumulation=pick(1, 4),
+        training=pick(True, False),
+    )
+    batch = off_the_edges(data.draw(batches(per_token=False)), o)
+    names, kept, peer = CLIP_METRICS | {"entropy": "entropy"}, batch, lambda b: trl(b, o)
+    if o.top_entropy_quantile < 1:  # here it takes tokens out of the mean, as a target of -100 does
+        assume(clear_of_entropy(batch, o))
+        kept, names = dataclasses.replace(batch, mask=high_entropy(batch, o)), {}
+        assume(kept.mask.any(-1).all())  # without a token its loss is a constant
+        peer = lambda b: trl(dataclasses.replace(b, mask=batch.mask), o)  # noqa: E731
+    assert_same(kept, peer, spec_of(o), metrics=names, outputs=("entropy",), **given_of(batch, o))
+
+
+def test_high_entropy_tokens_with_kl_and_a_bonus_take_two_calls():
+    """top_entropy_quantile leaves KL on every token, and the bonus on the others alone: one call has one set of weights."""
+    o = Options("bnpo", top_entropy_quantile=0.35, beta=0.1, entropy_coef=0.05)
     batch = off_the_edges(make_batch(5, 4, 8, True), o)
-    entropy = dk.linear_logprob(batch.hidden, batch.weight, batch.targets, return_entropy=True).entropy
-    kept = batch.mask & (entropy.float() >= torch.quantile(entropy[batch.mask].float(), 0.6))
+    kept = high_entropy(batch, o)
+    assert clear_of_entropy(batch, o)
     assert 0 < kept.sum() < batch.mask.sum()
     mine = dataclasses.replace(batch, advantages=batch.advantages * kept)
-    spec = dataclasses.replace(spec_of(o), kl_coef=0.1)
-    a, b = ours(mine, spec, torch.float64, False, old=True, ref=True), trl(batch.to(torch.float64), o)
-    for x, y in zip(a.flat(), b.flat()):
-        torch.testing.assert_close(x, y)
+    policy = ours(mine, dk.PolicySpec(kl_coef=0.1), torch.float64, False, old=True, ref=True)
+    silent = dataclasses.replace(batch, advantages=torch.zeros_like(batch.advantages))
+    bonus = ours(
+        silent, dk.PolicySpec(entropy_coef=0.05), torch.float64, False, token_weights=kept, normalizer=kept.sum()
+    )
+    for x, y, z in zip(policy.flat(), bonus.flat(), trl(batch.to(torch.float64), o).flat()):
+        torch.testing.assert_close(x + y, z)
 
 
 # What TRL does, and where it differs from verl or from us.
@@ -269,8 +329,9 @@ def test_its_entropy_bonus_is_a_token_mean_whatever_the_loss():
     torch.testing.assert_close(sum(parts), whole)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "sapo", "dr_grpo", "luspo"])
 def test_its_entropy_bonus_is_not_ours_under_other_aggregations(loss_type):
+    """Where the loss is a sum over tokens another coefficient makes them the same (test_every_loss); grpo and sapo have none."""
     o = Options(loss_type, entropy_coef=0.1)
     batch = off_the_edges(make_batch(16, 4, 8, False), o)
     theirs = assert_differs(batch, lambda b: trl(b, o), spec_of(o), **given_of(batch, o))[1]
@@ -304,6 +365,21 @@ def test_its_kl_is_k3_times_the_ratio_by_default():
     assert ours(batch, spec_of(o), torch.float64, False, old=True, ref=True, outputs=("kl",)).metrics[
         "kl"
     ] == pytest.approx(kl)
+
+
+def test_its_rloo_clips_the_product_of_a_sequence_and_ours_has_that_on_policy_alone():
+    """There it has the gradient of reinforce, summed over sequences; off-policy ours has a mean of log-ratios or single ones."""
+    batch = make_batch(20, 4, 7, False)
+    on_policy = dataclasses.replace(batch, old=batch.logp)
+    spec = dk.PolicySpec.preset("reinforce", aggregation="sequence_mean_token_sum")
+    mine, theirs = ours(on_policy, spec, torch.float64, True), rloo(on_policy.to(torch.float64))
+    for a, b in zip(mine.flat()[1:], theirs.flat()[1:]):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(theirs.loss, -batch.advantages.mean())
+    product = importance("sequence")(dataclasses.replace(batch, old=batch.logp, rollout=batch.old))[:, 0]
+    held = torch.minimum(product * batch.advantages, product.clamp(0.8, 1.2) * batch.advantages)
+    assert ((product - 1).abs() > 0.2).any()
+    torch.testing.assert_close(rloo(batch.to(torch.float64)).loss, -held.mean())
 
 
 def cut(batch: Batch, rows: slice) -> Batch:

@@ -7,13 +7,16 @@ import inspect
 import math
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
+from functools import cache
+from types import CodeType, SimpleNamespace
 
 import torch
 from peer_cases import Batch, Result, gradients, importance, logprobs, masked_mean, of_level, settle
 from torch import Tensor
+from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 import drift_kernels as dk
 
@@ -22,14 +25,18 @@ LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
 AGGREGATIONS = {
     "grpo": "sequence_mean_token_mean",
     "sapo": "sequence_mean_token_mean",
+    "gmpo": "sequence_mean_token_mean",
     "luspo": "sequence_mean_token_sum",
     "dr_grpo": "token_sum",
 }
 
 
+WINDOWED = ("dapo", "cispo", "vespo")  # num_items_in_batch is their denominator
+
+
 @dataclass(frozen=True)
 class Options:
-    """Of GRPOConfig; the names are TRL's. What is None of `items` and `horizon` is the batch's own."""
+    """Of GRPOConfig; the names are TRL's. What is None of `items` and `horizon` is the batch's own. "gmpo" is its GMPOTrainer."""
 
     loss_type: str = "grpo"
     importance_sampling_level: str = "token"
@@ -49,10 +56,13 @@ class Options:
     tool_mask: bool = True  # whether holes come as one, or inside completion_mask
     items: float | None = None  # num_items_in_batch
     horizon: int | None = None  # max_completion_length
-    accumulation: int = 1
+    accumulation: int = 1  # gradient_accumulation_steps
+    steps: int | None = None  # steps_per_generation; None = accumulation
+    training: bool = True
 
 
-def _ratio_block() -> ast.If:
+@cache
+def _ratio_block() -> CodeType:
     """The statement of TRL's generation step that makes importance_sampling_ratio from two lists of log-probs."""
     source = textwrap.dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions))
     found = [
@@ -63,7 +73,7 @@ def _ratio_block() -> ast.If:
         and "per_token_logps_diff =" in ast.unparse(node)
     ]
     assert len(found) == 1
-    return found[0]
+    return compile(ast.Module([found[0]], []), "trl", "exec")
 
 
 def importance_sampling_ratio(old: Tensor, rollout: Tensor, mask: Tensor, mode: str, clip: tuple) -> Tensor:
@@ -77,7 +87,7 @@ def importance_sampling_ratio(old: Tensor, rollout: Tensor, mask: Tensor, mode: 
     )
     names = {"self": trainer, "torch": torch, "math": math, "completion_mask": mask, "tool_mask": None}
     names |= {"old_per_token_logps": old, "sampling_per_token_logps": rollout}
-    exec(compile(ast.Module([_ratio_block()], []), "trl", "exec"), names)  # the installed package's own text
+    exec(_ratio_block(), names)  # the installed package's own text
     return names["vllm_importance_sampling_ratio"]
 
 
@@ -102,7 +112,7 @@ def trl(batch: Batch, o: Options) -> Result:
     if o.mode is not None:
         inputs["sampling_per_token_logps"] = batch.rollout
         inputs["importance_sampling_ratio"] = importance_sampling_ratio(batch.old, batch.rollout, mask, o.mode, o.clip)
-    metrics = {"train": defaultdict(list)}
+    metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, entropy, None),
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
@@ -123,9 +133,9 @@ def trl(batch: Batch, o: Options) -> Result:
             vespo_lambda_pos=o.vespo[1],
             vespo_k_neg=o.vespo[2],
             vespo_lambda_neg=o.vespo[3],
-            steps_per_generation=o.accumulation,
+            steps_per_generation=o.steps or o.accumulation,
         ),
-        model=SimpleNamespace(training=True),
+        model=SimpleNamespace(training=o.training),
         _metrics=metrics,
         aux_loss_enabled=False,
         top_entropy_quantile=o.top_entropy_quantile,
@@ -144,13 +154,52 @@ def trl(batch: Batch, o: Options) -> Result:
         _entropy_bonus_enabled=o.entropy_coef != 0,
     )
     trainer.get_high_entropy_mask = lambda *args: GRPOTrainer.get_high_entropy_mask(trainer, *args)
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
-    return gradients(loss, batch, {name: values[-1] for name, values in metrics["train"].items()})
+    owner = GMPOTrainer if o.loss_type == "gmpo" else GRPOTrainer
+    loss = owner._compute_loss(trainer, None, inputs)
+    mode, other = ("train", "eval") if o.training else ("eval", "train")
+    assert not metrics[other]
+    return gradients(loss, batch, {name: values[-1] for name, values in metrics[mode].items()})
+
+
+def rloo(batch: Batch) -> Result:
+    """The loss of TRL's RLOOTrainer at ε = 0.2."""
+    logp, entropy = logprobs(batch.hidden, batch.weight, batch.targets)
+    mask = batch.mask.to(logp.dtype)
+    inputs = {
+        "prompt_ids": batch.targets[:, :0],
+        "prompt_mask": mask[:, :0],
+        "completion_ids": batch.targets,
+        "completion_mask": mask,
+        "advantages": batch.advantages,
+        "old_logps": (batch.old * mask).sum(-1),
+    }
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, entropy, None),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+    )
+    return gradients(RLOOTrainer._compute_loss(trainer, None, inputs), batch)
+
+
+def high_entropy(batch: Batch, o: Options) -> Tensor:
+    """Which tokens top_entropy_quantile keeps [B, L]."""
+    entropy = logprobs(batch.hidden, batch.weight, batch.targets)[1]
+    return batch.mask & (entropy >= entropy[batch.mask].quantile(1 - o.top_entropy_quantile))
+
+
+def clear_of_entropy(batch: Batch, o: Options) -> bool:
+    """Whether no entropy is so near the quantile that rounding decides."""
+    entropy = logprobs(batch.hidden, batch.weight, batch.targets)[1][batch.mask]
+    return bool(((entropy - entropy.quantile(1 - o.top_entropy_quantile)).abs() > 1e-4).all())
 
 
 def spec_of(o: Options) -> dk.PolicySpec:
     """Ours for TRL's options."""
-    objective = o.loss_type if o.loss_type in ("cispo", "sapo", "vespo") else "clip"
+    objective = o.loss_type if o.loss_type in ("cispo", "sapo", "vespo", "gmpo") else "clip"
     low, high = (None, o.epsilon_high - 1) if objective == "cispo" else (o.epsilon, o.epsilon_high)
     return dk.PolicySpec(
         objective=objective,
@@ -171,15 +220,32 @@ def spec_of(o: Options) -> dk.PolicySpec:
     )
 
 
+def denominator(batch: Batch, o: Options) -> float:
+    """What TRL divides by: it counts accumulated micro-batches while training, and every sequence."""
+    (B, L), tokens = batch.mask.shape, float(batch.mask.sum())
+    steps = o.accumulation if o.training else 1
+    if o.loss_type in WINDOWED:
+        return (tokens if o.items is None else o.items) * (steps / (o.steps or o.accumulation) if o.training else 1)
+    if o.loss_type == "bnpo":
+        return tokens * steps
+    return float(B * steps * ((L if o.horizon is None else o.horizon) if o.loss_type == "dr_grpo" else 1))
+
+
 def given_of(batch: Batch, o: Options) -> dict:
     """What else `policy_loss` is to be given."""
     said = {"old": o.old, "ref": o.beta != 0, "rollout": o.mode is not None}
-    if o.loss_type in ("dapo", "cispo", "vespo") and o.items is not None:
-        said["normalizer"] = o.items
-    if o.loss_type == "dr_grpo":
-        B, L = batch.mask.shape
-        said["normalizer"] = float(B * (L if o.horizon is None else o.horizon))
-    return said
+    aggregation = AGGREGATIONS.get(o.loss_type, "token_mean")
+    own = {"token_mean": float(batch.mask.sum()), "token_sum": 1.0}.get(aggregation, float(len(batch.mask)))
+    theirs = denominator(batch, o)
+    return said if theirs == own else said | {"normalizer": theirs}
+
+
+def with_its_entropy_bonus(spec: dk.PolicySpec, batch: Batch, o: Options) -> dk.PolicySpec:
+    """The coefficient that makes ours, aggregated as the loss is, TRL's token mean; for losses that are sums over tokens."""
+    assert not o.entropy_coef or spec.aggregation != "sequence_mean_token_mean"
+    tokens = int((batch.mask if o.top_entropy_quantile == 1 else high_entropy(batch, o)).sum())
+    share = denominator(batch, o) / (tokens * (o.accumulation if o.training else 1))
+    return replace(spec, entropy_coef=o.entropy_coef * share)
 
 
 def off_the_edges(batch: Batch, o: Options) -> Batch:
@@ -190,7 +256,8 @@ def off_the_edges(batch: Batch, o: Options) -> Batch:
         "cispo": (o.epsilon_high,),
         **dict.fromkeys(CLIPPED, (1 - o.epsilon, 1 + o.epsilon_high, o.delta)),
     }.get(o.loss_type, ())
-    batch = settle(
-        batch, "old", (of_level(o.importance_sampling_level), edges), *([distance] if o.mode is None else [])
-    )
+    of_ratio = of_level(o.importance_sampling_level)
+    if o.loss_type == "gmpo":
+        of_ratio, edges = (lambda b: b.logp - b.old), (-o.epsilon, o.epsilon_high)
+    batch = settle(batch, "old", (of_ratio, edges), *([distance] if o.mode is None else []))
     return batch if o.mode is None else settle(batch, "rollout", (importance(o.mode), o.clip), distance)
