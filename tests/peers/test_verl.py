@@ -12,6 +12,7 @@ from peer_cases import (
     assert_same,
     batches,
     bounded,
+    compared,
     gradients,
     logprobs,
     make_batch,
@@ -20,27 +21,36 @@ from peer_cases import (
     ratio,
     settle,
 )
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS, compute_rollout_correction_weights
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl_peer import (
     AGGREGATIONS,
     ESTIMATORS,
     LOSSES,
+    REJECTIONS,
     Options,
+    accepted,
     actor_config,
+    corrected,
     covariances,
+    criteria,
     given_of,
     kept,
     normalizer,
+    of_current,
     off_the_edges,
     rollout_weights,
     spec_of,
+    statistic,
     verl,
     widest_gap,
 )
 
 import drift_kernels as dk
+from drift_kernels.spec import PRESETS
 
 RTOL = 1e-7  # verl adds 1e-8 to counts
 PPO_KL = [n for n in LOSSES if n not in ("gpg", "kl_cov")]
@@ -122,11 +132,35 @@ def test_agg_loss_in_all_its_modes(mode, info):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_kl_penalty_by_every_estimator(name):
-    o = Options("gpg", kl=(name, 0.3))
-    batch = off_the_edges(make_batch(22, 4, 8, True), o)
-    assert_same(batch, lambda b: verl(b, o), spec_of(o), RTOL, ref=True)
-    mine = ours(batch, spec_of(o), torch.float64, True, ref=True, outputs=("kl",)).metrics["kl"]
-    assert mine == pytest.approx(float(masked_mean(core_algos.kl_penalty(batch.logp, batch.ref, name), batch.mask)))
+    @bounded
+    @given(
+        batches(), st.sampled_from(["vanilla", "gpg"]), st.sampled_from([0.05, 0.3]), st.sampled_from([*AGGREGATIONS])
+    )
+    def check(batch, loss, coef, mode):
+        o = Options(loss, mode=mode, kl=(name, coef))
+        batch = off_the_edges(batch, o)
+        mine = given_of(batch, o) | {"outputs": ("kl",)}
+        assert_same(batch, lambda b: verl(b, o), spec_of(o), RTOL, **mine)
+        kl = ours(batch, spec_of(o), torch.float64, True, **mine).metrics["kl"]
+        assert kl == pytest.approx(float(masked_mean(core_algos.kl_penalty(batch.logp, batch.ref, name), batch.mask)))
+
+    check()
+
+
+def test_every_name_it_knows_is_compared():
+    assert set(core_algos.POLICY_LOSS_REGISTRY) == {*LOSSES, "bypass_mode"}
+    assert compared(core_algos.agg_loss, "loss_agg_mode") == set(AGGREGATIONS)
+    estimators = compared(core_algos.kl_penalty_forward, "kl_penalty") - {"full"}  # which raises NotImplementedError
+    assert {name.rstrip("+") for name in ESTIMATORS} == estimators
+    assert set(ESTIMATORS) == estimators | {f"{name}+" for name in estimators}
+    assert set(REJECTIONS) == SUPPORTED_ROLLOUT_RS_OPTIONS
+    assert compared(compute_rollout_correction_weights, "rollout_is") == {"token", "sequence"}
+    assert compared(core_algos.compute_policy_loss_bypass_mode, "loss_type") == {"reinforce", "ppo_clip"}
+
+
+def test_it_has_neither_vespo_nor_luspo():
+    assert not {"vespo", "luspo"} & set(core_algos.POLICY_LOSS_REGISTRY)
+    assert {"vespo", "luspo"} < set(PRESETS)
 
 
 @pytest.mark.parametrize("rollout", [("token", 1.2), ("token", "0.8_1.25"), ("sequence", 1.3), ("sequence", "0.7_1.5")])
@@ -144,7 +178,7 @@ def test_rollout_correction_weights(rollout):
         assert metrics["rollout_is_mean"] == pytest.approx(factor)
 
 
-def test_it_fails_where_the_correction_masks_every_token_and_ours_is_zero():
+def test_it_fails_where_the_correction_masks_every_token_and_leftis_zero():
     o, batch = Options("gpg", rollout=("token", "0.8_1.25")), make_batch(38, 2, 4, True)
     batch.rollout[:] = batch.old - 1
     with pytest.raises(ZeroDivisionError):
@@ -164,7 +198,7 @@ def test_batch_normalized_weights_are_a_factor_of_the_denominator():
 
 @pytest.mark.parametrize("weights", [None, ("token", 1.2), ("sequence", 1.3)])
 def test_compute_policy_loss_reinforce(weights):
-    """With old_logprobs the current ones, since its weights are current/rollout; per token that is CISPO, too."""
+    """With old_logprobs the current ones, since its weights are current/rollout."""
     o = Options("gpg", mode="seq-mean-token-sum", rollout=weights)
     batch = make_batch(25, 4, 7, True)
     batch = dataclasses.replace(batch, old=batch.logp.float().double())
@@ -180,20 +214,123 @@ def test_compute_policy_loss_reinforce(weights):
         return gradients(loss, b, metrics)
 
     assert_same(batch, reinforce, spec, RTOL, old=True, rollout=weights is not None)
-    if weights == ("token", 1.2):
-        same = dataclasses.replace(batch, old=batch.rollout)
-        cispo = dk.PolicySpec(objective="cispo", clip_low=None, clip_high=0.2, aggregation="sequence_mean_token_sum")
-        assert_same(settle(same, "old", (ratio, (1.2,))), lambda b: bypass(b), cispo, RTOL, old=True)
 
 
-def bypass(b: Batch):
-    """verl's bypass_mode: old log-probs are the sampler's, the weight is made inside."""
-    corrected = {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.2}
-    config = actor_config(Options("bypass_mode", policy_loss={"rollout_correction": corrected}))
-    logp = logprobs(b.hidden, b.weight, b.targets)[0]
-    fn = core_algos.get_policy_loss_fn("bypass_mode")
-    loss, _ = fn(b.old, logp, b.advantages, b.mask.long(), "seq-mean-token-sum", config)
-    return gradients(loss, b)
+@st.composite
+def rejections(draw: st.DrawFn, kind: str, kinds: tuple[str, ...] = tuple(REJECTIONS)) -> tuple[str, str | float]:
+    """`kind`, alone or in a chain with another; each with its threshold, or one for both."""
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    other = pick(None, *(k for k in kinds if k != kind))
+    if other is None:
+        return kind, pick(REJECTIONS[kind], 1.2 if kind.endswith("k1") else float(REJECTIONS[kind]))
+    if kind[-2:] == other[-2:] and pick(False, True):
+        return f"{kind},{other}", REJECTIONS[kind]
+    return f"{kind},{other}", f"{REJECTIONS[kind]},{REJECTIONS[other]}"
+
+
+@pytest.mark.parametrize("kind", REJECTIONS)
+def test_targets_of_minus_100_are_its_rollout_rejection(kind):
+    """Its mask changes the sums, the denominators and the sequences' means alike, and so does ours."""
+
+    @bounded
+    @given(st.data())
+    def check(data):
+        pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+        rejection = data.draw(rejections(kind))
+        whole = "token" not in rejection[0]  # sequences alone: its product over a sequence is over all tokens
+        o = Options(
+            loss=pick("vanilla", "gspo", "cispo", "sapo", "geo_mean", "dppo_tv", "gpg"),
+            mode=pick(*AGGREGATIONS),
+            rejection=rejection,
+            rollout=pick(None, ("token", 1.2), ("token", "0.7_1.4"), *([("sequence", 1.3)] if whole else [])),
+        )
+        low = {"gspo": 0.05, "dppo_tv": 2e-3}.get(o.loss, 0.2)
+        o = dataclasses.replace(o, low=low, high=low)
+        batch = off_the_edges(data.draw(batches()), o)
+        left = accepted(batch, o)
+        expected = batch.mask
+        for name, least, most in criteria(rejection):
+            value = statistic(name)(batch)
+            expected = expected & (value >= least) & (value <= most)
+        assert torch.equal(left.mask, expected)
+        assume(left.mask.any() and (o.rollout is None or kept(left, o).any()))
+        given = given_of(left, o)
+        if o.loss == "geo_mean":  # it counts sequences without a token
+            given["normalizer"] = float(len(batch.mask))
+        peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask), o)  # noqa: E731
+        assert_same(
+            left, peer, spec_of(o), RTOL, {"ppo_kl": "actor/ppo_kl"} if o.loss != "gpg" else {}, ("ratio",), **given
+        )
+
+    check()
+
+
+def test_its_product_over_a_sequence_is_over_tokens_that_it_rejects_too():
+    """With targets of -100 ours leaves them out; ours says it by weights of 0 and the denominator."""
+    o = Options(rejection=("token_k1", "0.8_1.3"), rollout=("sequence", 3.0))
+    batch = off_the_edges(make_batch(39, 4, 8, True), o)
+    left = accepted(batch, o)
+    assert 0 < left.mask.sum() < batch.mask.sum()
+    peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask), o)  # noqa: E731
+    assert_differs(left, peer, spec_of(o), old=True, rollout=True)
+    weights, tokens = left.mask.double(), float(left.mask.sum())
+    assert_same(batch, peer, spec_of(o), RTOL, old=True, rollout=True, token_weights=weights, normalizer=tokens)
+
+
+@st.composite
+def bypassed(draw: st.DrawFn, loss_type: str, rollout: tuple[str, float | str] | None) -> tuple[Batch, Options]:
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    whole = tuple(kind for kind in REJECTIONS if kind.startswith("seq"))
+    kinds = whole if rollout is not None and rollout[0] == "sequence" else tuple(REJECTIONS)
+    o = Options(
+        "bypass_mode",
+        mode=pick(*AGGREGATIONS),
+        c=pick(1.5, 3.0),
+        info=pick({}, {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 12, "loss_scale_factor": 16}),
+        bypass=loss_type,
+        rollout=rollout,
+        batch_normalize=pick(False, True),
+        rejection=draw(rejections(pick(*kinds), kinds)) if pick(False, True) else None,
+    )
+    return off_the_edges(draw(batches()), o), o
+
+
+@pytest.mark.parametrize(
+    "rollout", [None, ("token", 1.2), ("token", "0.8_1.25"), ("sequence", 1.3), ("sequence", "0.7_1.5")]
+)
+@pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
+def test_bypass_mode(loss_type, rollout):
+    """Its old log-probs are the sampler's: ppo_clip is the clipped loss, and reinforce takes its weights from the current policy.
+
+    Token weights up to c are CISPO. Others are reinforce with a correction, which reads the current log-probs as `old`: they
+    have to be there before, from `linear_logprob`.
+    """
+
+    @bounded
+    @given(bypassed(loss_type, rollout))
+    def check(case):
+        batch, o = case
+        left, names = accepted(batch, o), {"ppo_kl": "actor/ppo_kl"}
+        now = of_current(batch)
+        assume(left.mask.any() and (rollout is None or kept(now, o).any()))
+        plain = dataclasses.replace(o, loss="vanilla" if loss_type == "ppo_clip" else "gpg", rollout=None)
+        spec, given, mine = spec_of(plain), {"old": True, "normalizer": normalizer(left, o)}, left
+        if loss_type == "reinforce" and rollout == ("token", 1.2):
+            spec = dk.PolicySpec(objective="cispo", clip_low=None, clip_high=0.2, aggregation=AGGREGATIONS[o.mode])
+        elif loss_type == "reinforce" and rollout is not None:
+            spec, names = spec_of(dataclasses.replace(plain, rollout=rollout)), {}
+            mine, given = dataclasses.replace(now, mask=left.mask), given | {"rollout": True}
+        if loss_type == "reinforce" and rollout is not None and o.batch_normalize:  # the mean before the rejection
+            given["normalizer"] *= corrected(now, o)[2]["rollout_corr/rollout_is_batch_norm_factor"]
+        peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask, old=batch.old.to(b.old.dtype)), o)  # noqa: E731
+        assert_same(mine, peer, spec, RTOL, names, ("ratio",), **given)
+
+    check()
+
+
+def test_bypass_mode_clips_unless_told_otherwise():
+    assert RolloutCorrectionConfig.loss_type == "ppo_clip"
+    assert RolloutCorrectionConfig.rollout_is == "sequence"
 
 
 def test_clip_cov_drops_the_tokens_that_the_generator_picks(monkeypatch):
@@ -262,7 +399,7 @@ def test_its_gspo_is_gspo_token_and_equals_gspo_for_one_advantage_a_sequence():
     assert not torch.allclose(mine.hidden, exact.hidden, rtol=1e-3)
 
 
-def test_its_gspo_caps_the_log_ratio_at_10_and_ours_at_20():
+def test_its_gspo_caps_the_log_ratio_at_10_and_leftat_20():
     o, batch = Options("gspo", mode="token-mean"), make_batch(30, 1, 3, False)
     batch.advantages[:] = -1.0
     batch.old[:] = batch.logp.float() - 15.0
@@ -272,7 +409,7 @@ def test_its_gspo_caps_the_log_ratio_at_10_and_ours_at_20():
 
 
 @pytest.mark.parametrize("loss", ["vanilla", "cispo", "sapo", "dppo_tv"])
-def test_it_clamps_log_ratios_at_20_as_ours_does(loss):
+def test_it_clamps_log_ratios_at_20_as_leftdoes(loss):
     o, batch = Options(loss, c=1e12, high=1e12, low=0.5), make_batch(31, 2, 4, False)
     batch.advantages[:] = torch.tensor([1.0, -1.0])
     batch.old[:] = batch.logp.float() - torch.tensor([[25.0], [30.0]])
@@ -280,7 +417,7 @@ def test_it_clamps_log_ratios_at_20_as_ours_does(loss):
 
 
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
-def test_its_covariance_losses_do_not_clamp_and_ours_do(loss):
+def test_its_covariance_losses_do_not_clamp_and_leftdo(loss):
     o, batch = Options(loss, policy_loss={"clip_cov_lb": 98.0, "clip_cov_ub": 99.0}), make_batch(32, 2, 3, False)
     if loss == "kl_cov":
         o = Options(loss, policy_loss={"ppo_kl_coef": 0.0})
@@ -299,7 +436,7 @@ def test_its_kl_cov_logs_the_mean_size_of_log_ratios_as_ppo_kl():
     assert mine == pytest.approx(float(masked_mean(batch.old - batch.logp, batch.mask)))
 
 
-def test_its_k3_stops_at_10_with_no_gradient_and_ours_goes_on():
+def test_its_k3_stops_at_10_with_no_gradient_and_leftgoes_on():
     o, batch = Options("gpg", kl=("k3", 1.0)), make_batch(34, 1, 3, False)
     batch.advantages[:] = 0.0
     batch.ref[:] = batch.logp.float() + 4.0  # e⁴ − 5 = 49.6

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peer_cases import Batch, Result, gradients, importance, logprobs, masked_mean, ratio, sequence_ratio, settle
 from torch import Tensor
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+from verl.trainer.ppo.rollout_corr_helper import (
+    compute_rollout_correction_and_rejection_mask,
+    compute_rollout_correction_weights,
+)
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import drift_kernels as dk
@@ -37,11 +43,29 @@ ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "lo
 STRAIGHT = {"k1": "k1+", "abs": "abs+", "k2": "k2", "k3": "k3+"}
 ESTIMATORS |= {f"{name}+": STRAIGHT[base] for name, base in ESTIMATORS.items()}
 CORRECTIONS = {float: "truncate", str: "mask"}
+# What rollout_rs can be, each with a threshold between what is near and what is far here.
+REJECTIONS = {
+    "token_k1": "0.8_1.3",
+    "token_k2": "0.04",
+    "token_k3": "0.05",
+    "seq_sum_k1": "0.5_1.6",
+    "seq_sum_k2": "0.3",
+    "seq_sum_k3": "0.35",
+    "seq_mean_k1": "0.85_1.2",
+    "seq_mean_k2": "0.06",
+    "seq_mean_k3": "0.07",
+    "seq_max_k2": "0.2",
+    "seq_max_k3": "0.25",
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of ActorConfig and PolicyLossConfig; the names are verl's. `rollout`: (level, threshold) of the correction."""
+    """Of ActorConfig and PolicyLossConfig; the names are verl's.
+
+    `rollout`: (level, threshold) of the correction; `rejection`: (rollout_rs, rollout_rs_threshold); `bypass`: the loss_type
+    of bypass_mode, where the batch's `old` is the sampler's.
+    """
 
     loss: str = "vanilla"
     mode: str = "token-mean"
@@ -53,11 +77,26 @@ class Options:
     info: dict[str, Any] = field(default_factory=dict)  # global_batch_info
     rollout: tuple[str, float | str] | None = None
     batch_normalize: bool = False
+    rejection: tuple[str, str | float] | None = None
+    bypass: str | None = None
     kl: tuple[str, float] | None = None  # kl_loss_type, kl_loss_coef
     entropy_coef: float = 0.0
 
 
 def actor_config(o: Options) -> ActorConfig:
+    """With bypass_mode, where the correction is one of the loss's options."""
+    options = dict(o.policy_loss)
+    if o.bypass is not None:
+        (level, threshold), (kinds, limits) = o.rollout or (None, 2.0), o.rejection or (None, None)
+        options["rollout_correction"] = RolloutCorrectionConfig(
+            bypass_mode=True,
+            loss_type=o.bypass,
+            rollout_is=level,
+            rollout_is_threshold=threshold,
+            rollout_is_batch_normalize=o.batch_normalize,
+            rollout_rs=kinds,
+            rollout_rs_threshold=limits,
+        )
     return ActorConfig(
         strategy="fsdp",
         rollout_n=1,
@@ -67,7 +106,7 @@ def actor_config(o: Options) -> ActorConfig:
         clip_ratio_c=o.c,
         tau_pos=o.tau[0],
         tau_neg=o.tau[1],
-        policy_loss=PolicyLossConfig(loss_mode=o.loss, **o.policy_loss),
+        policy_loss=PolicyLossConfig(loss_mode=o.loss, **options),
         global_batch_info=o.info,
     )
 
@@ -81,12 +120,22 @@ def rollout_weights(batch: Batch, o: Options) -> tuple[Tensor, dict[str, float]]
     )
 
 
+def corrected(batch: Batch, o: Options) -> tuple[Tensor | None, Tensor, dict[str, float]]:
+    """verl's factors [B, L], the mask that its rejection leaves [B, L] int64, and its metrics of both."""
+    (level, threshold), (kinds, limits) = o.rollout or (None, 2.0), o.rejection or (None, None)
+    made, mask, metrics = compute_rollout_correction_and_rejection_mask(
+        batch.old, batch.rollout, batch.mask.long(), level, threshold, o.batch_normalize, kinds, limits
+    )
+    return None if made is None else made.batch["rollout_is_weights"], mask, metrics
+
+
 def verl(batch: Batch, o: Options) -> Result:
     """verl's loss of the batch, its gradients, and what it logs."""
     logp, entropy = logprobs(batch.hidden, batch.weight, batch.targets)
-    mask = batch.mask.long()
+    weights, mask = None, batch.mask.long()
+    if (o.rollout or o.rejection) and not o.bypass:
+        weights, mask, _ = corrected(batch, o)
     advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None].expand_as(logp)
-    weights = None if o.rollout is None else rollout_weights(batch, o)[0]
     loss, metrics = get_policy_loss_fn(o.loss)(batch.old, logp, advantages, mask, o.mode, actor_config(o), weights)
     if o.entropy_coef:
         loss = loss - o.entropy_coef * agg_loss(entropy, mask, o.mode, **o.info)
@@ -161,6 +210,48 @@ def given_of(batch: Batch, o: Options) -> dict:
     return said
 
 
+def of_current(batch: Batch) -> Batch:
+    """`batch` as bypass_mode compares it: the current log-probs against `old`, which are the sampler's."""
+    return replace(batch, old=batch.logp, rollout=batch.old)
+
+
+def accepted(batch: Batch, o: Options) -> Batch:
+    """`batch` without the tokens that verl rejects."""
+    compared = of_current(batch) if o.bypass else batch
+    return replace(batch, mask=corrected(compared, replace(o, rollout=None))[1].bool())
+
+
+def statistic(kind: str) -> Callable[[Batch], Tensor]:
+    """What a rejection compares with its threshold, by the name that verl has for it: [B, L], or [B, 1] of sequences."""
+    level, estimator = kind.rsplit("_", 1)
+
+    def value(batch: Batch) -> Tensor:
+        d = batch.old - batch.rollout
+        each = {"k1": -d, "k2": d * d / 2, "k3": d.exp() - 1 - d}[estimator]
+        match level:
+            case "token":
+                return each
+            case "seq_sum":
+                return (each * batch.mask).sum(-1, keepdim=True)
+            case "seq_mean":
+                return masked_mean(each, batch.mask, -1)
+            case _:
+                return each.masked_fill(~batch.mask, -math.inf).amax(-1, keepdim=True)
+
+    return value
+
+
+def criteria(rejection: tuple[str, str | float]) -> list[tuple[str, float, float]]:
+    """(kind, least, most) of each statistic; k1's bounds are of ratios, and one alone is the upper."""
+    kinds, limits = rejection[0].split(","), str(rejection[1]).split(",")
+    made = []
+    for kind, limit in zip(kinds, limits * len(kinds) if len(limits) == 1 else limits):
+        low, high = limit.split("_") if "_" in limit else (1 / float(limit), limit)
+        bounds = (math.log(float(low)), math.log(float(high))) if kind.endswith("k1") else (-math.inf, float(limit))
+        made.append((kind, *bounds))
+    return made
+
+
 def kept(batch: Batch, o: Options) -> Tensor:
     """Which tokens a rollout correction does not mask; `rollout_weights` fails where there are none."""
     low, high = bounds(o.rollout[1])
@@ -210,7 +301,14 @@ def off_the_edges(batch: Batch, o: Options) -> Batch:
         "geo_mean": [(lambda b: b.logp - b.old, (-o.low, o.high))],
         "cispo": [(ratio, clip)],
     }
+    edges["bypass_mode"] = edges["vanilla"] if o.bypass == "ppo_clip" else []
+    between = [] if o.rollout is None else [(importance(o.rollout[0]), bounds(o.rollout[1]))]
+    for kind, *ends in criteria(o.rejection) if o.rejection else []:
+        between.append((statistic(kind), tuple(end for end in ends if math.isfinite(end))))
+    if o.bypass:
+        own = [((lambda b, fn=fn: fn(of_current(b))), ends) for fn, ends in between]
+        return settle(batch, "old", *edges[o.loss], *own)
     batch = settle(batch, "old", *edges.get(o.loss, []))
     if o.kl is not None:
         batch = settle(batch, "ref", (lambda b: b.logp - b.ref, (0.0,)))
-    return batch if o.rollout is None else settle(batch, "rollout", (importance(o.rollout[0]), bounds(o.rollout[1])))
+    return settle(batch, "rollout", *between)
