@@ -182,6 +182,17 @@ def gradients(loss: Tensor, batch: Batch, metrics: dict[str, float] | None = Non
     return Result(loss.detach(), dhidden, dweight, metrics or {})
 
 
+def assert_agree(
+    double: Result, single: Result, exact: Result, own: Result, logits: float, rtol: float = 1e-10, where: str = ""
+) -> None:
+    """Ours in fp64 and fp32 against the peer's, of which the first is exact; `logits` is the largest of them."""
+    for name, a, b, c, d in zip(NAMES, double.flat(), exact.flat(), single.flat(), own.flat()):
+        scale = max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
+        ok, line = within_budget(c, d, b, torch.float32, scale=scale * max(1.0, logits))
+        assert ok, f"{name} in fp32{where}: {line}"
+
+
 def assert_same(
     batch: Batch,
     peer: Callable[[Batch], Result],
@@ -201,11 +212,7 @@ def assert_same(
     for packed in (False, True):
         wanted = outputs if packed else ()
         double, single = (ours(batch, spec, t, packed, outputs=wanted, **given) for t in (torch.float64, torch.float32))
-        for name, a, b, c, d in zip(NAMES, double.flat(), exact.flat(), single.flat(), own.flat()):
-            scale = max(1.0, float(b.abs().max()))
-            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
-            ok, line = within_budget(c, d, b, torch.float32, scale=scale * max(1.0, logits))
-            assert ok, f"{name} in fp32, packed={packed}: {line}"
+        assert_agree(double, single, exact, own, logits, rtol, f", packed={packed}")
         for mine, theirs in (metrics or {}).items():
             if packed or mine.startswith("clip_ratio"):
                 a, b = double.metrics[mine], exact.metrics[theirs]
