@@ -107,7 +107,7 @@ def actor_config(o: Options) -> ActorConfig:
         tau_pos=o.tau[0],
         tau_neg=o.tau[1],
         policy_loss=PolicyLossConfig(loss_mode=o.loss, **options),
-        global_batch_info=o.info,
+        global_batch_info=dict(o.info),  # verl writes into it
     )
 
 
