@@ -19,8 +19,10 @@ test: $(VENV)/.dev
 # Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
 test-peers: $(VENV)/.peers $(VERL)/.installed
 	$(BIN)/python -m pytest tests/peers/test_trl.py
+	$(BIN)/python -m pytest tests/peers/test_trl_distill.py
 	$(BIN)/python -m pytest tests/peers/test_fused.py
 	$(VERL)/bin/python -m pytest tests/peers/test_verl.py
+	$(VERL)/bin/python -m pytest tests/peers/test_verl_distill.py
 
 # Trainers pin what they like: a virtual environment of their own, and the list of what ran in docs/adapters.md.
 ADAPTERS := .venv-adapters
@@ -104,7 +106,7 @@ $(VENV)/.peers: $(VENV)/.dev
 $(VERL)/.installed: $(VERL)/.torch $(SOURCES)
 	$(VERL)/bin/pip install --no-deps verl==0.9.1
 	$(VERL)/bin/pip install numpy transformers omegaconf ray==2.60.0 tensordict==0.15.3 codetiming orjson \
-	  pytest pytest-timeout hypothesis
+	  datasets pillow pytest pytest-timeout hypothesis
 	$(VERL)/bin/pip install --no-deps -e .
 	@touch $@
 

@@ -80,6 +80,7 @@ def cases(draw: st.DrawFn, loss: str) -> tuple[Batch, Options]:
         policy_loss={"dro_beta": pick(0.1, 0.7)} if loss == "dro" else {},
         info=info if loss != "geo_mean" else {},
         rollout=rollout,
+        batch_normalize=rollout is not None and not terms and loss != "geo_mean" and pick(False, True),
         kl=("k3", 0.1) if terms else None,
         entropy_coef=0.05 if terms else 0.0,
     )
@@ -178,7 +179,7 @@ def test_rollout_correction_weights(rollout):
         assert metrics["rollout_is_mean"] == pytest.approx(factor)
 
 
-def test_it_fails_where_the_correction_masks_every_token_and_leftis_zero():
+def test_it_fails_where_the_correction_masks_every_token_and_ours_is_zero():
     o, batch = Options("gpg", rollout=("token", "0.8_1.25")), make_batch(38, 2, 4, True)
     batch.rollout[:] = batch.old - 1
     with pytest.raises(ZeroDivisionError):
@@ -188,12 +189,14 @@ def test_it_fails_where_the_correction_masks_every_token_and_leftis_zero():
     assert not mine.hidden.any()
 
 
-def test_batch_normalized_weights_are_a_factor_of_the_denominator():
-    o = Options(rollout=("token", 1.2), batch_normalize=True)
+def test_batch_normalized_weights_are_a_factor_of_the_denominator_and_of_the_other_terms():
+    """Their mean divides the objective: KL and entropy, which it leaves alone, take it into their coefficients."""
+    o = Options(rollout=("token", 1.2), batch_normalize=True, kl=("k3", 0.1), entropy_coef=0.05)
     batch = off_the_edges(make_batch(24, 4, 7, True), o)
     mean = rollout_weights(batch, o)[1]["rollout_is_batch_norm_factor"]
-    denominator = mean * float(batch.mask.sum())
-    assert_same(batch, lambda b: verl(b, o), spec_of(o), RTOL, old=True, rollout=True, normalizer=denominator)
+    assert not 0.99 < mean < 1.01
+    spec = spec_of(o, kl_coef=0.1 * mean, entropy_coef=0.05 * mean)
+    assert_same(batch, lambda b: verl(b, o), spec, RTOL, **given_of(batch, o))
 
 
 @pytest.mark.parametrize("weights", [None, ("token", 1.2), ("sequence", 1.3)])
@@ -244,6 +247,8 @@ def test_targets_of_minus_100_are_its_rollout_rejection(kind):
             rejection=rejection,
             rollout=pick(None, ("token", 1.2), ("token", "0.7_1.4"), *([("sequence", 1.3)] if whole else [])),
         )
+        if o.loss not in ("sapo", "geo_mean") and pick(False, True):
+            o = dataclasses.replace(o, kl=("k3", 0.1), entropy_coef=0.05)
         low = {"gspo": 0.05, "dppo_tv": 2e-3}.get(o.loss, 0.2)
         o = dataclasses.replace(o, low=low, high=low)
         batch = off_the_edges(data.draw(batches()), o)
@@ -322,7 +327,7 @@ def test_bypass_mode(loss_type, rollout):
             mine, given = dataclasses.replace(now, mask=left.mask), given | {"rollout": True}
         if loss_type == "reinforce" and rollout is not None and o.batch_normalize:  # the mean before the rejection
             given["normalizer"] *= corrected(now, o)[2]["rollout_corr/rollout_is_batch_norm_factor"]
-        peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask, old=batch.old.to(b.old.dtype)), o)  # noqa: E731
+        peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask, old=batch.old.to(b.old)), o)  # noqa: E731
         assert_same(mine, peer, spec, RTOL, names, ("ratio",), **given)
 
     check()

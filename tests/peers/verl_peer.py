@@ -205,6 +205,8 @@ def given_of(batch: Batch, o: Options) -> dict:
     if o.loss in ("sapo", "geo_mean"):
         info = {} if o.loss == "geo_mean" else o.info
         said["normalizer"] = normalizer(batch, replace(o, mode="seq-mean-token-mean", info=info))
+    if o.batch_normalize:
+        said["normalizer"] *= rollout_weights(batch, o)[1]["rollout_is_batch_norm_factor"]
     if o.loss == "geo_mean" and o.rollout is not None:
         said |= {"rollout": False, "token_weights": geometric_mean(rollout_weights(batch, o)[0], batch)}
     return said
