@@ -28,6 +28,7 @@ NAMES = ("loss", "d/d hidden", "d/d weight")
 bounded = settings(
     derandomize=True, max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
+brief = settings(bounded, max_examples=12)  # where each of many names has a test of its own
 
 
 @dataclass

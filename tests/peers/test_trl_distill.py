@@ -7,7 +7,7 @@ import torch
 from distill_cases import assert_same_divergence, lessons, make_lesson, ours, theirs
 from hypothesis import given
 from hypothesis import strategies as st
-from peer_cases import bounded, logprobs, masked_mean
+from peer_cases import brief, logprobs, masked_mean
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 from trl.experimental.sdpo import loss_utils as sdpo
@@ -27,7 +27,7 @@ def labels(batch):
 def test_gkd(beta):
     """No factor of temperature² is in either."""
 
-    @bounded
+    @brief
     @given(lessons(), st.sampled_from([0.7, 1.0, 2.0]), st.sampled_from([None, 37.0]))
     def check(lesson, temperature, items):
         def gkd(student, teacher, x):
@@ -47,7 +47,7 @@ def test_gkd(beta):
 def test_chunked_divergence(beta, bias):
     """In fp32, as it is: all the options of two heads, and the student's entropy."""
 
-    @bounded
+    @brief
     @given(st.data())
     def check(data):
         pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
@@ -98,7 +98,7 @@ def test_chunked_divergence(beta, bias):
 def test_self_distillation_over_the_top_k_of_the_student(beta, tail):
     """Of SDPO, with its importance clipping."""
 
-    @bounded
+    @brief
     @given(lessons(), st.integers(1 if tail else 2, 6), st.sampled_from([None, 1.1, 2.0]))
     def check(lesson, k, clip):
         def over_top_k(student, teacher, x):
@@ -118,7 +118,7 @@ def test_self_distillation_over_the_top_k_of_the_student(beta, tail):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_self_distillation_over_the_vocabulary(beta):
-    @bounded
+    @brief
     @given(lessons())
     def check(lesson):
         def full(student, teacher, x):
@@ -130,7 +130,7 @@ def test_self_distillation_over_the_vocabulary(beta):
     check()
 
 
-@bounded
+@brief
 @given(lessons(), st.sampled_from([None, 1.1, 2.0]))
 def test_self_distillation_on_sampled_tokens(lesson, clip):
     def sampled(student, teacher, x):
@@ -152,7 +152,7 @@ def test_forward_kl_over_what_a_server_sends(tail):
         loss_add_tail=tail, _reduce_divergence_loss=ServerDistillationTrainer._reduce_divergence_loss
     )
 
-    @bounded
+    @brief
     @given(lessons(), st.integers(1 if tail else 2, 6))
     def check(lesson, k):
         def served(student, teacher, x):
@@ -171,7 +171,7 @@ def test_forward_kl_over_what_a_server_sends(tail):
 def test_on_policy_distillation_takes_the_top_k_of_the_one_whose_expectation_it_is(beta, tail):
     """IW-OPD: of the teacher at 0, as a `TeacherTopK`; of the student at 1, as `top_k`."""
 
-    @bounded
+    @brief
     @given(lessons(), st.integers(1 if tail else 2, 6), st.sampled_from([1.0, 0.7]))
     def check(lesson, k, temperature):
         def opd(student, teacher, x):

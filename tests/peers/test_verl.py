@@ -12,6 +12,7 @@ from peer_cases import (
     assert_same,
     batches,
     bounded,
+    brief,
     compared,
     gradients,
     logprobs,
@@ -133,7 +134,7 @@ def test_agg_loss_in_all_its_modes(mode, info):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_kl_penalty_by_every_estimator(name):
-    @bounded
+    @brief
     @given(
         batches(), st.sampled_from(["vanilla", "gpg"]), st.sampled_from([0.05, 0.3]), st.sampled_from([*AGGREGATIONS])
     )
@@ -235,7 +236,7 @@ def rejections(draw: st.DrawFn, kind: str, kinds: tuple[str, ...] = tuple(REJECT
 def test_targets_of_minus_100_are_its_rollout_rejection(kind):
     """Its mask changes the sums, the denominators and the sequences' means alike, and so does ours."""
 
-    @bounded
+    @brief
     @given(st.data())
     def check(data):
         pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731

@@ -18,6 +18,7 @@ from peer_cases import (
     assert_same,
     batches,
     bounded,
+    brief,
     gradients,
     logprobs,
     make_batch,
@@ -145,7 +146,7 @@ def test_its_estimators_of_sampled_tokens_are_a_kl_term_towards_the_teacher(name
     config = DistillationLossConfig(loss_mode=name, use_policy_gradient=False, loss_max_clamp=None)
     infos = ({}, {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 12, "loss_scale_factor": 16})
 
-    @bounded
+    @brief
     @given(batches(), st.sampled_from([*AGGREGATIONS]), st.sampled_from(infos))
     def check(batch, mode, info):
         o = Options(mode=mode, info=info, kl=(name, 1.0))
