@@ -423,7 +423,7 @@ def test_it_clamps_log_ratios_at_20_as_leftdoes(loss):
 
 
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
-def test_its_covariance_losses_do_not_clamp_and_leftdo(loss):
+def test_its_covariance_losses_do_not_clamp_and_ours_do(loss):
     o, batch = Options(loss, policy_loss={"clip_cov_lb": 98.0, "clip_cov_ub": 99.0}), make_batch(32, 2, 3, False)
     if loss == "kl_cov":
         o = Options(loss, policy_loss={"ppo_kl_coef": 0.0})
@@ -442,7 +442,7 @@ def test_its_kl_cov_logs_the_mean_size_of_log_ratios_as_ppo_kl():
     assert mine == pytest.approx(float(masked_mean(batch.old - batch.logp, batch.mask)))
 
 
-def test_its_k3_stops_at_10_with_no_gradient_and_leftgoes_on():
+def test_its_k3_stops_at_10_with_no_gradient_and_ours_goes_on():
     o, batch = Options("gpg", kl=("k3", 1.0)), make_batch(34, 1, 3, False)
     batch.advantages[:] = 0.0
     batch.ref[:] = batch.logp.float() + 4.0  # e⁴ − 5 = 49.6

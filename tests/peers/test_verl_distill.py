@@ -106,11 +106,15 @@ def test_its_log_probs_stop_at_minus_10_with_no_gradient_and_ours_go_on():
     assert DistillationLossConfig().log_prob_min_clamp == -10
     lesson = make_lesson(62)
     lesson.batch.hidden *= 20  # most tokens are far below e⁻¹⁰
-    clamped = lambda student, teacher, x: masked_mean(  # noqa: E731
-        forward_kl_topk(student, teacher, V, floor=-10.0)["distillation_losses"], x.mask
-    )
-    mine = distilled(lesson, lesson.head, dk.DistillSpec(0.0), DOUBLE)
-    assert mine.loss > 1.2 * theirs(lesson, clamped, DOUBLE).loss
+
+    def of(floor):
+        each = lambda s, t, x: forward_kl_topk(s, t, V, floor=floor)["distillation_losses"]  # noqa: E731
+        return theirs(lesson, lambda s, t, x: masked_mean(each(s, t, x), x.mask), DOUBLE)
+
+    mine, clamped = distilled(lesson, lesson.head, dk.DistillSpec(0.0), DOUBLE), of(-10.0)
+    assert_close(mine, of(None))
+    assert mine.loss > 1.2 * clamped.loss
+    assert mine.hidden.norm() > 1.2 * clamped.hidden.norm()
 
 
 def distillation_loss(x: Batch, teacher: Tensor, o: Options, config: DistillationLossConfig) -> Tensor:
