@@ -22,6 +22,7 @@ test-peers: $(VENV)/.peers $(VERL)/.installed
 	$(BIN)/python -m pytest tests/peers/test_trl_distill.py
 	$(BIN)/python -m pytest tests/peers/test_fused.py
 	$(VERL)/bin/python -m pytest tests/peers/test_verl.py
+	$(VERL)/bin/python -m pytest tests/peers/test_verl_correction.py
 	$(VERL)/bin/python -m pytest tests/peers/test_verl_distill.py
 
 # Trainers pin what they like: a virtual environment of their own, and the list of what ran in docs/adapters.md.

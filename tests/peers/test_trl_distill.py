@@ -64,12 +64,13 @@ def test_chunked_divergence(beta, bias):
             x.mask,
             beta,
             items,
-            *biases,
-            own["logit_scale"],
-            its["logit_scale"],
-            own["softcap"],
-            its["softcap"],
-            temperature,
+            student_lm_head_bias=biases[0],
+            teacher_lm_head_bias=biases[1],
+            student_logit_scale=own["logit_scale"],
+            teacher_logit_scale=its["logit_scale"],
+            student_final_logit_softcapping=own["softcap"],
+            teacher_final_logit_softcapping=its["softcap"],
+            temperature=temperature,
         )
         out = dk.distill_loss(
             x.hidden,
@@ -183,8 +184,7 @@ def test_on_policy_distillation_takes_the_top_k_of_the_one_whose_expectation_it_
             head = lesson.head(dtype, temperature=temperature)
             if beta:
                 return head
-            made = dk.topk_logprobs(head.hidden, head.weight, k, temperature=temperature)
-            return made
+            return dk.topk_logprobs(head.hidden, head.weight, k, temperature=temperature)
 
         spec = dk.DistillSpec(beta, top_k=k, tail=tail)
         assert_same_divergence(lesson, opd, teacher, spec, temperature=temperature)

@@ -52,10 +52,10 @@ def forward_kl_topk(
 ) -> dict:
     """What verl makes of the student's logits [B, L, V] and the k likeliest tokens of the teacher; it computes in fp32."""
     found = teacher.log_softmax(-1).topk(k, -1)
-    sent = [torch.nested.as_nested_tensor(list(x), layout=torch.jagged) for x in (found.values, found.indices)]
+    values, ids = (torch.nested.as_nested_tensor(list(x), layout=torch.jagged) for x in (found.values, found.indices))
     options = SimpleNamespace(use_chunked_topk=chunked, chunked_topk_chunk_size=3, log_prob_min_clamp=floor)
     config = SimpleNamespace(distillation_loss=options)
-    made = compute_forward_kl_topk(student.reshape(1, -1, V), *sent, config, "thd")
+    made = compute_forward_kl_topk(student.reshape(1, -1, V), values, ids, config, "thd")
     return {name: value.reshape(student.shape[:2]) for name, value in made.items()}
 
 

@@ -304,6 +304,7 @@ def off_the_edges(batch: Batch, o: Options) -> Batch:
         "cispo": [(ratio, clip)],
     }
     edges["bypass_mode"] = edges["vanilla"] if o.bypass == "ppo_clip" else []
+    between: list[tuple[Callable[[Batch], Tensor], tuple[float, ...]]]
     between = [] if o.rollout is None else [(importance(o.rollout[0]), bounds(o.rollout[1]))]
     for kind, *ends in criteria(o.rejection) if o.rejection else []:
         between.append((statistic(kind), tuple(end for end in ends if math.isfinite(end))))
