@@ -151,16 +151,19 @@ def test_targets_of_minus_100_are_its_rollout_rejection(kind):
     check()
 
 
-def test_its_product_over_a_sequence_is_over_tokens_that_it_rejects_too():
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_its_product_over_a_sequence_is_over_tokens_that_it_rejects_too(mode):
     """With targets of -100 ours leaves them out; ours says it by weights of 0 and the denominator."""
-    o = Options(rejection=("token_k1", "0.8_1.3"), rollout=("sequence", 3.0))
+    o = Options(mode=mode, rejection=("token_k1", "0.8_1.3"), rollout=("sequence", 3.0))
     batch = off_the_edges(make_batch(39, 4, 8, True), o)
     left = accepted(batch, o)
     assert 0 < left.mask.sum() < batch.mask.sum()
     peer = lambda b: verl(dataclasses.replace(b, mask=batch.mask), o)  # noqa: E731
-    assert_differs(left, peer, spec_of(o), old=True, rollout=True)
-    weights, tokens = left.mask.double(), float(left.mask.sum())
-    assert_same(batch, peer, spec_of(o), RTOL, old=True, rollout=True, token_weights=weights, normalizer=tokens)
+    assert_differs(left, peer, spec_of(o), **given_of(left, o))
+    weights = left.mask.double()
+    if mode == "seq-mean-token-mean":  # ours divides by all of a sequence's tokens
+        weights = weights * batch.mask.sum(-1, keepdim=True) / left.mask.sum(-1, keepdim=True).clamp(min=1)
+    assert_same(batch, peer, spec_of(o), RTOL, **given_of(left, o), token_weights=weights)
 
 
 @st.composite
