@@ -105,7 +105,8 @@ def linear_logprob(
     """log p(target) of every unmasked position, differentiable under any loss on top.
 
     Without gradients it costs one GEMM. Backward recomputes logits for rows whose incoming gradient is not 0; where only
-    `hidden` needs a gradient (a frozen head) the forward keeps ∂logp/∂hidden instead, and backward is a product.
+    `hidden` needs a gradient (a frozen head) the forward keeps ∂logp/∂hidden instead, and backward is a product. With `rows`
+    or `return_entropy` there is no such single derivative a row: backward recomputes logits there too.
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
     flat = flatten(hidden, weight, targets, bias, temperature, rows, active, lora)

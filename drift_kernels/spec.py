@@ -42,6 +42,8 @@ _GSPO = {"clip_low": 3e-4, "clip_high": 4e-4}  # a mean of log-ratios moves far 
 # Published names. Each is the general loss with other numbers.
 PRESETS: dict[str, dict[str, Any]] = {
     "ppo": {},
+    "dual_clip": {"dual_clip": 3.0},
+    "two_sided": {"delta": 4.0},
     "grpo": {"aggregation": "sequence_mean_token_mean"},
     "bnpo": {"aggregation": "token_mean"},
     "dapo": {"clip_high": 0.28, "aggregation": "token_mean"},

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from counting import Blocks, room_for
 
 import drift_kernels as dk
 from drift_kernels.testing import gradients, make_case, within_budget
@@ -66,6 +67,29 @@ def test_a_frozen_weight_under_lora_gets_no_gradient_and_costs_none():
     loss = dk.weighted_cross_entropy(h, w, CASE.targets, lora=head).loss
     saved = loss.grad_fn.saved_tensors
     assert max(t.numel() for t in saved) < w.numel(), "a gradient of the frozen weight's size was made"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # torch's products and ours
+def test_a_lora_head_makes_nothing_of_the_weights_size(dtype, monkeypatch):
+    """Neither W + scale·B·A, nor its gradient where W is frozen, of student and teacher."""
+    h, w, b = (t.detach() for t in CASE.leaves(dtype))
+    A, B = low_rank(dtype)
+    teacher = dk.TeacherHead(h, w, lora=dk.LoRAHead(A.detach(), B.detach(), 0.3))
+    config = room_for(2, h, w)
+
+    def everything(h, lora):
+        distilled = dk.distill_loss(h, w, teacher, lora=lora, config=config).loss
+        both = {"distill_weights": None, "policy_weights": None}
+        hybrid = dk.self_distill_loss(h, w, CASE.targets, teacher, CASE.advantages, lora=lora, config=config, **both)
+        return losses(h, w, b, config, lora=lora) + distilled + hybrid.loss
+
+    hidden, trained = h.clone().requires_grad_(), w.clone().requires_grad_()
+    with Blocks(monkeypatch, w.numel(), w, trained) as blocks:
+        everything(hidden, dk.LoRAHead(A, B, 0.7)).backward()
+        assert A.grad.abs().sum() > 0
+        assert not blocks.found
+        dk.weighted_cross_entropy(h, trained, CASE.targets, lora=teacher.lora, config=config)
+        assert blocks.found  # the gradient of one that is trained
 
 
 def test_gradcheck_through_a_lora_head():

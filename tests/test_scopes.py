@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from counting import watch_products
 
 import drift_kernels as dk
 from drift_kernels import products
@@ -13,22 +14,7 @@ GSPO = dk.PolicySpec.preset("gspo", clip_low=0.05, clip_high=0.05)
 
 @pytest.fixture
 def rows_through(monkeypatch):
-    """Rows that each of the three products saw, since the last `clear()`."""
-    seen = {"logits": 0, "dhidden": 0, "dweight": 0}
-
-    def watch(name, owner, method):
-        original = getattr(owner, method)
-
-        def counted(self, first, *rest, **options):
-            seen[name] += first.shape[0]
-            return original(self, first, *rest, **options)
-
-        monkeypatch.setattr(owner, method, counted)
-
-    watch("logits", products.Widened, "logits")
-    watch("dhidden", products.Widened, "dhidden")
-    watch("dweight", products.WeightGradient, "add")
-    return seen
+    return watch_products(monkeypatch)
 
 
 def workspace(rows):

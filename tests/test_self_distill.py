@@ -24,7 +24,9 @@ from self_distill_case import (
     TEACHER_WEIGHT,
     TEACHERS,
     TURNS,
+    D,
     T,
+    V,
     hybrid,
     same,
 )
@@ -77,6 +79,50 @@ def test_is_both_losses_apart(policy, teacher, backend):
     torch.testing.assert_close(out.metrics, policy.metrics | distilled.metrics)
     fewer = together(*leaves, full=True).metrics
     torch.testing.assert_close(fewer, {name: out.metrics[name] for name in fewer})
+
+
+def low_rank(width, seed):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=g, dtype=torch.float64) * 0.4 for shape in ((3, width), (V, 3))]
+
+
+@pytest.mark.parametrize("teacher", ["mixed", "top_k", "stored", "mixed, explored", "top_k, explored"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "near"),
+    [
+        ("cpu", torch.float64, 1e-9),
+        ("reference", torch.float64, 1e-9),
+        ("cpu", torch.float32, 2e-5),
+        ("cpu", torch.bfloat16, 0.05),
+    ],
+)
+def test_low_rank_heads_are_the_merged_ones(teacher, backend, dtype, near):
+    """Of student and teacher, the student's weight trained and frozen, against merged weights in double."""
+    known, distill = TEACHERS[teacher.split(",")[0]]
+    its, options = low_rank(5, 1), {"distill": distill, "old_logprobs": OLD}
+    if "explored" in teacher:
+        options |= {"exploration": dk.ExplorationSpec(entropy_warmup=True), "turn_ids": TURNS, "cu_seqlens": CU}
+        options |= {"rebellious_weights": REBELLIOUS, "mean_difference": 0.3, "mean_entropy": 3.0}
+
+    def run(dtype, fused, frozen=False):
+        h, w, b = CASE.leaves(dtype)
+        A, B, a, c, seen, head = (t.to(dtype) for t in (*low_rank(D, 2), *its, SEEN, TEACHER_WEIGHT))
+        leaves = (h, A.requires_grad_(), B.requires_grad_(), *(() if frozen else (w, b)))
+        lora = dk.LoRAHead(A, B, 0.7) if fused else None
+        weight = w.detach() if frozen else w
+        weight = weight if fused else weight + 0.7 * B @ A
+        taught = known
+        if isinstance(known, dk.TeacherHead):
+            merged = dk.TeacherHead(seen, head + 0.3 * c @ a, temperature=1.2)
+            taught = dk.TeacherHead(seen, head, lora=dk.LoRAHead(a, c, 0.3), temperature=1.2) if fused else merged
+        config = dk.KernelConfig(backend=backend if fused else "reference", workspace_bytes=MANY.workspace_bytes)
+        loss = hybrid(h, weight, b, taught, lora=lora, config=config, **options)
+        return [t.detach().double() for t in (loss, *torch.autograd.grad(loss, leaves))]
+
+    exact = run(torch.float64, fused=False)
+    for frozen in (False, True):
+        for actual, e in zip(run(dtype, True, frozen), exact):
+            assert (actual - e).abs().max() < near * e.abs().max()
 
 
 def test_rows_are_computed_where_something_reads_them(monkeypatch):
