@@ -376,7 +376,9 @@ def given_tokens(
 ) -> Tokens:
     """What the caller gave per token, flat, checked, and in the compute dtype."""
     if advantages.shape != flat.shape:
-        if advantages.shape != (count,):
+        if advantages.dim() == 1 and torch.compiler.is_compiling():  # a graph may know the count only as it runs
+            torch._check(advantages.shape[0] == count, lambda: "advantages must be one a token, or one a segment")
+        elif advantages.shape != (count,):
             raise ValueError(
                 f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment"
             )

@@ -1,4 +1,4 @@
-"""Distillation's autograd contract: gradcheck, what is computed for whom, opcheck, one graph."""
+"""Distillation's autograd contract: gradcheck, what is computed for whom, one graph."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from distill_small import (
     CASE,
     MODES,
     OLD,
-    TEACHER_BIAS,
     TEACHER_HIDDEN,
     TEACHER_WEIGHT,
     WEIGHTS,
@@ -18,9 +17,7 @@ from distill_small import (
 )
 
 import drift_kernels as dk
-from drift_kernels import distill_driver, driver
-from drift_kernels.formulas import Tokens
-from drift_kernels.spec import Call, DistillCall
+from drift_kernels import driver
 from drift_kernels.testing import make_case
 
 
@@ -92,40 +89,6 @@ def test_weight_gradients_added_in_place():
     leaves[1].grad = torch.ones_like(leaves[1])
     dk.distill_loss(*leaves[:2], stored(), config=dk.KernelConfig(accumulate_into_grad=1.0)).loss.backward()
     torch.testing.assert_close(leaves[1].grad, grad + 1)
-
-
-def op_arguments(mode):
-    """Of the registered op, in single precision."""
-    caught, original = [], distill_driver.fused
-    teacher, spec = MODES[mode]
-    h, w, b = CASE.leaves(torch.float32)
-
-    def spy(x, teacher, lessons, call, normalizer):
-        caught.append((x, teacher, lessons, call, normalizer))
-        return original(x, teacher, lessons, call, normalizer)
-
-    distill_driver.fused = spy
-    try:
-        if isinstance(teacher, dk.TeacherHead):
-            teacher = dk.TeacherHead(TEACHER_HIDDEN.float(), TEACHER_WEIGHT.float(), TEACHER_BIAS.float())
-        spec = dk.DistillSpec(spec.alpha, spec.top_k, spec.tail, 2.0)
-        dk.distill_loss(h, w, teacher, WEIGHTS, targets=CASE.targets, old_logprobs=OLD, spec=spec, bias=b)
-    finally:
-        distill_driver.fused = original
-    ((x, known, lessons, call, normalizer),) = caught
-    head = (h.detach(), w.detach(), b.detach(), None, None, x.targets, None, None, None)
-    return (*head, *x.tokens.flat(), *known.flat(), *lessons.flat(), normalizer, call.encode()), call
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_opcheck(mode):
-    arguments, call = op_arguments(mode)
-    assert call.call.needs[:3] == (True, True, True)
-    torch.library.opcheck(torch.ops.drift_kernels.distill, arguments)
-    assert DistillCall.decode(call.encode()) == call
-    head = (CASE.hidden.float(), CASE.weight.float(), None, None, None, CASE.targets * 0, None, None, None)
-    torch.library.opcheck(torch.ops.drift_kernels.top_k, (*head, 5, Call().encode()))
-    assert Tokens(*arguments[9:17]).old is not None
 
 
 @pytest.mark.slow

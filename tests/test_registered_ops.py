@@ -1,0 +1,196 @@
+"""`torch.library.opcheck` on every registered op, with the arguments that the public ops give it, and all in one graph."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import drift_kernels as dk
+from drift_kernels.spec import Call, DistillCall, HeadOptions
+from drift_kernels.testing import make_case
+
+T, N, D, V = 20, 28, 5, 23
+CASE = make_case(T, D, V, seed=1)
+RANDOM = torch.Generator().manual_seed(0)
+SEEN, HEAD = (torch.randn(n, 4, generator=RANDOM) for n in (T, V))
+OLD, CU = torch.full((T,), -3.0), torch.tensor([0, 3, 14, 20])  # the second sequence is longer than a chunk of `FEW`
+FEW = dk.KernelConfig(workspace_bytes=4 * 40 * 6)
+SOME = {"active": torch.arange(0, T, 2), "temperature": torch.linspace(0.5, 2, T)}
+SHARED = {
+    "rows": torch.sort(torch.randint(0, T, (N,), generator=RANDOM)).values,
+    "active": torch.arange(0, N, 3),
+    "temperature": SOME["temperature"],
+}
+ENTRIES = {
+    "targets": torch.randint(0, V, (N,), generator=RANDOM),
+    "old_logprobs": torch.full((N,), -3.0),
+    "segment_ids": torch.arange(N) // 8,
+}
+
+
+def lora(width, scale=0.5):
+    return dk.LoRAHead(torch.randn(2, width, generator=RANDOM), torch.randn(V, 2, generator=RANDOM), scale)
+
+
+def policy(h, w, b, preset="ppo", targets=CASE.targets, old_logprobs=OLD, **options):
+    spec = dk.PolicySpec.preset(preset, kl_coef=0.1, entropy_coef=0.1, z_loss_coef=0.1)
+    advantages = torch.ones(targets.shape)
+    data = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "token_weights": advantages, "config": FEW}
+    outputs = ("logprobs", "ratio", "kl")
+    return dk.policy_loss(h, w, targets, advantages, bias=b, spec=spec, outputs=outputs, **data, **options).loss
+
+
+def scores(h, w, b, targets=CASE.targets, **options):
+    out = dk.linear_logprob(h, w, targets, bias=b, config=FEW, outputs=("lse", "is_top1"), **options)
+    return out.logprobs.sum() + (0 if out.entropy is None else out.entropy.sum())
+
+
+def distilled(h, w, b, teacher=None, **options):
+    teacher = teacher or dk.TeacherHead(SEEN, HEAD)
+    options = {"targets": CASE.targets, "bias": b, "config": FEW, "outputs": ("entropy", "divergence"), **options}
+    return dk.distill_loss(h, w, teacher, CASE.token_weights, **options).loss
+
+
+def hybrid(h, w, b, teacher=None, **options):
+    teacher = teacher or dk.TeacherHead(SEEN, HEAD)
+    data = {"distill_weights": CASE.token_weights, "policy_weights": None, "old_logprobs": OLD, "bias": b}
+    return dk.self_distill_loss(h, w, CASE.targets, teacher, CASE.advantages, config=FEW, **data, **options).loss
+
+
+EXPLORED = {
+    "exploration": dk.ExplorationSpec(entropy_warmup=True),
+    "turn_ids": torch.arange(T) // 4,
+    "rebellious_weights": torch.ones(T),
+    "mean_difference": 0.2,
+    "mean_entropy": 3.0,
+    "has_teacher": torch.arange(T) < 15,
+    "outputs": ("rhythm", "gate", "teacher_entropy"),
+}
+LOW_RANK_TEACHER = dk.TeacherHead(SEEN, HEAD, torch.randn(V, generator=RANDOM), lora(4), SOME["temperature"])
+KEPT = dk.topk_logprobs(SEEN, HEAD, 4)
+SAMPLED = {"teacher": dk.TeacherLogprobs(OLD), "spec": dk.DistillSpec(1.0)}
+CASES = {
+    "cross entropy": lambda h, w, b: dk.weighted_cross_entropy(h, w, CASE.targets, lora=lora(D), **SOME).loss,
+    "policy": lambda h, w, b: policy(h, w, b, lora=lora(D)),
+    "policy, some": lambda h, w, b: policy(h, w, None, **SOME),
+    "policy, shared": lambda h, w, b: policy(h, w, b, **SHARED, **ENTRIES),
+    "gspo": lambda h, w, b: policy(h, w, b, "gspo", cu_seqlens=CU),
+    "gspo, shared": lambda h, w, b: policy(h, w, b, "gspo", lora=lora(D), **SHARED, **ENTRIES),
+    "vespo, some": lambda h, w, b: policy(h, w, b, "vespo", cu_seqlens=CU, rollout_logprobs=OLD - 0.1, **SOME),
+    "kl_cov": lambda h, w, b: policy(h, w, b, "kl_cov"),
+    "clip_cov, shared": lambda h, w, b: policy(h, w, b, "clip_cov", **SHARED, **ENTRIES),
+    "frozen": lambda h, w, b: policy(h, w.detach(), None, lora=lora(D)),
+    "scores": lambda h, w, b: scores(h, w, b, return_entropy=True, lora=lora(D), **SOME),
+    "scores, shared": lambda h, w, b: scores(h, w, b, targets=ENTRIES["targets"], **SHARED),
+    "scores, frozen": lambda h, w, b: scores(h, w.detach(), b.detach(), **SOME),
+    "distilled": lambda h, w, b: distilled(h, w, b, lora=lora(D), teacher=LOW_RANK_TEACHER, **SOME),
+    "distilled, top k": lambda h, w, b: distilled(h, w, b, spec=dk.DistillSpec(0.3, 4, False)),
+    "distilled, kept": lambda h, w, b: distilled(h, w, b, teacher=KEPT, **SOME),
+    "distilled, sampled": lambda h, w, b: distilled(h, w, b, **SAMPLED),
+    "hybrid": lambda h, w, b: hybrid(h, w, b, distill=dk.DistillSpec(0.3, importance_clip=2.0)),
+    "hybrid, explored": lambda h, w, b: hybrid(h, w, b, **EXPLORED),
+    "hybrid, everything": lambda h, w, b: hybrid(
+        h, w, b, LOW_RANK_TEACHER, lora=lora(D), distill=dk.DistillSpec(0.3, 4), **EXPLORED, **SOME
+    ),
+    "hybrid, kept": lambda h, w, b: hybrid(h, w, None, KEPT, ref_logprobs=OLD, policy=dk.PolicySpec(kl_coef=0.1)),
+    "top k": lambda h, w, b: dk.topk_logprobs(h, w, 4, bias=b, config=FEW, **SOME).logprobs,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Calls of registered ops, (op, arguments)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "drift_kernels":
+            arguments = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            self.calls.append((func, arguments))
+        return func(*args, **(kwargs or {}))
+
+
+def record(case):
+    with Recorder() as recorder:
+        out = CASES[case](*CASE.leaves(torch.float32))
+        if out.requires_grad:
+            out.backward()
+    return recorder.calls
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case):
+    calls = record(case)
+    assert calls
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
+
+
+def test_every_registered_op_is_among_them():
+    checked = {op.name() for case in ("policy", "scores", "hybrid", "top k") for op, _ in record(case)}
+    assert checked == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("drift_kernels::")}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own tracer
+def test_shared_rows_two_passes_and_a_kept_teacher_compile_as_one_graph():
+    leaves = [t.double().requires_grad_() for t in (CASE.hidden, CASE.weight, CASE.bias)]
+
+    def step(h, w, b, rows, targets, advantages, cu):
+        shared = {"rows": rows, "active": SHARED["active"], "temperature": SHARED["temperature"], "config": FEW}
+        old, segments = torch.full(targets.shape, -3.0), torch.arange(targets.numel()) // 8
+        data = {"old_logprobs": old, "segment_ids": segments, "bias": b}
+        ppo = dk.policy_loss(h, w, targets, advantages, spec=dk.PolicySpec(entropy_coef=0.1), **data, **shared)
+        twice = dk.policy_loss(h, w, targets, advantages[:4], spec=dk.PolicySpec.preset("gspo"), **data, **shared)
+        scores = dk.linear_logprob(h, w, targets, return_entropy=True, **shared)
+        long = dk.policy_loss(
+            h, w, CASE.targets, CASE.advantages, cu_seqlens=cu, spec=dk.PolicySpec.preset("gmpo"), config=FEW
+        )
+        kept = dk.topk_logprobs(h.detach() * 2, w.detach(), 4, config=FEW)
+        taught = dk.distill_loss(h, w, kept, kept.logprobs[:, 0].exp(), targets=kept.ids[:, 0], bias=b)
+        loss = ppo.loss + twice.loss + long.loss + taught.loss + scores.logprobs.square().sum() + scores.entropy.sum()
+        return loss, kept.ids, kept.logprobs.exp().sum(-1) + kept.rest.exp()
+
+    results = []
+    data = (SHARED["rows"], ENTRIES["targets"], torch.linspace(-1, 1, N).double(), CU)
+    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):  # without code for each part
+        loss, *kept = fn(*leaves, *data)
+        results.append((loss, *kept, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[1][2], torch.ones(T).double())
+
+
+def test_what_a_call_is_travels_as_text():
+    """Every field of every part, in a value that is not its default."""
+    spec = dk.PolicySpec(
+        "dro",
+        "token",
+        clip_low=None,
+        clip_high=0.3,
+        sapo_temperatures=(2.0, 3.0),
+        kl_coef=0.1,
+        kl_estimator="k1+",
+        entropy_coef=0.2,
+        z_loss_coef=0.3,
+        aggregation="token_sum",
+        correction_bounds=(0.5, 3.0),
+        kl_unbiased=True,
+        off_policy_threshold=0.4,
+        dro_beta=0.5,
+        vespo_weights=(1.0, 2.0, 4.0, 5.0),
+        cov_share=0.1,
+        cov_bounds=(2.0, 3.0),
+        cov_kl_coef=0.6,
+    )
+    other = dk.PolicySpec(ratio="sequence", dual_clip=3.0, delta=4.0, correction="token_mask")
+    head, config = HeadOptions(0.5, 3.0, 2.0, -1), dk.KernelConfig("cpu", 99, True, 0.25)
+    call = Call(spec, head, config, ("lse",), True, True, True, True, True, 2.0, 0.25)
+    explored = dk.ExplorationSpec(3.0, False, False, 0.1, 2.0, 0.3, 2.0, 3.0, True)
+    taught = DistillCall(call, dk.DistillSpec(0.3, 4, False, 2.0), head, 2.0, explored, True, True)
+    for kind, told in ((Call, call), (DistillCall, taught), (Call, Call(other))):
+        assert kind.decode(told.encode()) == told
+    for parts in ((spec, other), (head,), (config,), (call,), (explored,), (taught.distill,), (taught,)):
+        for field in fields(parts[0]):
+            assert any(getattr(part, field.name) != field.default for part in parts), field.name
