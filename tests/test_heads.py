@@ -260,3 +260,39 @@ def test_accumulate_into_grad_checks_its_contract():
         loss(transposed)
     with torch.no_grad():
         loss(w)  # nothing to accumulate, nothing to refuse
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own tracer reads it
+def test_accumulate_into_grad_is_refused_where_others_wait_for_the_gradient(monkeypatch):
+    h, w, _ = CASE.leaves(torch.float32)
+    config = dk.KernelConfig(accumulate_into_grad=1.0)
+
+    def refused(weight, words, loss=dk.weighted_cross_entropy):
+        before = weight.grad
+        with pytest.raises(RuntimeError, match=words):
+            loss(h, weight, CASE.targets, config=config)
+        assert weight.grad is before
+
+    hooked = w.detach().clone().requires_grad_()
+    handle = hooked.register_hook(lambda grad: None)
+    refused(hooked, "hooks on weight")
+    handle.remove()
+    dk.weighted_cross_entropy(h, hooked, CASE.targets, config=config).loss.backward()
+
+    other = w.detach().clone().requires_grad_()
+    other.grad_dtype = None  # any
+    other.grad = torch.zeros(61, 9, dtype=torch.bfloat16)
+    refused(other, r"weight\.grad is torch\.bfloat16")
+
+    def loss(*args, **options):
+        return dk.weighted_cross_entropy(*args, **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    refused(w, "a compiled graph may move or repeat it", compiled)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    refused(w, "several processes run")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    dk.weighted_cross_entropy(h, w, CASE.targets, config=config).loss.backward()
+    torch.testing.assert_close(w.grad, hooked.grad)
