@@ -46,10 +46,13 @@ def leaves(dtype=torch.float64, frozen=False):
     return h, w.requires_grad_(not frozen)
 
 
-def policy_loss(h, w, spec, config):
+def policy_loss(h, w, spec, config, **options):
     data = {"old_logprobs": OLD, "ref_logprobs": OLD, "rollout_logprobs": OLD + CASE.noise, "token_weights": WEIGHTS}
     data |= {"cu_seqlens": CU, "config": config, "generator": torch.Generator().manual_seed(0)}
-    return dk.policy_loss(h, w, CASE.targets, ADVANTAGES, spec=spec, **data).loss
+    return dk.policy_loss(h, w, CASE.targets, ADVANTAGES, spec=spec, **data, **options).loss
+
+
+LORA = dk.LoRAHead(torch.ones(2, D).double().requires_grad_(), torch.ones(V, 2).double().requires_grad_(), 0.1)
 
 
 def live_rows(loss, h, w, *args, **options):
@@ -97,6 +100,14 @@ def test_policy_losses(name, frozen, dtype, seen):
     assert seen == costs(read, 0, frozen), "backward makes no product, nor does evaluation for a gradient"
 
 
+@pytest.mark.parametrize("name", ["ppo", "gspo", "kl_cov"])
+def test_a_lora_head_costs_what_its_frozen_weight_does(name, seen):
+    h, w = leaves(frozen=True)
+    policy_loss(h, w, SPECS[name], room_for(T, h, w), lora=LORA).backward()
+    assert LORA.B.grad is not None
+    assert seen == costs(read_rows(SPECS[name]), live_rows(policy_loss, h, w, SPECS[name], lora=LORA), frozen=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["weighted_cross_entropy", *FUNCTIONS])
@@ -127,7 +138,6 @@ def test_linear_logprob_makes_logits_again_for_rows_with_a_gradient(seen):
 
 
 ACTIVE = {"active": torch.arange(0, T, 2), "temperature": torch.linspace(0.5, 2, T)}
-LORA = dk.LoRAHead(torch.ones(2, D).double().requires_grad_(), torch.ones(V, 2).double())
 
 
 @pytest.mark.parametrize(
