@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from counting import Blocks, room_for
+from torch.utils.checkpoint import checkpoint
 
 import drift_kernels as dk
 from drift_kernels.testing import gradients, make_case, within_budget
