@@ -206,9 +206,14 @@ def segment_ids(
             raise ValueError(
                 f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
             )
-        if not torch.compiler.is_compiling() and given.numel() and int(given.min()) < 0:
-            raise ValueError(f"segment_ids holds {int(given.min())}; sequences are numbered from 0")
-        return given.reshape(-1), int(given.max()) + 1 if given.numel() else 0
+        if not given.numel():
+            return given.reshape(-1), 0
+        if torch.compiler.is_compiling():
+            return given.reshape(-1), int(given.max()) + 1
+        low, high = torch.stack(given.aminmax()).tolist()  # one wait for a GPU
+        if low < 0:
+            raise ValueError(f"segment_ids holds {low}; sequences are numbered from 0")
+        return given.reshape(-1), high + 1
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
