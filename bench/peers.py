@@ -105,21 +105,21 @@ def _liger_grpo(rows: int | None) -> Callable[[], Loss]:
     def load() -> Loss:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-        return lambda p: loss(LigerFusedLinearGRPOLoss, p)
+        def loss(p: Problem) -> Tensor:
+            assert p.old is not None
+            shape = (p.case.segments, p.case.length)
+            chunk: dict[str, Any] = {} if rows is None else {"chunk_size": max(1, rows // p.case.length)}
+            fused = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo", **chunk)
+            return fused(
+                p.hidden.view(*shape, -1),
+                p.weight,
+                p.filled.view(shape),
+                (p.targets != IGNORED).view(shape).float(),
+                p.advantages,
+                old_per_token_logps=p.old.view(shape),
+            )[0]
 
-    def loss(fused_loss: Any, p: Problem) -> Tensor:
-        assert p.old is not None
-        shape = (p.case.segments, p.case.length)
-        chunk = {} if rows is None else {"chunk_size": max(1, rows // p.case.length)}
-        fused = fused_loss(beta=0.0, compiled=False, use_ref_model=False, loss_type="bnpo", **chunk)
-        return fused(
-            p.hidden.view(*shape, -1),
-            p.weight,
-            p.filled.view(shape),
-            (p.targets != IGNORED).view(shape).float(),
-            p.advantages,
-            old_per_token_logps=p.old.view(shape),
-        )[0]
+        return loss
 
     return load
 

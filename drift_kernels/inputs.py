@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from drift_kernels.driver import compute_dtype
 from drift_kernels.products import LoRAHead
 from drift_kernels.rows import unmasked
-from drift_kernels.spec import Call
+from drift_kernels.spec import Call, PolicySpec
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,6 +75,12 @@ def check_no_tangent(name: str, value: Tensor) -> None:
     """Raises ValueError where forward-mode autograd would lose what it carries with `value`."""
     if forward_ad.unpack_dual(value).tangent is not None:
         raise ValueError(f"{name} has a tangent, and it would get no further; detach it")
+
+
+def check_off_policy(spec: PolicySpec, old: Tensor | None, rollout: Tensor | None) -> None:
+    """Raises ValueError where nothing says how far the sampler was, and the mask would keep everything."""
+    if spec.off_policy_threshold is not None and old is None and rollout is None:
+        raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
 
 
 def flatten(

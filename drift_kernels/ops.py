@@ -27,6 +27,7 @@ from drift_kernels.inputs import (
     check_cu_seqlens,
     check_data,
     check_no_tangent,
+    check_off_policy,
     check_outputs,
     check_tensor,
     flatten,
@@ -404,8 +405,7 @@ def folded_tokens(
         raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
     if spec.correction and (given.old is None or given.rollout is None):
         raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
-    if spec.off_policy_threshold is not None and given.old is None and given.rollout is None:
-        raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
+    check_off_policy(spec, given.old, given.rollout)
     lengths = None if segments is None else _lengths(mask, segments, count)
     whole = Tokens(segments=segments, lengths=None if lengths is None else lengths.clamp(min=1))
     tokens, factor = replace(given, rollout=None), None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import formulas
+from drift_kernels.inputs import check_off_policy
 from drift_kernels.inputs import segment_ids as segments_of
 from drift_kernels.spec import PolicySpec
 
@@ -58,8 +59,7 @@ def policy_token_loss(
     for name, needed in needs.items():
         if needed and given[name] is None:
             raise ValueError(f"kl_coef={spec.kl_coef} and correction={spec.correction!r} need {name}")
-    if spec.off_policy_threshold is not None and old_logprobs is None and rollout_logprobs is None:
-        raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
+    check_off_policy(spec, old_logprobs, rollout_logprobs)
     segments, count = segments_of(logprobs.shape, cu_seqlens, segment_ids, logprobs.device)
     whole = spec.scope == "sequence" or (spec.correction or "").startswith("sequence")
     if whole and segments is None:
