@@ -27,9 +27,9 @@ from typing import Any
 from rich.console import Console
 
 from drift.config import Config, dump, load
-from drift.intervals import mean_stderr, paired_difference
+from drift.jobs.run import rollout_path
 from drift.report import plots
-from drift.run import rollout_path
+from drift.report.intervals import mean_stderr, paired_difference
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: written by python -m bench.study -->", "<!-- /methods -->"

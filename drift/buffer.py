@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from drift.online_config import BufferConfig
+from drift.config.online import BufferConfig
 
 __all__ = ["BufferConfig", "Entry", "SuccessBuffer", "strip_thinking"]
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from drift.config import Config, ConfigError, load
-from drift.intervals import Difference, mean_stderr, paired_difference
-from drift.records import Records, read
+from drift.report.intervals import Difference, mean_stderr, paired_difference
+from drift.report.records import Records, read
 
 FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 EPILOG = """\
@@ -135,7 +135,7 @@ def _version() -> str:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     folder = run_dir(config)
-    from drift import run  # torch and transformers load here, not for --help
+    from drift.jobs import run  # torch and transformers load here, not for --help
 
     before = _written(folder / "summary.json")
     run.run(config)
@@ -154,7 +154,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from drift import study
+    from drift.jobs import study
 
     if len(config.seeds) < 2:
         raise ConfigError(f"seeds: a study needs at least two and has {config.seeds}; say seeds=[0,1,2,3,4,5,6,7,8,9]")
@@ -168,7 +168,7 @@ def _study(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from drift import stages
+    from drift.jobs import stages
 
     new = stages.sample(config, options.out, model=options.model, seed=options.seed)
     Console(soft_wrap=True).print(f"{new} new trajectories in {options.out}", markup=False, highlight=False)
@@ -179,7 +179,7 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if not options.rollouts.is_file():
         raise ConfigError(f"--rollouts {str(options.rollouts)!r} is not a file; `drift rollout` makes one")
-    from drift import stages
+    from drift.jobs import stages
 
     done = stages.fit(config, options.rollouts, options.out, model=options.model, seed=options.seed)
     text = f"{done.steps} steps on {done.trained_tokens:,} trained of {done.tokens:,} tokens; the model is in {options.out}"
@@ -189,7 +189,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from drift import stages
+    from drift.jobs import stages
 
     done = stages.score(config, model=options.model)
     text = f"multi@{len(done.by_turn)} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
@@ -214,7 +214,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from drift import doctor
+    from drift.jobs import doctor
 
     doctor.show()
     return 0

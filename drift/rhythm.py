@@ -153,7 +153,7 @@ class StepMean:
     def advance(self, reduce: Callable[..., list[float]] | None = None) -> None:
         """Ends a step. A step without tokens, or whose sum is not finite, leaves `value` as it was.
 
-        reduce: (sum, count) → the same summed over ranks, such as `drift.distributed.sum_values`; every rank calls it.
+        reduce: (sum, count) → the same summed over ranks, such as `drift.training.distributed.sum_values`; every rank calls it.
         """
         total, count = [0.0, 0.0] if self._sums is None else self._sums.tolist()
         if reduce is not None:

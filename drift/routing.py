@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from drift.online_config import RouterConfig
+from drift.config.online import RouterConfig
 
 __all__ = ["DifficultyRouter", "RouterConfig", "Routes", "gates"]
 

@@ -217,7 +217,7 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
     """Refuses rows that another policy sampled: their weights would be those of the wrong reference (A1).
 
     Returns how many rows do not say who sampled them (published files do not), for the caller to report. Raises
-    StoreError with the first offending row; `drift.offpolicy` is the way to use such rows.
+    StoreError with the first offending row; `drift.training.offpolicy` is the way to use such rows.
     """
     unknown = 0
     for row in rows:
@@ -227,7 +227,7 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
             raise StoreError(
                 f"prompt_id {row['prompt_id']!r}, traj_idx {row.get('traj_idx')} was sampled by policy "
                 f"{row['policy_hash']!r}, not by the reference {policy_hash!r}; sample again from the reference, or "
-                "have `drift train` correct the weights by weights.off_policy=correct (drift.offpolicy)"
+                "have `drift train` correct the weights by weights.off_policy=correct (drift.training.offpolicy)"
             )
     return unknown
 

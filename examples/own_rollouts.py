@@ -9,10 +9,11 @@ a config; here each step is a call, to be changed at will.
 import sys
 from pathlib import Path
 
-from drift import chat, packing, returns, store
+from drift import packing, returns, store
 from drift.config import ModelConfig, TrainConfig, WeightsConfig
-from drift.policy import load_policy
-from drift.trainer import train
+from drift.model import chat
+from drift.model.policy import load_policy
+from drift.training.trainer import train
 
 
 def made_up(path: Path, prompts: int = 8) -> Path:

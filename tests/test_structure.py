@@ -23,19 +23,15 @@ KERNELS = [
 ]
 KERNELS += ["distill_driver", "inputs", "teachers", "scored", "autograd", "distill_autograd", "ops", "distill_ops"]
 KERNELS += ["testing", "conversation", "adapters"]
-TRAINER = [  # lowest first; rooms of one level never import each other
-    {"algorithms", "section"},
-    {"types", "online_config", "mathverify", "intervals", "tools"},
-    {"config"},
-    {"tasks", "store", "returns", "packing", "attention", "track", "tiny", "optimizer", "distributed"}
-    | {"routing", "rhythm", "buffer", "curriculum", "teacher", "watch"},
-    {"policy", "checkpoint", "meter", "records", "environments", "token_values"},
-    {"engines", "chat", "trainer", "report"},
-    {"rollout", "reprompt", "reference", "ahead"},
-    {"branches", "offpolicy"},
-    {"evaluate", "warm_start", "online"},
-    {"run", "doctor", "stages"},
-    {"study"},
+TRAINER = [  # lowest first; wings of one level never import each other
+    {"config", "types", "track"},
+    {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},
+    {"model"},
+    {"engines", "training"},
+    {"rollouts"},
+    {"online"},
+    {"report"},
+    {"jobs"},
     {"cli"},
 ]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # the server's process imports this package without its dependencies (vllm_worker)
     from drift.config import EngineConfig
-    from drift.policy import Policy
+    from drift.model.policy import Policy
 
 
 class EngineError(RuntimeError):

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from drift.engines import Sample, check_prompts
 from drift.engines.memory import Memory
-from drift.policy import Policy
+from drift.model.policy import Policy
 
 REMEMBERED = 1 << 30  # bytes of keys and values at most
 

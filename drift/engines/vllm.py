@@ -28,7 +28,7 @@ from drift.config import EngineConfig
 from drift.engines import EngineError, Sample, check_prompts
 from drift.engines.client import Client, Passing, Refused, Unreachable
 from drift.engines.vllm_api import Answer, State, read_answer, read_state, server_command
-from drift.policy import Policy
+from drift.model.policy import Policy
 
 __all__ = ["VLLMEngine", "server_command"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from drift.records import Records
 from drift.report.online_files import Seed
+from drift.report.records import Records
 from drift.report.text import esc
 
 LONGEST = 300  # tokens of one response that are shown

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from drift.records import Records
+from drift.online.watch import SIGNS
 from drift.report import plots
 from drift.report.online_files import BANDS, Points, Seed, by_difficulty
 from drift.report.plots import BASE, DRIFT, MUTED, OTHER, SUCCESS, UNIFORM
+from drift.report.records import Records
 from drift.report.text import count_of, esc, figures, percent, table
-from drift.watch import SIGNS
 
 SMOOTH = 5  # steps
 PHASES = ("warm-up", "transition")

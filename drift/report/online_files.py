@@ -1,6 +1,6 @@
 """What an online run left for its report, seed by seed: its curves by name, stored responses, and who solved what when.
 
-Files are read tolerantly, as `drift.records` does: what is absent or broken is noted in `Records.missing`.
+Files are read tolerantly, as `drift.report.records` does: what is absent or broken is noted in `Records.missing`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from drift import store
-from drift.records import Records
-from drift.token_values import VALUES
+from drift.online.examples import VALUES
+from drift.report.records import Records
 
 Points = list[tuple[int, float]]
 BANDS = ("easy", "medium", "hard")
@@ -35,7 +35,7 @@ class Seed:
 
     name: str  # such as seed-0/drift, which is also its folder
     curves: dict[str, Points]  # name below that in the log, such as router/teacher, to (step, value)
-    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.token_values`, by step and place
+    examples: list[dict[str, Any]] = field(default_factory=list)  # rows of `drift.online.examples`, by step and place
     asked: list[Asked] = field(default_factory=list)
     last: list[dict[str, Any]] = field(default_factory=list)  # rollout rows of the last stored step
 

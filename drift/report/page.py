@@ -11,10 +11,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from drift.intervals import mean_stderr, paired_difference
-from drift.records import ARMS, Records, read
 from drift.report import heat, online, online_files, plots, results, sampling, trajectories
+from drift.report.intervals import mean_stderr, paired_difference
 from drift.report.online_files import Seed
+from drift.report.records import ARMS, Records, read
 from drift.report.style import CSS
 from drift.report.text import count_of, duration, esc, figures, percent, points
 

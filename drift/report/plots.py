@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from drift.records import Results, Sampled, ordered
+from drift.report.records import Results, Sampled, ordered
 
 _STAND_INS = {
     "#010101": "var(--ink)",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 
-from drift.intervals import Difference, mean_stderr, paired_difference
-from drift.records import Records, Results
 from drift.report import plots
+from drift.report.intervals import Difference, mean_stderr, paired_difference
+from drift.report.records import Records, Results
 from drift.report.text import count_of, esc, figures, percent, points, table
 
 _CSS_COLOURS = {"base": "base", "uniform": "uniform", "success_only": "success", "drift": "drift"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from drift.records import Records
+from drift.online.watch import pass_at, repeat_rate
 from drift.report import plots
+from drift.report.records import Records
 from drift.report.text import count_of, figures, percent, tile, tiles
-from drift.watch import pass_at, repeat_rate
 
 
 def section(records: Records) -> str:

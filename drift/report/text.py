@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from drift.intervals import Difference
+from drift.report.intervals import Difference
 
 THIN = "\N{NARROW NO-BREAK SPACE}"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from drift.records import Records, Sampled
 from drift.report.online_files import Seed
+from drift.report.records import Records, Sampled
 from drift.report.text import esc
 
 LONGEST = 4000  # characters of one message that are shown

@@ -1,4 +1,4 @@
-"""Inputs of the GPU tests: tests/test_losses.py's losses on a GPU, in any dtype, with a workspace of a few rows."""
+"""Inputs of the GPU tests: tests/kernels/test_losses.py's losses on a GPU, in any dtype, with a workspace of a few rows."""
 
 import math
 

@@ -19,11 +19,11 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = Path(os.environ.get("VLLM", ROOT / ".venv-vllm")).absolute()
 PATIENCE = 240.0  # seconds for a server to start
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from drift.config import ModelConfig  # noqa: E402
 from drift.engines.vllm import server_command  # noqa: E402
-from drift.policy import load_policy  # noqa: E402
+from drift.model.policy import load_policy  # noqa: E402
 
 MODEL = ModelConfig(hidden_size=128)
 

@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from test_server import CONFIG, PARITY, settings
 
 import drift.engines.vllm
-from drift import cli, distributed, online, store
-from drift.branches import Branches
+from drift import cli, store
 from drift.config import dump, parse
 from drift.engines.vllm import RPC, VLLMEngine, server_command
-from drift.policy import load_policy
+from drift.model.policy import load_policy
+from drift.online import loop as online
+from drift.online.branches import Branches
 from drift.tasks import load_task
+from drift.training import distributed
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, PROMPTS, N = 3, 6, CONFIG["rollout"]["n"]
@@ -226,7 +228,7 @@ def test_two_ranks(folder, warmed, server):
         str(out),
     ]
     command += ["run", file, "engine.kind=vllm", f"engine.url={server.url}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     run = folder / "ranks"

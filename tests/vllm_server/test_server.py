@@ -13,10 +13,10 @@ from drift.config import EngineConfig, LoRAConfig, parse
 from drift.engines import EngineError
 from drift.engines.hf import HFEngine
 from drift.engines.vllm import COMPLETIONS, RPC, VLLMEngine
+from drift.jobs.warm_start import warm_start
+from drift.model.policy import load_policy
 from drift.online import train_online
-from drift.policy import load_policy
 from drift.tasks import load_task
-from drift.warm_start import warm_start
 
 pytestmark = pytest.mark.timeout(900)  # minutes are for a machine with other work
 STEPS, CRASH = 10, 5

@@ -1,0 +1,37 @@
+"""The typed settings of a run; `load` reads them from YAML."""
+
+from drift.config.load import dump, load, parse
+from drift.config.online import OnlineConfig
+from drift.config.schema import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    EvalConfig,
+    LoRAConfig,
+    ModelConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrackConfig,
+    TrainConfig,
+    WarmStartConfig,
+    WeightsConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "EngineConfig",
+    "EvalConfig",
+    "LoRAConfig",
+    "ModelConfig",
+    "OnlineConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "WarmStartConfig",
+    "WeightsConfig",
+    "dump",
+    "load",
+    "parse",
+]

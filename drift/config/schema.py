@@ -1,0 +1,257 @@
+"""The typed settings of a run, section by section.
+
+Every section is a frozen pydantic model that refuses unknown keys, and types are strict: a number in quotes is not a
+number. `drift.config.load` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from drift.config.online import OnlineConfig
+from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
+
+SERVER, FOLDER = r"^https?://[^/]+/?$", r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+PATTERNS = {  # what text that does not fit one should do
+    SERVER: "read http://HOST:PORT",
+    FOLDER: "be letters, digits, '_', '-' and '.', since it names a folder",
+}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or out of range; one line a complaint."""
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters, by peft."""
+
+    rank: Positive
+    alpha: Rate
+    dropout: BelowOne = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelConfig(Section):
+    """Which model, and how it runs."""
+
+    path: str | None = None  # a local folder or a hub name; null is the embedded tiny model
+    hidden_size: Positive = 96  # of the tiny model, as are layers and heads
+    layers: Positive = 2
+    heads: Positive = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoRAConfig | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.path is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of heads {self.heads}")
+        return self
+
+
+class TaskConfig(Section):
+    """Where problems and their verifier come from."""
+
+    kind: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    name: str = "chain_sum"  # of the reasoning-gym generator
+    options: dict[str, Any] = {}  # the generator's own
+    path: str | None = None  # of the JSONL file
+    answer_tag: str = "answer"
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0  # what torch takes
+    warm_problems: Count = 2000
+    train_problems: Positive = 192
+    eval_problems: Positive = 1000
+
+    @model_validator(mode="after")
+    def _path_fits_kind(self) -> TaskConfig:
+        if self.kind == "jsonl" and self.path is None:
+            raise ValueError("path should name the JSONL file, since kind is jsonl")
+        if self.kind != "jsonl" and self.path is not None:
+            raise ValueError(f"path is {self.path!r}, which only kind jsonl reads; set kind=jsonl, or leave path out")
+        return self
+
+
+class WarmStartConfig(Section):
+    """Supervised training of the tiny model up to a target, not for a number of steps."""
+
+    enabled: bool = True  # false where model.path names a model, which is taken as it is
+    target_low: Share = 0.30  # share of problems solved within rollout.turns sampled turns
+    target_high: Share = 0.50
+    max_steps: Positive = 2000
+    check_every: Positive = 25
+    check_problems: Positive = 200
+    batch_size: Positive = 64
+    lr: LearningRate = 2e-3
+    wrong_share: BelowOne = 0.35  # share of the demonstrated answers that are wrong, so that retrying is learnt
+    taught_share: BelowOne = 0.0  # share of dialogues that begin with a correct solution, so that reading one is learnt
+    tool_share: BelowOne = 0.0  # share of dialogues that let rollout.tool work out the problem's expression
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> WarmStartConfig:
+        if self.target_low >= self.target_high:
+            raise ValueError(f"target_low {self.target_low} should be below target_high {self.target_high}")
+        return self
+
+
+class EngineConfig(Section):
+    """What samples: the policy in process, or a vLLM server (docs/engines.md)."""
+
+    kind: Literal["hf", "vllm"] = "hf"
+    url: Annotated[str, Field(pattern=SERVER)] = "http://127.0.0.1:8000"  # of the server
+    concurrency: Positive = 64  # requests in flight
+    timeout: Rate = 600.0  # seconds for the answer to one request
+    retries: Count = 5  # of a request that was put off, cut off, or not answered in time
+    wait: Rate = 600.0  # seconds for a server that was reached before and is not now, such as while it restarts
+    folder: str | None = None  # for weights on their way, seen by both sides; null is the system's temporary one
+    tolerance: Rate | None = None  # nats between server and policy after a handover; null is 1e-3, or 0.1 in bfloat16
+
+
+class RolloutConfig(Section):
+    """How trajectories are sampled (A1)."""
+
+    n: Positive = 16  # trajectories a prompt
+    turns: Positive = 5
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 512
+    feedback: Literal["simple", "full"] = "simple"
+    history: Literal["keep", "template"] = "keep"
+    batch_size: Positive = 512
+    format_penalty: Annotated[float, Field(le=0)] = -0.1  # a turn whose answer cannot be parsed
+    tool: Literal["calculator"] | None = None  # that the model may call between its answers
+    tool_calls: Positive = 8  # in one trajectory
+
+
+class WeightsConfig(Section):
+    """Returns and importance weights (A2, A3)."""
+
+    beta: Rate = 0.1
+    gamma: Share = 0.9
+    repetition: Weight = 0.5
+    skip_unsolved_groups: bool = False
+    min_weight: Weight = 0.0
+    off_policy: Literal["refuse", "correct"] = "refuse"  # rows that another policy sampled, by `drift train` (A1)
+    off_policy_clip: Rate = 5.0  # nats, of a trajectory's log π_ref − log μ
+
+
+EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
+
+
+class TrainConfig(Section):
+    """Weighted supervised training (A4, A5)."""
+
+    lr: LearningRate = 5e-6
+    warmup_ratio: Share = 0.1
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Weight = 0.1
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
+    grad_clip: Rate = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    batch_size: Positive = 128  # trajectories an optimizer step, over all ranks
+    max_tokens: Annotated[int, Field(ge=2)] = 8192  # a pack, which is a micro-batch
+    max_length: Annotated[int, Field(ge=2)] = 8704  # a trajectory: its oldest prompt turns are cut to fit
+    turns: Literal["last", "assistant"] = "last"
+    normalize: Literal["samples", "weights"] = "samples"
+    token_reduction: Literal["mean", "sum"] = "mean"
+    preset: Literal["exact"] | None = None  # exact: the maximum-likelihood fit, sets the three above
+    rounds: Positive = 1
+    save_every: Count = 0  # optimizer steps; 0 saves at the end alone
+    workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_preset(cls, data: Any) -> Any:
+        named = isinstance(data, dict) and data.get("preset") == "exact"
+        return preset(data, "preset exact", EXACT) if named else data
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a trajectory at most: what does not fit into a pack is cut to fit."""
+        return min(self.max_length, self.max_tokens)
+
+
+class EvalConfig(Section):
+    """Greedy multi-turn evaluation (A6)."""
+
+    turns: Positive = 5
+    samples: Count = 0  # one-turn samples a problem at temperature 1, for mean@n and pass@n; 0 draws none
+    max_new_tokens: Positive = 1024
+    batch_size: Positive = 512
+
+
+class TrackConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    progress: bool = True
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=FOLDER)]  # of the run's folder in output_dir
+    output_dir: str = "runs"
+    seeds: Annotated[list[Count], Field(min_length=1)] = [0]
+    arms: Annotated[list[Literal["uniform", "success_only", "drift"]], Field(min_length=1)] = [
+        "uniform",
+        "success_only",
+        "drift",
+    ]  # of the offline method
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weights: WeightsConfig = WeightsConfig()
+    train: TrainConfig = TrainConfig()
+    online: OnlineConfig | None = None  # where it is there, the online method runs in place of the offline one
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @property
+    def trained(self) -> list[str]:
+        """What is trained from the base, by name: the arms, or the online algorithm."""
+        return [self.online.algorithm] if self.online else list(self.arms)
+
+    @model_validator(mode="after")
+    def _tool_to_show(self) -> Config:
+        if self.warm_start.tool_share and self.rollout.tool is None:
+            raise ValueError(
+                f"warm_start.tool_share {self.warm_start.tool_share} shows a tool, and rollout.tool names none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _server_cuts_nothing(self) -> Config:
+        if self.engine.kind == "vllm" and self.rollout.top_p != 1:
+            raise ValueError(
+                f"rollout.top_p {self.rollout.top_p} with engine.kind 'vllm': a server's log-probs are those after the cut, and "
+                "training needs those before it; set rollout.top_p=1.0, or engine.kind=hf"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_start_is_for_the_tiny_model(cls, data: Any) -> Any:
+        model, warm_start = (
+            (data.get(key, {}) for key in ("model", "warm_start")) if isinstance(data, dict) else ((), ())
+        )
+        if not isinstance(model, dict) or not isinstance(warm_start, dict) or model.get("path") is None:
+            return data
+        if warm_start.get("enabled") is True:
+            raise ValueError(
+                f"warm_start.enabled is true and model.path {model['path']!r}, but only the embedded tiny model is warm-"
+                "started; leave one of them out"
+            )
+        return {**data, "warm_start": {"enabled": False, **warm_start}}
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Config:
+        for key, values in (("seeds", self.seeds), ("arms", self.arms)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} {values} should not name one twice")
+        return self

@@ -1,0 +1,100 @@
+"""multi@k (A6): the share of problems solved within k turns, greedy, with the feedback loop that rollouts use.
+
+With `eval.samples` also mean@n and pass@n: of n one-turn samples a problem at temperature 1, the share that is right, and
+the share of problems with at least one right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from drift.config import EvalConfig
+from drift.engines import Engine
+from drift.model.policy import Policy
+from drift.rollouts.rollout import Episode, play
+from drift.tasks import Task
+from drift.track import Track
+from drift.types import Problem
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one policy did on a set of problems."""
+
+    multi_at_k: float  # share solved within all k turns
+    single: float  # share solved in the first turn
+    by_turn: list[float]  # [k], share solved within 1, 2, … k turns
+    solved_at: list[int]  # [problems], the turn of the right answer, 0 for never
+    examples: list[dict[str, Any]]  # a few conversations to read: prompt_id, messages, t_star
+    samples: int = 0  # one-turn samples a problem
+    right: list[int] = field(default_factory=list)  # [problems], how many of them; empty without samples
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict; shares under their published names, such as multi_at_5, mean_at_16 and pass_at_16."""
+        values = asdict(self)
+        named = {f"multi_at_{len(self.by_turn)}": values.pop("multi_at_k")}
+        if n := self.samples:
+            named[f"mean_at_{n}"] = sum(self.right) / (n * len(self.right))
+            named[f"pass_at_{n}"] = sum(count > 0 for count in self.right) / len(self.right)
+        return {**named, **values}
+
+
+@dataclass(frozen=True)
+class _How:
+    """`rollout.Settings` of an evaluation."""
+
+    turns: int
+    max_new_tokens: int
+    feedback: Literal["simple", "full"]
+    history: Literal["keep", "template"]
+    tool: str | None
+    tool_calls: int
+    temperature: float
+    top_p: float = 1.0
+
+
+def evaluate(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    feedback: Literal["simple", "full"] = "simple",
+    *,
+    history: Literal["keep", "template"] = "keep",
+    tool: str | None = None,
+    tool_calls: int = 0,
+    track: Track | None = None,
+) -> Evaluation:
+    """Plays each problem once, greedily, for up to `config.turns` turns, and samples `config.samples` one-turn answers.
+
+    Raises ValueError for no problems.
+    """
+    if not problems:
+        raise ValueError("problems is empty; an evaluation needs at least one")
+    track = track or Track(None, progress=False)
+
+    def played(name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float) -> list[Episode]:
+        how = _How(turns, config.max_new_tokens, feedback, history, tool, tool_calls, temperature)
+        episodes = []
+        with track.progress(name, len(jobs)) as bar:
+            for first in range(0, len(jobs), config.batch_size):
+                chunk = jobs[first : first + config.batch_size]
+                episodes += play(policy, engine, task, chunk, how, seed=[0, first], bar=bar)
+        return episodes
+
+    episodes = played("evaluate", [(problem, 0) for problem in problems], config.turns, 0.0)
+    right: list[int] = []
+    if n := config.samples:
+        sampled = played("sample", [(problem, index) for problem in problems for index in range(n)], 1, 1.0)
+        right = [sum(e.solved_at > 0 for e in sampled[first : first + n]) for first in range(0, len(sampled), n)]
+    solved_at = [episode.solved_at for episode in episodes]
+    by_turn = [sum(0 < at <= turn for at in solved_at) / len(solved_at) for turn in range(1, config.turns + 1)]
+    examples = [
+        {"prompt_id": e.problem.id, "messages": e.messages, "t_star": e.solved_at or None} for e in episodes[:EXAMPLES]
+    ]
+    return Evaluation(by_turn[-1], by_turn[0], by_turn, solved_at, examples, config.samples, right)

@@ -1,0 +1,117 @@
+"""One stage of the job by itself, for `drift rollout`, `drift train` and `drift eval`: what `drift.jobs.run` strings together.
+
+Each takes a config, and files in place of what the stage before would have left. The model is the one that is named,
+else `model.path`, else the base of the config's own run; an embedded tiny model that nobody trained is refused, unless
+`warm_start.enabled` is off and its random weights are therefore meant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from drift import store
+from drift.config import Config, ConfigError
+from drift.engines import open_engine
+from drift.jobs.evaluate import Evaluation, evaluate
+from drift.model import chat
+from drift.model.policy import Policy, load_policy
+from drift.returns import weigh_for_training
+from drift.rollouts.rollout import collect
+from drift.tasks import Split, Task, load_task, with_rules
+from drift.track import Track
+from drift.training import distributed
+from drift.training.offpolicy import log_ratios
+from drift.training.trainer import TrainStats, train
+from drift.types import Problem
+
+
+def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0) -> int:
+    """Appends `rollout.n` trajectories of every training problem to `out`; returns how many were new."""
+    policy, task = _policy(config, model), load_task(config.task)
+    try:
+        with (
+            Track(None, progress=config.track.progress) as track,
+            open_engine(config.engine, policy, config.rollout.batch_size) as engine,
+        ):
+            return collect(policy, engine, task, _asked(config, task, "train"), config.rollout, out, [seed], track)
+    finally:
+        task.close()
+
+
+def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, seed: int = 0) -> TrainStats:
+    """Trains on a rollout file with importance weights, and saves the model in `out`, metrics.jsonl beside it.
+
+    Raises StoreError for a bad row, and for one that another policy sampled, unless `weights.off_policy` is correct.
+    """
+    with distributed.launched() as rank, Track(out if rank == 0 else None, config.track.sinks) as track:
+        policy = _policy(config, model)
+        rows = store.read(rollouts)
+        ratios, corrected = None, {}
+        if config.weights.off_policy == "correct":
+            ratios, corrected = log_ratios(policy, rows, config.weights.off_policy_clip)
+        else:
+            store.check_policy(rows, policy.hash())
+        if unknown := sum("policy_hash" not in row for row in rows):
+            track.say(f"{unknown} of {len(rows)} rows do not say which policy sampled them; taken to be this one")
+        weights, stats = weigh_for_training(rows, config.weights, ratios)
+        stats |= corrected
+        track.log(0, **{f"weights/{key}": value for key, value in stats.items()})
+        trajectories = [
+            trajectory
+            for index, (row, weight) in enumerate(zip(rows, weights))
+            if weight is not None
+            for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
+        ]
+        done = train(
+            policy,
+            trajectories,
+            config.train,
+            seed=seed,
+            track=track,
+            checkpoint_dir=out / "checkpoints",
+            min_weight=config.weights.min_weight,
+        )
+        if rank == 0:
+            policy.save(out)
+        return done
+
+
+def score(config: Config, *, model: str | None = None) -> Evaluation:
+    """multi@k and single-turn accuracy on the evaluation problems."""
+    policy, task = _policy(config, model), load_task(config.task)
+    try:
+        with (
+            Track(None, progress=config.track.progress) as track,
+            open_engine(config.engine, policy, config.eval.batch_size) as engine,
+        ):
+            how, asked = config.rollout, _asked(config, task, "eval")
+            options: dict[str, Any] = {"history": how.history, "tool": how.tool, "tool_calls": how.tool_calls}
+            return evaluate(policy, engine, task, asked, config.eval, how.feedback, track=track, **options)
+    finally:
+        task.close()
+
+
+def _policy(config: Config, model: str | None) -> Policy:
+    base = Path(config.output_dir) / config.name / "base"
+    path = model or config.model.path
+    if path is None and config.warm_start.enabled:
+        if not (base / "warm_start.json").exists():
+            raise ConfigError(
+                f"the embedded model is not trained yet: {base} is not there. `drift run` makes it; or name a model, "
+                "by --model or model.path=…; or take random weights by warm_start.enabled=false"
+            )
+        path = str(base)
+    transformers_logging.disable_progress_bar()
+    settings = config.model.model_copy(update={"path": path})
+    return load_policy(settings, device=distributed.device(), seed=config.task.seed)
+
+
+def _asked(config: Config, task: Task, split: Split) -> list[Problem]:
+    """Problems as `drift run` puts them: a model of one's own is told the answer format, the embedded one knows it."""
+    problems = task.problems(split)
+    if config.model.path is None:
+        return problems
+    return with_rules(problems, task.answer_tag)

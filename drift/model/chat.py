@@ -1,0 +1,256 @@
+"""Conversations as token ids. What was sampled is never tokenised again: a later prompt is the ids so far plus what the
+chat template puts between one assistant turn and the next.
+
+The text that a template adds after an assistant turn is found by rendering the conversation with a marker in place of
+that turn: whatever the template does with earlier turns (some drop old thinking) does not touch ids already sampled.
+
+Turns are begun and ended by the template and by the model alone: where a prompt, feedback or a tool's result spells a
+special token, such as <|im_end|>, it is given to the model as the letters that it is made of. So it is in all messages of
+a row without token ids: what it spells cannot be told from what was sampled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+from jinja2 import TemplateError
+
+from drift.model.policy import Policy
+from drift.types import Trajectory, Turn
+
+Messages = list[dict[str, Any]]
+_MARK = "\u2402turn\u2403"
+
+
+def text(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """`messages` through the chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def encode(tokenizer: Any, rendered: str) -> list[int]:
+    """Ids of text that already holds its special tokens."""
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    """`messages` as ids, with the opening of an assistant turn (and a template's prefill) at the end if wanted."""
+    quoted, mark = _quoted(tokenizer, messages)
+    return _encode_quoted(tokenizer, text(tokenizer, quoted, add_generation_prompt), mark)
+
+
+def _quoted(tokenizer: Any, messages: Messages, *, assistant: bool = False) -> tuple[Messages, str]:
+    """The messages with a mark on either side of each special token that others than the assistant spell, and the mark.
+
+    `assistant`: those that the assistant spells too.
+    """
+    mark = _absent(messages)
+    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
+    special = re.compile("|".join(map(re.escape, reversed(names))) or "(?!)")
+    quoted = [
+        {**m, "content": special.sub(lambda found: f"{mark}{found[0]}{mark}", m["content"])}
+        if (assistant or m["role"] != "assistant") and isinstance(m["content"], str)
+        else m
+        for m in messages
+    ]
+    return quoted, mark
+
+
+def _encode_quoted(tokenizer: Any, rendered: str, mark: str) -> list[int]:
+    """Ids of what was rendered from `_quoted` messages."""
+    return [
+        i for _, piece, spelled in _pieces(rendered, mark) for i in _encoding(tokenizer, piece, spelled)["input_ids"]
+    ]
+
+
+def _pieces(rendered: str, mark: str) -> Iterator[tuple[int, str, bool]]:
+    """Where each piece between marks begins, the piece, and whether it spells a special token."""
+    start = 0
+    for place, piece in enumerate(rendered.split(mark)):
+        if piece:
+            yield start, piece, place % 2 == 1
+        start += len(piece) + len(mark)
+
+
+def _encoding(tokenizer: Any, piece: str, spelled: bool, **options: Any) -> Any:
+    return tokenizer(piece, add_special_tokens=False, split_special_tokens=spelled, **options)
+
+
+def _absent(messages: Messages) -> str:
+    """Text that no message holds, so that it can mark a place."""
+    marks = (f"\u2402{number}\u2403" for number in count())
+    return next(mark for mark in marks if not any(mark in str(m["content"]) for m in messages))
+
+
+def decode(policy: Policy, ids: Sequence[int]) -> str:
+    """A sampled turn as text, without the token that ends it."""
+    ids = list(ids)
+    if ids and ids[-1] in policy.eos_ids:
+        ids.pop()
+    return policy.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def after_turn(tokenizer: Any, messages: Messages) -> str:
+    """The text from the end of the last assistant message to the opening of the next one.
+
+    `messages` ends with what followed that turn (user or tool messages). Raises ValueError for a template that changes
+    or repeats an assistant message's place.
+    """
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    if last < 0 or last == len(messages) - 1:
+        raise ValueError("messages: expected an assistant message and then at least one other")
+    mark = _absent(messages)
+    marked = [{**m, "content": mark} if i == last else m for i, m in enumerate(messages)]
+    parts = text(tokenizer, marked, add_generation_prompt=True).split(mark)
+    if len(parts) != 2:
+        raise ValueError(
+            f"the chat template shows the last assistant message {len(parts) - 1} times; history=template would do"
+        )
+    return parts[1]
+
+
+def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
+    """The next prompt: `ids` as sampled, then what the template adds up to the next assistant turn."""
+    quoted, mark = _quoted(policy.tokenizer, messages)
+    added = _encode_quoted(policy.tokenizer, after_turn(policy.tokenizer, quoted), mark)
+    if ids and added and ids[-1] in policy.eos_ids and added[0] in policy.eos_ids:
+        added = added[1:]  # the model has ended its turn itself
+    return [*ids, *added]
+
+
+class Prompts:
+    """The prompts of many conversations; what several share, siblings their problem and feedback, is rendered once."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self._made = policy, dict[str, list[int]]()
+
+    def render(self, messages: Messages) -> list[int]:
+        """`render` with the opening of an assistant turn."""
+        key = repr(messages)
+        if key not in self._made:
+            self._made[key] = render(self.policy.tokenizer, messages, True)
+        return list(self._made[key])
+
+    def extend(self, ids: list[int], messages: Messages) -> list[int]:
+        """`extend`. What the template adds does not depend on what the last assistant message says."""
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        key = repr([ids[-1], *messages[:last], {**messages[last], "content": None}, *messages[last + 1 :]])
+        if key not in self._made:
+            self._made[key] = extend(self.policy, ids[-1:], messages)[1:]
+        return [*ids, *self._made[key]]
+
+
+def check_role(tokenizer: Any, role: str) -> None:
+    """Raises ValueError where the chat template refuses messages of this role, or leaves them out."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    try:
+        shown = text(tokenizer, [*messages, {"role": role, "content": _MARK}], add_generation_prompt=True)
+        why = None if _MARK in shown else "leaves it out"
+    except TemplateError as error:
+        why = f"says {str(error)!r}"
+    if why is not None:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot show a message of role {role!r}: it {why}; take a "
+            "model whose template does, or set tokenizer.chat_template to one"
+        )
+
+
+def preserves_prefix(tokenizer: Any, messages: Messages) -> bool:
+    """Whether the template renders every earlier turn of `messages` as it was when it was the last one.
+
+    False for templates that drop thinking once a user speaks again; then the template's own history and the sampled one
+    differ, and `history: keep` trains the sampled one.
+    """
+    whole = text(tokenizer, messages)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return all(whole.startswith(text(tokenizer, messages[:i], True) + messages[i]["content"]) for i in turns)
+
+
+def to_trajectories(
+    policy: Policy, row: dict[str, Any], *, index: int, weight: float = 1.0, turns: str = "last"
+) -> list[Trajectory]:
+    """One rollout row as what is trained: its own token ids where it has them, else its messages, rendered in one go.
+
+    A row whose turns are separate samples (history: template) gives one trajectory a turn with turns="assistant", all of
+    the row's weight. Raises ValueError, naming the row, where an assistant message cannot be found in the rendering, and for
+    ids that the model does not have.
+    """
+    if row.get("token_ids") is None:
+        return [_from_messages(policy, row, index, weight, turns)]
+    samples = [*(row.get("earlier_turns") or [] if turns == "assistant" else []), row]
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    for sample in samples:
+        if max(sample["token_ids"]) >= size:
+            raise ValueError(
+                f"row {row['prompt_id']!r}: token_ids holds {max(sample['token_ids'])}, and the model has {size} tokens; another "
+                "tokenizer made the row: take that model, or leave token_ids out to have the messages tokenised"
+            )
+    return [_from_ids(row["prompt_id"], sample, index, weight) for sample in samples]
+
+
+def _from_ids(problem_id: str, sample: dict[str, Any], index: int, weight: float) -> Trajectory:
+    mask, spans = sample["loss_mask"], []
+    for start in sample.get("turn_starts") or _rises(mask):
+        stop = start
+        while stop < len(mask) and mask[stop]:
+            stop += 1
+        spans.append(Turn(start, stop))
+    return Trajectory(problem_id, sample["token_ids"], spans, weight, index, logprobs=sample.get("logprobs"))
+
+
+def _rises(mask: Sequence[int]) -> list[int]:
+    return [i for i, on in enumerate(mask) if on and (i == 0 or not mask[i - 1])]
+
+
+def _from_messages(policy: Policy, row: dict[str, Any], index: int, weight: float, turns: str) -> Trajectory:
+    messages, mark = _quoted(policy.tokenizer, row["messages"], assistant=True)
+    whole = text(policy.tokenizer, messages)
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for begin, piece, spelled in _pieces(whole, mark):
+        encoded = _encoding(policy.tokenizer, piece, spelled, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        offsets += [(begin + a, begin + b) for a, b in encoded["offset_mapping"]]
+    spans = []
+    for place, stop in _places(policy.tokenizer, row["prompt_id"], messages, whole, every=turns == "assistant"):
+        first = next((k for k, (_, end) in enumerate(offsets) if end > place), len(ids))
+        last = next((k for k, (start, _) in enumerate(offsets) if start >= stop), len(ids))
+        if last < len(ids) and ids[last] in policy.eos_ids:
+            last += 1
+        if first < last:
+            spans.append(Turn(first, last))
+    return Trajectory(row["prompt_id"], ids, spans, weight, index)
+
+
+def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bool) -> list[tuple[int, int]]:
+    """Where in `whole`, their rendering, the assistant messages stand, as character spans in order.
+
+    The template's own words around them come from a rendering with marks in their place, and are matched from the end.
+    The last message has to be there as it is (or stripped); earlier ones only with `every`, since some templates drop
+    earlier thinking.
+    """
+    assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    marked = [{**m, "content": f"{_MARK}{i}{_MARK}"} if i in assistants else m for i, m in enumerate(messages)]
+    shown = text(tokenizer, marked)
+    around = []  # the template's words after each assistant message
+    for i in reversed(assistants):
+        shown, found, after = shown.rpartition(f"{_MARK}{i}{_MARK}")
+        if not found:
+            raise ValueError(
+                f"row {name!r}: the chat template does not show assistant message {len(assistants) - len(around)}"
+            )
+        around.append(after)
+    places, end = [], len(whole)
+    for number, (i, after) in enumerate(zip(reversed(assistants), around)):
+        stop, content = end - len(after), messages[i]["content"]
+        content = content if whole[:stop].endswith(content) else content.strip()
+        if whole[stop:end] != after or not whole[:stop].endswith(content):
+            if number == 0 or every:
+                which = len(assistants) - number
+                raise ValueError(f"row {name!r}: the chat template does not show assistant message {which} as it is")
+            break
+        end = stop - len(content)
+        places.append((end, stop))
+    return places[::-1]

@@ -1,0 +1,180 @@
+"""The model that is trained and sampled: load it, run its backbone over a pack, hand out its head, save it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drift.config import LoRAConfig, ModelConfig
+from drift.model import tiny
+from drift.model.attention import register, segments
+from drift.types import PackedBatch
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Policy:
+    """A transformers causal LM (or a peft wrapper of one) with its tokenizer.
+
+    model      as transformers or peft made it; `model.generate` works
+    tokenizer  with a chat template
+    eos_ids    ids that end an assistant turn
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a model tuned for chat"
+            )
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos_ids = frozenset(i for i in (*ends, tokenizer.eos_token_id) if i is not None)
+        if not self.eos_ids:
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-turn token (eos_token)")
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal LM itself, below a peft wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """The backbone's hidden states after the final norm [T, D]; segments of the pack do not see each other."""
+        with segments(batch.cu_seqlens):
+            out = self.causal_lm.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                use_cache=False,
+            )
+        return out.last_hidden_state[0]
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """lm_head as (weight [V, D], bias [V] or None), tied or not."""
+        head = self.causal_lm.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            kind = type(head).__name__
+            raise NotImplementedError(
+                f"lm_head is a {kind}, not a Linear: adapters on the head are not supported; leave lm_head out of "
+                "lora.target_modules"
+            )
+        return head.weight, head.bias
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of every parameter that is trained, by name."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Puts back what `state` gave."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if trained.keys() != state.keys():
+            raise ValueError(
+                f"state: its parameters are not this policy's: {sorted(trained.keys() ^ state.keys())[:3]}"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state[name])
+
+    def hash(self) -> str:
+        """Sixteen hex digits that change with any weight."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """Weights (safetensors; adapters alone for LoRA), config and tokenizer, as `load_policy` and transformers read them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside, the model is in eval mode and records no gradients."""
+        with evaluating(self.model), torch.inference_mode():
+            yield
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; after it, in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
+    """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
+
+    New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, where the tokenizer has no
+    chat template, and where the folder's files cannot be read.
+    """
+    dtype = DTYPES[config.dtype]
+    attention = register(config.attention, device=device, dtype=dtype)
+    if config.path is None:
+        tokenizer = tiny.build_tokenizer()
+        model: Any = tiny.build_model(config, tokenizer, seed, attention)
+        model.to(dtype)
+    else:
+        path, adapters = _adapters(config.path)
+        if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+            raise ValueError(
+                f"model.path={path!r} is neither a folder that is there nor a hub name, NAME or OWNER/NAME"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        except (ValueError, SafetensorError) as error:  # also of JSON that is cut off
+            raise ValueError(
+                f"the model at {config.path!r} cannot be read ({error}); have it written again, or name another"
+            ) from error
+        if adapters:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+    if config.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _with_lora(model, config.lora)
+    model.to(device)
+    if config.gradient_checkpointing:
+        # gradient_checkpointing_enable before transformers 5.24
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return Policy(model, tokenizer)
+
+
+def _adapters(path: str) -> tuple[str, bool]:
+    """(where the base model is, whether `path` holds adapters of it)."""
+    found = Path(path) / "adapter_config.json"
+    if found.is_file():
+        return json.loads(found.read_text())["base_model_name_or_path"], True
+    return path, False
+
+
+def _with_lora(model: Any, config: LoRAConfig) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('model.lora needs peft: pip install -e ".[lora]"') from error
+    targets = config.target_modules
+    shape: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    return get_peft_model(model, LoraConfig(**shape, target_modules=targets, task_type="CAUSAL_LM"))

@@ -1,0 +1,448 @@
+"""The online method (B): sample a batch, verify, route, teach, train one step, and again.
+
+What a step samples follows from the seed and its number; the router, the buffer, the running means and the teacher's
+weights are in the checkpoint: an interrupted training goes on to the same bits, and to the same file of trajectories,
+each row with the weights that the router gave it. Under torchrun every rank samples its share of the problems, all
+ranks see the whole batch and route it alike, and each trains its share of the trajectories.
+
+    L = (Σ w_policy·policy_token + λ·Σ w_distill·divergence_token) / N
+
+with N all response tokens of the global batch (ours: the public code divides each micro-batch by its own). Presets whose
+policy loss is a mean over sequences (grpo, gspo) divide that branch by the number of sequences, global too. With
+`history: template` a turn is a sequence, under the weights and the advantage of its trajectory.
+
+Sampling and training alternate, or with `online.ahead` the next batch is sampled while this one is trained on: by weights
+one step older, which the correction of sampler against trainer covers, and to the same bits whatever the threads do.
+
+Left out: several optimizer steps a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from drift import store
+from drift.buffer import SuccessBuffer
+from drift.config import Config
+from drift.config.algorithms import ALGORITHMS
+from drift.engines import Engine
+from drift.model import chat
+from drift.model.policy import Policy
+from drift.online import examples
+from drift.online.ahead import Ahead, Still
+from drift.online.branches import Branches, Measured, Sample
+from drift.online.curriculum import Curriculum
+from drift.online.reprompt import Attempt, lessons, teacher_trajectory
+from drift.online.teacher import Teacher
+from drift.online.watch import Watch, repeat_rate
+from drift.returns import trajectory_return
+from drift.rhythm import StepMean
+from drift.rollouts.environments import Environment
+from drift.rollouts.rollout import play, tool_metrics
+from drift.routing import DifficultyRouter
+from drift.tasks import Task
+from drift.track import Track
+from drift.training import checkpoint, distributed
+from drift.training.meter import Stopwatch
+from drift.training.optimizer import MasterAdamW, learning_rate
+from drift.training.reference import Reference, chosen
+from drift.training.trainer import has_dropout, seeded, training, update
+from drift.types import Problem
+
+
+@dataclass
+class OnlineStats:
+    """What a training did, over all ranks."""
+
+    steps: int = 0
+    skipped: int = 0  # steps without an update, since loss or gradient was not finite
+    trajectories: int = 0
+    rewards: list[float] = field(default_factory=list)  # means, one a step
+    seconds: float = 0.0
+
+
+def train_online(
+    policy: Policy,
+    engine: Engine,
+    task: Task,
+    problems: Sequence[Problem],
+    config: Config,
+    *,
+    seed: int,
+    track: Track | None = None,
+    checkpoint_dir: str | Path | None = None,
+    rollouts: str | Path | None = None,
+    environment: Environment | None = None,
+    prefix: str = "online",
+    examples_path: str | Path | None = None,
+) -> OnlineStats:
+    """Trains in place for `config.online.steps` steps. Metrics of every step go to `track` as PREFIX/NAME.
+
+    With `checkpoint_dir` it saves every `config.train.save_every` steps and at the end, and goes on from what is there.
+    rollouts: a file that every step's trajectories are appended to (`drift.store`), with their step (as in the metrics),
+    staleness, advantage, pass_rate, had_teacher and routed weights; rows past the step that it goes on from are cut off.
+    environment: in place of the one that `config.rollout` names (`drift.rollouts.environments`).
+    examples_path: a file that a few responses of a few steps go to, token by token (`drift.online.examples`).
+    Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
+    folder holds another training.
+    """
+    loop = _Loop(policy, engine, task, problems, config, seed, environment)
+    first = distributed.rank() == 0
+    track = track if track is not None and first else Track(None, progress=False)
+    job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
+    job |= {"online": config.online.model_dump(mode="json") if config.online else None}
+    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
+    if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir)) is not None:
+        _, state = checkpoint.load(path, loop.optimizer, job)
+        loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
+        loop.pending = checkpoint.load_rows(path, "pending") if config.online and config.online.ahead else None
+    stats, total = loop.stats, loop.online.steps
+    with (
+        closing(loop),
+        _rows(rollouts if first else None, stats.steps, track) as writer,
+        track.progress(prefix, total) as bar,
+    ):
+        bar.advance(stats.steps)
+        while stats.steps < total:
+            measured = loop.step(stats.steps, writer)
+            track.log(stats.steps, **{f"{prefix}/{key}": value for key, value in measured.items()})
+            bar.advance(reward=measured["reward"], solved=measured["solved"])
+            if measured["skipped"]:
+                track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
+            for warning in loop.watch.warnings:
+                track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
+            if examples_path is not None and first:
+                examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
+            every = config.train.save_every
+            if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
+                if first:
+                    tensors = {"teacher": loop.teacher.state_dict()["shadow"]} if loop.teacher else {}
+                    rows = {"pending": loop.pending or []} if loop.ahead else {}
+                    state = loop.state_dict()
+                    checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, state, job, tensors, rows)
+                distributed.barrier()
+    return stats
+
+
+@contextmanager
+def _rows(path: str | Path | None, steps: int, track: Track) -> Iterator[store.Writer | None]:
+    """The file of trajectories, as it was after that many steps."""
+    if path is None:
+        yield None
+        return
+    if cut := store.rewind(path, steps):
+        track.say(f"{path}: cut off {cut} rows past step {steps}, which is where the training goes on")
+    with store.Writer(path) as writer:
+        yield writer
+
+
+class _Loop:
+    """The components of one algorithm, and what a step does with them."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        task: Task,
+        problems: Sequence[Problem],
+        config: Config,
+        seed: int,
+        environment: Environment | None = None,
+    ) -> None:
+        if config.online is None:
+            raise ValueError("config.online is missing; `online: {}` takes the published settings")
+        self.policy, self.task, self.problems = policy, task, list(problems)
+        self.config, self.online, self.seed = config, config.online, seed
+        self.base, self.environment = policy.hash(), environment
+        self.ahead = Ahead(policy.device) if config.online.ahead else None
+        self.engine = Still(engine, policy, self.ahead.stop) if self.ahead else engine
+        self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
+        self.algorithm = ALGORITHMS[config.online.algorithm]
+        self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
+        distributed.broadcast(self.optimizer.parameters)
+        self.optimizer.write_back()
+        self.curriculum = Curriculum(self.online.curriculum)
+        self.router = DifficultyRouter(self.online.router, self.curriculum.transition_end)
+        self.buffer = SuccessBuffer(self.online.buffer) if self.algorithm.buffer else None
+        self.difference, self.entropy = StepMean(), StepMean()
+        self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
+        self.reference = Reference(policy, config) if self.online.watch.every else None
+        self.certain = not has_dropout(policy.model)  # its log-probs in training are those out of it
+        self.teacher: Teacher | None = None
+        if self.algorithm.teacher:
+            parameters = policy.model.named_parameters()
+            self.teacher = Teacher(parameters, self.online.teacher, self.optimizer.masters)
+        self.branches = Branches(policy, self.optimizer, config, self.algorithm, self.difference, self.entropy)
+
+    def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
+        """One rollout batch and one optimizer step; what to log."""
+        clock, phase = Stopwatch(), self.curriculum.at(number)
+        with distributed.in_turn():  # the first rank hands the weights over, when all have their samples of older ones
+            self.engine.sync()
+        samples = self._sample(number)
+        self._route(samples, number)
+        if writer is not None:
+            for sample in samples:
+                writer.write(self._row(sample, number))
+        more = number + 1 < self.online.steps
+        if self.ahead and more:
+            self.ahead.start(partial(self._play, number + 1, number))
+        sampled = clock.read()["step_time"]
+        parts = [part for sample in samples for part in sample.parts]
+        keep = examples.choose(number, self.online, [(part.solved_at > 0, part.taught is None) for part in parts])
+        compared = self._compared(parts, number)
+        known = {part.trajectory.index for part in compared} if self.certain else set[int]()
+        with training(self.policy.model), seeded(self.seed, number, self.policy.model):
+            measured = self.branches.accumulate(
+                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts), keep, known
+            )
+        reference_kl = self._reference_kl(parts, compared, measured.logprobs)
+        if self.ahead:
+            self.ahead.check()
+        lr = learning_rate(number, self.online.steps, self.config.train)
+        result = update(self.optimizer, measured.loss, self.config.train, lr)
+        for mean in (self.difference, self.entropy):
+            mean.advance(distributed.sum_values)
+        if self.teacher:
+            self.teacher.update(finite=not result.skipped)
+        trained = time.perf_counter()
+        if self.ahead and more:
+            self.pending = distributed.gather(self.ahead.result())
+        waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
+        self.examples = distributed.gather(measured.examples) if keep else []
+        outcomes, means = _outcomes(samples) | self._tool_use(samples), _means(measured)
+        self.watch.update(
+            entropy=means["entropy"],
+            repeat_rate=outcomes["repeat_rate"],
+            problem_ids=[sample.problem_id for sample in samples],
+            correct=[sample.solved_at > 0 for sample in samples],
+            reference_kl=reference_kl,
+        )
+        took = clock.read()
+        self.stats.steps += 1
+        self.stats.skipped += result.skipped
+        self.stats.trajectories += len(samples)
+        self.stats.seconds += took["step_time"]
+        self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
+        return {
+            **outcomes,
+            "staleness": sum(number - sample.row["policy_version"] for sample in samples) / len(samples),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "skipped": float(result.skipped),
+            "lr": lr,
+            **means,
+            "seconds_sampling": sampled,
+            **waited,
+            **took,
+            **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
+        }
+
+    def _tool_use(self, samples: Sequence[Sample]) -> dict[str, float]:
+        if self.environment is None and self.config.rollout.tool is None:
+            return {}
+        return tool_metrics([(s.row.get("tool_calls", 0), s.row.get("tool_errors", 0)) for s in samples])
+
+    def _compared(self, parts: Sequence[Sample], number: int) -> Sequence[Sample]:
+        """Those that the reference scores in this step."""
+        watch = self.online.watch
+        return chosen(parts, watch.trajectories) if self.reference and number % watch.every == 0 else []
+
+    def _reference_kl(
+        self, parts: Sequence[Sample], compared: Sequence[Sample], logprobs: dict[int, Tensor]
+    ) -> float | None:
+        """logprobs: what this rank's training has found; with dropout nothing, and the policy is run once more."""
+        if self.reference is None or not compared:
+            return None
+        known = dict(distributed.gather(list(logprobs.items()))) if self.certain else None
+        return self.reference.kl([part.trajectory for part in parts], self.online.watch.trajectories, known)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}
+        named |= {"difference": self.difference, "entropy_mean": self.entropy, "watch": self.watch}
+        return [(name, part) for name, part in named.items() if part is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON holds it; the teacher's tensors are saved apart."""
+        states = {name: part.state_dict() for name, part in self._parts()}
+        states.get("teacher", {}).pop("shadow", None)
+        return {**states, "stats": vars(self.stats), "base": self.base}
+
+    def load_state_dict(self, state: dict[str, Any], shadow: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, in place."""
+        for name, part in self._parts():
+            part.load_state_dict(state[name] | ({"shadow": shadow} if name == "teacher" else {}))
+        vars(self.stats).update(state["stats"])
+        self.base = state["base"]
+
+    def close(self) -> None:
+        """Ends the thread, if there is one."""
+        if self.ahead:
+            self.ahead.close()
+
+    def _sample(self, number: int) -> list[Sample]:
+        """The step's trajectories, of all ranks, in an order that all ranks share."""
+        rows, self.pending = self.pending, None
+        if rows is None:
+            rows = distributed.gather(self._play(number, number))
+        samples = [self._read(row) for row in rows]
+        for place, part in enumerate(part for sample in samples for part in sample.parts):
+            part.trajectory.index = place
+        groups: dict[str, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.problem_id, []).append(sample)
+        for group in groups.values():
+            _set_advantages(group, self.online.scale_advantages)
+        return samples
+
+    def _play(self, number: int, version: int) -> list[store.Row]:
+        """This rank's trajectories of a step, sampled from the weights after `version` steps; no collective."""
+        chosen = distributed.share(_batch(len(self.problems), self.online.prompts, self.seed, number))
+        jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
+        seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
+        policy = self.engine.policy if isinstance(self.engine, Still) else self.policy
+        options: dict[str, Any] = {"seed": seed, "environment": self.environment}
+        episodes = play(policy, self.engine, self.task, jobs, settings, **options) if jobs else []
+        rows = [episode.row(settings.format_penalty) for episode in episodes]
+        unparsed = [episode.answers.count(None) for episode in episodes]
+        return [{**row, "policy_version": version, "unparsed": count} for row, count in zip(rows, unparsed)]
+
+    def _read(self, row: store.Row) -> Sample:
+        weights, messages = self.config.weights, row["messages"]
+        *earlier, last = chat.to_trajectories(self.policy, row, index=0, turns="assistant")
+        ends = [place for place, message in enumerate(messages, 1) if message["role"] == "assistant"]
+        ends = ends[-(len(earlier) + len(last.turns)) :]  # without those that the environment opened with
+        told = [message["content"] for message in messages[ends[0] :] if message["role"] == "user"]
+        result: dict[str, Any] = {
+            "solved_at": row["t_star"] or 0,
+            "reward": trajectory_return(row, weights.gamma, weights.repetition),
+            "answers": row["answer_norms"],
+            "unparsed": row["unparsed"],
+        }
+        return Sample(
+            last,
+            messages,
+            feedback=told[-1] if told else None,
+            row=row,
+            earlier=[Sample(turn, messages[:end], **result) for turn, end in zip(earlier, ends)],
+            **result,
+        )
+
+    def _row(self, sample: Sample, number: int) -> store.Row:
+        """What is stored: the trajectory as it was sampled, and what the step makes of it.
+
+        traj_idx is left to the file, where a problem may come again. The weights that sampled are the base's hash, and
+        the number of steps since.
+        """
+        version, rollout = sample.row["policy_version"], self.config.rollout
+        return {
+            **{key: value for key, value in sample.row.items() if key != "traj_idx"},
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "policy_hash": f"{self.base}+{version}" if version else self.base,
+            "step": number + 1,
+            "staleness": number - version,
+            "advantage": sample.trajectory.advantage,
+            "pass_rate": sample.pass_rate,
+            "had_teacher": sample.taught is not None,
+            "distill_weight": sample.distill,
+            "policy_weight": sample.policy,
+            "rebellious_weight": sample.rebellious,
+        }
+
+    def _route(self, samples: Sequence[Sample], number: int) -> None:
+        """Lessons from siblings and the buffer, then the weights; the buffer takes in this batch last."""
+        if self.teacher:
+            attempts = [Attempt(s.problem_id, s.text, s.solved_at > 0, s.feedback, s.reward) for s in samples]
+            found = lessons(
+                attempts,
+                self.online.teacher,
+                self.buffer,
+                prompts=[_question(sample.messages) for sample in samples],
+                strip=self.online.buffer.strip_thinking,
+                step=number,
+                epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
+            )
+            for sample, lesson in zip(samples, found):
+                if lesson is None:
+                    continue
+                for part in sample.parts:
+                    tokenizer, own = self.policy.tokenizer, part.trajectory
+                    part.taught = teacher_trajectory(tokenizer, own, part.messages, lesson)
+        routes = self.router.update(
+            [sample.problem_id for sample in samples],
+            [sample.solved_at > 0 for sample in samples],
+            [sample.taught is not None for sample in samples],
+            number,
+        )
+        columns = (routes.distill, routes.policy, routes.rebellious, routes.pass_rate)
+        for sample, *found in zip(samples, *(column.tolist() for column in columns)):
+            for part in sample.parts:
+                part.distill, part.policy, part.rebellious, part.pass_rate = found
+        if self.buffer is not None:
+            for sample in samples:
+                if sample.solved_at:
+                    self.buffer.add(sample.problem_id, sample.text, sample.reward, number)
+
+
+def _question(messages: chat.Messages) -> str:
+    """The first user message."""
+    return next((message["content"] for message in messages if message["role"] == "user"), "")
+
+
+def _batch(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Which of `count` problems the step asks: permutation after permutation of all, cut into parts of `size`.
+
+    A problem that comes twice, where one permutation ends and the next begins, is asked once.
+    """
+    size = min(size, count)
+    places = range(step * size, (step + 1) * size)
+    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {place // count for place in places}}
+    return list(dict.fromkeys(int(orders[place // count][place % count]) for place in places))
+
+
+def _set_advantages(group: Sequence[Sample], scale: bool) -> None:
+    """A = r − mean over the group, divided by its standard deviation if asked; 0 where all are equal (B7)."""
+    mean = math.fsum(sample.reward for sample in group) / len(group)
+    spread = math.sqrt(math.fsum((sample.reward - mean) ** 2 for sample in group) / len(group))
+    flat = max(sample.reward for sample in group) == min(sample.reward for sample in group)
+    for sample in group:
+        for part in sample.parts:
+            part.trajectory.advantage = 0.0 if flat else (sample.reward - mean) / (spread if scale else 1.0)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(turn.stop - turn.start for sample in samples for part in sample.parts for turn in part.trajectory.turns)
+
+
+def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:
+    """Rates over the batch's trajectories."""
+    count = len(samples)
+    return {
+        "reward": math.fsum(sample.reward for sample in samples) / count,
+        "solved": sum(sample.solved_at > 0 for sample in samples) / count,
+        "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
+        "turns": sum(len(sample.row["verifier"]) for sample in samples) / count,
+        "unparsed": sum(sample.unparsed for sample in samples) / count,
+        "repeat_rate": repeat_rate(sample.answers for sample in samples),
+        "response_tokens": _tokens(samples) / count,
+        "no_spread": sum(sample.trajectory.advantage == 0 for sample in samples) / count,
+    }
+
+
+def _means(measured: Measured) -> dict[str, float]:
+    """The means of (sum, count) pairs over all ranks; nothing where nothing was counted."""
+    names = sorted(measured.sums)
+    totals = distributed.sum_values(*(value for name in names for value in measured.sums[name]))
+    pairs = zip(names, totals[::2], totals[1::2])
+    return {name: total / count for name, total, count in pairs if count}

@@ -1,0 +1,1 @@
+"""Conversations with a policy: sampling, environments, tools."""

@@ -1,0 +1,116 @@
+"""Problems with checkable answers: reasoning-gym generators and JSONL files, in three splits that share nothing.
+
+A problem's split is decided by the hash of its canonical key, so two problems with the same key can never lie in two
+splits, whatever the sizes asked for and whatever index they were drawn at. The key is the question with every chain of
++, - and * over plain numbers put in one order (`canonical`): 3 + 12, 12 + 3 and 12 - -3 are one problem. Questions
+that generators word in several ways around one `expression` are compared by that expression alone, and those about an
+unordered pair of numbers (gcd, lcm) by the sorted numbers. Each split also draws from an index range of its own.
+
+Left out: other symmetries (a renamed variable, a rotated maze); a task that has them needs its own key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, Protocol
+
+from drift.types import Problem
+
+Split = Literal["warm", "train", "eval"]
+SPLITS: tuple[Split, ...] = ("warm", "train", "eval")
+_SHARE_ENDS = {"warm": 0.4, "train": 0.7, "eval": 1.0}  # of the key's hash, read as a number in [0, 1)
+
+NUMBER = r"\d+(?:\.\d+)?"
+_RUN = re.compile(r"(?:[\d\s+*/^()-]|\.(?=\d))+")  # a stretch of arithmetic
+_CHAIN = re.compile(rf"-?{NUMBER}(?:\s*[+*-]\s*-?{NUMBER})+")
+_TERM = re.compile(rf"([+*-]?)\s*(-?)\s*({NUMBER})")
+
+
+class TaskError(ValueError):
+    """A task that cannot supply what was asked of it."""
+
+
+class Task(Protocol):
+    """What the rest of drift needs of a task."""
+
+    answer_tag: str
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of one split, always the same ones in the same order."""
+        ...
+
+    def verify(self, problem: Problem, answer: str) -> bool:
+        """Whether `answer` (the text between the answer tags) is right."""
+        ...
+
+    def verify_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
+        """`verify` for each (problem, answer)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of worker processes, if there are any."""
+        ...
+
+
+def parse_answer(text: str, tag: str = "answer") -> str | None:
+    """The text between the last `<tag>` and `</tag>` after any `</think>`, stripped; None if missing or empty."""
+    said = text.rsplit("</think>", 1)[-1]
+    opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
+    found = re.findall(rf"{opening}((?:(?!{opening}).)*?){closing}", said, flags=re.DOTALL)
+    return (found[-1].strip() or None) if found else None
+
+
+def rules(tag: str = "answer") -> str:
+    """What a model that was not trained on the format is told about it."""
+    return (
+        f"Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
+    )
+
+
+def with_rules(problems: Sequence[Problem], tag: str) -> list[Problem]:
+    """The problems as they are put to a model that was not trained on the format."""
+    return [replace(problem, prompt=f"{problem.prompt}\n\n{rules(tag)}") for problem in problems]
+
+
+def normalise(text: str) -> str:
+    """Strip, lower-case, drop white space (A2): what counts as the same answer."""
+    return "".join(text.split()).lower()
+
+
+def canonical(text: str) -> str:
+    """`text` with each chain of +, - and * over plain numbers in one order: products sorted, then signed terms sorted.
+
+    A stretch of arithmetic with brackets, division or powers in it is left as it is: reordering could change its value.
+    """
+    plain = text.translate({ord("×"): "*", ord("·"): "*", ord("−"): "-"})
+    return " ".join(_RUN.sub(lambda match: _reordered(match.group()), plain).lower().split())
+
+
+def _reordered(run: str) -> str:
+    return f" {_ordered(run.strip())} " if _CHAIN.fullmatch(run.strip()) else run
+
+
+def _ordered(chain: str) -> str:
+    terms: list[tuple[int, list[str]]] = []
+    for operator, minus, number in _TERM.findall(chain):
+        sign = -1 if minus else 1
+        number = number.lstrip("0") or "0"
+        if operator == "*":
+            terms[-1] = (terms[-1][0] * sign, [*terms[-1][1], number])
+        else:
+            terms.append((-sign if operator == "-" else sign, [number]))
+    return " ".join(sorted(("+" if sign > 0 else "-") + "*".join(sorted(factors)) for sign, factors in terms))
+
+
+def problem_id(key: str) -> str:
+    """Sixteen hex digits of the canonical key's SHA-256."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def split_of(key: str) -> Split:
+    """The only split in which a problem with this canonical key may appear."""
+    place = int(hashlib.sha256(b"split:" + key.encode()).hexdigest()[:12], 16) / 16**12
+    return next(split for split in SPLITS if place < _SHARE_ENDS[split])

@@ -1,0 +1,1 @@
+"""Optimizer steps over packed batches, checkpoints, ranks, and log-probs of a reference."""

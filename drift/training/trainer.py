@@ -1,0 +1,244 @@
+"""Importance-weighted fine-tuning (A4, arXiv 2605.31455): packs in, one fused loss call a pack, AdamW.
+
+Both denominators are those of the whole batch, over all packs and ranks, and are fixed before anything runs: the
+gradient does not depend on how a batch was split, packed or ordered. Which trajectories a step sees follows from the
+seed and the step's number alone, and so does the generator that dropout draws from: to go on needs no more than both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import drift_kernels
+from drift.config import TrainConfig
+from drift.packing import pack
+from drift.track import Track
+from drift.training import checkpoint, distributed
+from drift.training.meter import StepResult, Stopwatch, Totals, TrainStats, measure, metrics
+from drift.training.optimizer import MasterAdamW, learning_rate
+from drift.types import PackedBatch, Trajectory
+
+
+class TrainedPolicy(Protocol):
+    """What the trainer asks of a policy; `drift.model.policy.Policy` is one."""
+
+    model: Any  # a transformers causal LM, or a peft wrapper of one
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor: ...  # [T, D], after the final norm
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]: ...  # weight [V, D], bias [V]
+
+
+def accumulate(
+    policy: TrainedPolicy,
+    packs: Sequence[PackedBatch],
+    optimizer: MasterAdamW,
+    normalizer: float,
+    config: TrainConfig,
+) -> torch.Tensor:
+    """Adds to the optimizer's gradients those of Σ token_weight·(−logp) / normalizer over `packs`.
+
+    normalizer: the denominator of the whole batch, other packs and ranks included. Returns this rank's part of the
+    loss, 0-d float32. Gradients are not yet summed over ranks.
+    """
+    device = next(iter(optimizer.trained.values())).device
+    kernel = drift_kernels.KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
+    softcap, logit_scale = logit_transform(policy.model.config)
+    loss = torch.zeros((), device=device)
+    for batch in packs:
+        batch = batch.to(device)
+        hidden = policy.hidden(batch)
+        weight, bias = policy.head()
+        part = drift_kernels.weighted_cross_entropy(
+            hidden,
+            weight,
+            batch.targets,
+            batch.token_weights,
+            bias=bias,
+            normalizer=normalizer,
+            active=batch.active,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            config=kernel,
+        ).loss
+        part.backward()
+        optimizer.collect()
+        loss += part.detach()
+    return loss
+
+
+def train_step(
+    policy: TrainedPolicy,
+    packs: Sequence[PackedBatch],
+    optimizer: MasterAdamW,
+    normalizer: float,
+    config: TrainConfig,
+    *,
+    lr: float | None = None,
+) -> StepResult:
+    """One optimizer step over this rank's packs, which may be none; every rank calls it once a step.
+
+    normalizer: see `accumulate`. lr: default config.lr. A step whose loss or gradient is not finite changes nothing.
+    """
+    loss = accumulate(policy, packs, optimizer, normalizer, config)
+    return update(optimizer, float(loss), config, config.lr if lr is None else lr)
+
+
+def update(optimizer: MasterAdamW, loss: float, config: TrainConfig, lr: float) -> StepResult:
+    """Sums gradients and this rank's part of the loss over ranks, clips, and steps where both are finite; every rank calls it."""
+    distributed.sum_gradients(optimizer.parameters)
+    norm = optimizer.clip(config.grad_clip)
+    [total] = distributed.sum_values(loss)
+    result = StepResult(total, float(norm), skipped=not (math.isfinite(total) and math.isfinite(norm)))
+    if not result.skipped:
+        optimizer.step(lr)
+    optimizer.zero()
+    return result
+
+
+def train(
+    policy: TrainedPolicy,
+    trajectories: Sequence[Trajectory],
+    config: TrainConfig,
+    *,
+    seed: int,
+    track: Track | None = None,
+    checkpoint_dir: str | Path | None = None,
+    prefix: str = "train",
+    steps: int | None = None,
+    min_weight: float = 0.0,
+) -> TrainStats:
+    """Trains in place for `config.epochs`, or for `steps` optimizer steps, over and over the trajectories if need be.
+
+    An epoch is a permutation of all trajectories, cut into batches of `config.batch_size`. Those of a weight below
+    `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3).
+    Under torchrun every rank gives the same trajectories and trains its share of each batch. Metrics go to `track` as
+    PREFIX/NAME. With `checkpoint_dir` it saves every `config.save_every` steps and at the end, and goes on from what is
+    there (a folder all ranks see).
+    Raises ValueError where there is nothing to train or a trajectory does not fit (before the first step), and
+    CheckpointError where the folder holds another training.
+    """
+    total = _count_steps(len(trajectories), config, steps)
+    _check(trajectories, config, min_weight)
+    track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
+    optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
+    distributed.broadcast(optimizer.parameters)
+    optimizer.write_back()
+    job: dict[str, Any] = {}
+    if checkpoint_dir is not None:
+        job = {
+            "seed": seed,
+            "steps": total,
+            "min_weight": min_weight,
+            "trajectories": checkpoint.fingerprint(trajectories),
+        }
+        job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
+        if (path := checkpoint.latest(checkpoint_dir)) is not None:
+            _, counts = checkpoint.load(path, optimizer, job)
+            stats = TrainStats(**counts)
+    with training(policy.model), track.progress(prefix, total) as bar:
+        bar.advance(stats.steps)
+        for step in range(stats.steps, total):
+            watch = Stopwatch()
+            chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
+            mine = [trajectories[i] for i in chosen]
+            packs = _pack(mine, config, min_weight)
+            totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
+            normalizer = totals.samples if config.normalize == "samples" else totals.weight
+            lr = learning_rate(step, total, config)
+            with seeded(seed, step, policy.model):
+                result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
+            took = watch.read()
+            stats.count(totals, result, took["step_time"])
+            if result.skipped:
+                track.say(f"{prefix}: step {step + 1} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
+            track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()})
+            bar.advance(loss=result.loss, lr=lr)
+            due = step + 1 == total or (config.save_every and (step + 1) % config.save_every == 0)
+            if checkpoint_dir is not None and due:
+                if distributed.rank() == 0:
+                    checkpoint.save(checkpoint_dir, step + 1, optimizer, asdict(stats), job)
+                distributed.barrier()
+    return stats
+
+
+def _count_steps(samples: int, config: TrainConfig, steps: int | None) -> int:
+    if samples == 0:
+        raise ValueError("trajectories: there are none to train on")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps {steps} should be at least 1, or None for config.epochs")
+    return steps or max(1, math.ceil(config.epochs * math.ceil(samples / config.batch_size) - 1e-9))
+
+
+def _batch(samples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which trajectories the step is about, over all ranks."""
+    epoch, part = divmod(step, math.ceil(samples / batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    return order[part * batch_size : (part + 1) * batch_size].tolist()
+
+
+def _pack(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> list[PackedBatch]:
+    return pack(
+        trajectories,
+        config.max_tokens,
+        max_length=config.longest,
+        min_weight=min_weight,
+        turns=config.turns,
+        token_reduction=config.token_reduction,
+    )
+
+
+def _check(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> None:
+    """Packs everything once, so that what cannot be trained is said now and not hours later."""
+    trained = 0
+    for start in range(0, len(trajectories), config.batch_size):
+        trained += sum(
+            len(p.active) for p in _pack(trajectories[start : start + config.batch_size], config, min_weight)
+        )
+    if trained == 0:
+        raise ValueError(
+            f"trajectories: not one token of all {len(trajectories)} would be trained: every weight is 0 or below min_weight"
+        )
+
+
+def logit_transform(config: Any) -> tuple[float | None, float]:
+    """How this model's logits differ from h·Wᵀ + b: softcap and scale, by their names in transformers."""
+    text = config.get_text_config()
+    divisor = getattr(text, "logits_scaling", None)
+    scale = 1.0 / divisor if divisor else getattr(text, "logit_scale", None)
+    return getattr(text, "final_logit_softcapping", None), 1.0 if scale is None else float(scale)
+
+
+@contextmanager
+def training(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in training mode."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def seeded(seed: int, step: int, model: torch.nn.Module) -> Iterator[None]:
+    """Dropout's generator follows from (seed, step, rank), and the caller's is left as it was."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0]))
+        yield
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a training pass may drop anything: in a module, or by a rate that the config names."""
+    named: dict[str, Any] = model.config.get_text_config().to_dict()  # pyright: ignore
+    rates = [value for name, value in named.items() if "drop" in name and isinstance(value, (int, float))]
+    return any(rates) or any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
