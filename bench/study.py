@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from drift.config import Config, dump, load
-from drift.jobs.run import rollout_path
+from drift.jobs.folder import rollout_path
 from drift.report import plots
 from drift.report.intervals import mean_stderr, paired_difference
 

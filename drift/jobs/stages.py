@@ -1,14 +1,15 @@
-"""One stage of the job by itself, for `drift rollout`, `drift train` and `drift eval`: what `drift.jobs.run` strings together.
+"""The stages of the job: load, ask, sample, fit, score. `drift.jobs.run` strings them together.
 
-Each takes a config, and files in place of what the stage before would have left. The model is the one that is named,
-else `model.path`, else the base of the config's own run; an embedded tiny model that nobody trained is refused, unless
-`warm_start.enabled` is off and its random weights are therefore meant.
+`drift rollout`, `drift train` and `drift eval` run one of them by itself (`sample`, `fit`, `score`): each takes a config,
+and files in place of the output of the stage before. The model is the one that is named, else `model.path`, else the base
+of the config's own run; an embedded tiny model that nobody trained is refused, unless `warm_start.enabled` is off and its
+random weights are therefore meant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -25,24 +26,75 @@ from drift.track import Track
 from drift.training import distributed
 from drift.training.offpolicy import log_ratios
 from drift.training.trainer import TrainStats, train
-from drift.types import Problem
+from drift.types import Problem, Trajectory
+
+
+def load(config: Config, path: str | None) -> Policy:
+    """The model at `path`, or the embedded one with random weights, on this rank's device."""
+    transformers_logging.disable_progress_bar()
+    model = config.model.model_copy(update={"path": path})
+    return load_policy(model, device=distributed.device(), seed=config.task.seed)
+
+
+def asked(config: Config, task: Task, split: Split) -> list[Problem]:
+    """The problems as they are put to the model; one that was not warm-started on the format is told it."""
+    problems = task.problems(split)
+    if config.model.path is None:
+        return problems
+    return with_rules(problems, task.answer_tag)
+
+
+def sample_into(
+    config: Config, policy: Policy, task: Task, path: Path, seed: Sequence[int], track: Track, prefix: str = "rollout"
+) -> int:
+    """Appends `rollout.n` trajectories of every training problem to `path`; returns how many were new."""
+    problems = asked(config, task, "train")
+    with open_engine(config.engine, policy, config.rollout.batch_size) as engine:
+        return collect(policy, engine, task, problems, config.rollout, path, seed, track, prefix)
+
+
+def weighted(
+    config: Config, policy: Policy, rows: Sequence[store.Row], weights: Sequence[float | None]
+) -> list[Trajectory]:
+    """The rows as trajectories of these weights; a row whose weight is None is left out."""
+    return [
+        trajectory
+        for index, (row, weight) in enumerate(zip(rows, weights))
+        if weight is not None
+        for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
+    ]
+
+
+def evaluated(config: Config, policy: Policy, task: Task, track: Track) -> Evaluation:
+    """multi@k and single-turn accuracy of `policy` on the evaluation problems."""
+    how, problems = config.rollout, asked(config, task, "eval")
+    with open_engine(config.engine, policy, config.eval.batch_size) as engine:
+        return evaluate(
+            policy,
+            engine,
+            task,
+            problems,
+            config.eval,
+            how.feedback,
+            history=how.history,
+            tool=how.tool,
+            tool_calls=how.tool_calls,
+            track=track,
+        )
 
 
 def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0) -> int:
     """Appends `rollout.n` trajectories of every training problem to `out`; returns how many were new."""
     policy, task = _policy(config, model), load_task(config.task)
     try:
-        with (
-            Track(None, progress=config.track.progress) as track,
-            open_engine(config.engine, policy, config.rollout.batch_size) as engine,
-        ):
-            return collect(policy, engine, task, _asked(config, task, "train"), config.rollout, out, [seed], track)
+        with Track(None, progress=config.track.progress) as track:
+            return sample_into(config, policy, task, out, [seed], track)
     finally:
         task.close()
 
 
 def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, seed: int = 0) -> TrainStats:
-    """Trains on a rollout file with importance weights, and saves the model in `out`, metrics.jsonl beside it.
+    """Trains on a rollout file with importance weights, and saves the model in `out`, with metrics.jsonl.
 
     Raises StoreError for a bad row, and for one that another policy sampled, unless `weights.off_policy` is correct.
     """
@@ -59,15 +111,9 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         weights, stats = weigh_for_training(rows, config.weights, ratios)
         stats |= corrected
         track.log(0, **{f"weights/{key}": value for key, value in stats.items()})
-        trajectories = [
-            trajectory
-            for index, (row, weight) in enumerate(zip(rows, weights))
-            if weight is not None
-            for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
-        ]
         done = train(
             policy,
-            trajectories,
+            weighted(config, policy, rows, weights),
             config.train,
             seed=seed,
             track=track,
@@ -83,13 +129,8 @@ def score(config: Config, *, model: str | None = None) -> Evaluation:
     """multi@k and single-turn accuracy on the evaluation problems."""
     policy, task = _policy(config, model), load_task(config.task)
     try:
-        with (
-            Track(None, progress=config.track.progress) as track,
-            open_engine(config.engine, policy, config.eval.batch_size) as engine,
-        ):
-            how, asked = config.rollout, _asked(config, task, "eval")
-            options: dict[str, Any] = {"history": how.history, "tool": how.tool, "tool_calls": how.tool_calls}
-            return evaluate(policy, engine, task, asked, config.eval, how.feedback, track=track, **options)
+        with Track(None, progress=config.track.progress) as track:
+            return evaluated(config, policy, task, track)
     finally:
         task.close()
 
@@ -104,14 +145,4 @@ def _policy(config: Config, model: str | None) -> Policy:
                 "by --model or model.path=…; or take random weights by warm_start.enabled=false"
             )
         path = str(base)
-    transformers_logging.disable_progress_bar()
-    settings = config.model.model_copy(update={"path": path})
-    return load_policy(settings, device=distributed.device(), seed=config.task.seed)
-
-
-def _asked(config: Config, task: Task, split: Split) -> list[Problem]:
-    """Problems as `drift run` puts them: a model of one's own is told the answer format, the embedded one knows it."""
-    problems = task.problems(split)
-    if config.model.path is None:
-        return problems
-    return with_rules(problems, task.answer_tag)
+    return load(config, path)

@@ -17,7 +17,9 @@ from scripted_engine import quarters
 from drift import store
 from drift.config import ConfigError, dump, load
 from drift.jobs import run as module
-from drift.jobs.run import RunError, run, steps_of
+from drift.jobs import stages
+from drift.jobs.folder import RunError, claim
+from drift.jobs.run import run, steps_of
 from drift.model.policy import load_policy
 from drift.returns import weigh
 from drift.tasks import TaskError
@@ -163,7 +165,7 @@ def test_a_run_that_never_began_may_be_mended(tmp_path):
     with pytest.raises(TaskError, match=r"task\.eval_problems=9999: .*ask for fewer"):
         run(changed(config, task={"eval_problems": 9999}))
     assert [path.name for path in (tmp_path / "runs" / "digits").iterdir()] == ["config.yaml"]
-    module._claim(tmp_path / "runs" / "digits", config)
+    claim(tmp_path / "runs" / "digits", config)
     assert load(tmp_path / "runs" / "digits" / "config.yaml") == config
 
 
@@ -211,7 +213,7 @@ def test_interrupted_in_training_and_evaluation(whole, tmp_path, monkeypatch):
     """A checkpoint in the middle of an arm, and a trained arm that was not evaluated yet."""
     config, _, summary = whole
     again = changed(config, output_dir=str(tmp_path), train={"save_every": 1})
-    evaluate, calls = module.evaluate, []
+    evaluate, calls = stages.evaluate, []
 
     def stops(*args, **kwargs):
         calls.append(args)
@@ -219,17 +221,17 @@ def test_interrupted_in_training_and_evaluation(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(module, "evaluate", stops)
+    monkeypatch.setattr(stages, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
         run(again)
     assert list((tmp_path / "digits" / "seed-0" / "uniform").rglob("checkpoint-3"))
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(stages, "evaluate", evaluate)
     assert run(again)["results"] == summary["results"]
 
 
 def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, monkeypatch):
     config = changed(quarters(tmp_path), seeds=[0], arms=["uniform", "drift"], train={"rounds": 2})
-    sampled, started, collect, train = [], [], module.collect, module.train
+    sampled, started, collect, train = [], [], stages.collect, module.train
 
     def spy_collect(policy, engine, task, problems, settings, path, *rest):
         sampled.append((policy.hash(), path.relative_to(tmp_path / "runs" / "digits").as_posix()))
@@ -239,7 +241,7 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
         started.append(policy.hash())
         return train(policy, *args, **kwargs)
 
-    monkeypatch.setattr(module, "collect", spy_collect)
+    monkeypatch.setattr(stages, "collect", spy_collect)
     monkeypatch.setattr(module, "train", spy_train)
     run(config)
     base = load_policy(config.model.model_copy(update={"path": str(tmp_path / "runs" / "digits" / "base")})).hash()
