@@ -1,4 +1,4 @@
-"""`python -m bench.chunks`: the constant of the chunk-size model in `drift_kernels/rows.py`, measured on this machine.
+"""`python -m bench.chunks`: the constant of the chunk-size model in `drift_kernels/plan.py`, measured on this machine.
 
 A loss over n rows in k chunks does the same products for every k. What grows with k is what each chunk costs by itself: fetching
 and storing dweight [V, D] once more, packing the weight, and the ramp of three products, together α·V·D seconds. What shrinks

@@ -12,10 +12,10 @@ from drift_kernels.ops import (
     shift_targets,
     weighted_cross_entropy,
 )
-from drift_kernels.products import LoRAHead
 from drift_kernels.scored import policy_token_loss
 from drift_kernels.spec import DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
 from drift_kernels.teachers import TeacherHead, TeacherLogprobs, TeacherTopK
+from drift_kernels.tensors import LoRAHead
 
 __version__ = "0.1.0"
 

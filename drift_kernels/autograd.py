@@ -16,8 +16,9 @@ from torch import Tensor
 
 from drift_kernels import driver
 from drift_kernels.formulas import NO_TOKENS, Tokens
-from drift_kernels.products import LoRAHead, gradient_dtype
+from drift_kernels.products import gradient_dtype
 from drift_kernels.spec import Call, PolicySpec
+from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
 REST = "Tensor targets, Tensor? rows, Tensor? active, Tensor? temperature"
@@ -66,10 +67,10 @@ class Rest:
 def inputs(head_and_rest: tuple, call: Call, tokens: Tokens = NO_TOKENS, weight_grad: Tensor | None = None):
     hidden, weight, bias, a, b, targets, rows, active, temperature = head_and_rest
     lora = None if a is None else LoRAHead(a, b, call.lora_scale)
-    return driver.Inputs(hidden, weight, bias, targets, rows, active, temperature, tokens, lora, weight_grad)
+    return Inputs(hidden, weight, bias, targets, rows, active, temperature, tokens, lora, weight_grad)
 
 
-def given(grads: driver.Grads, like: Tensor) -> tuple[Tensor, ...]:
+def given(grads: Grads, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if g is None else g for g in grads.flat())
 
 
@@ -96,7 +97,7 @@ def _logprob_backward(*args):
 
 
 def fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
-    hidden, dtype = head[0], driver.compute_dtype(head[0].dtype)
+    hidden, dtype = head[0], compute_dtype(head[0].dtype)
     of_weight = gradient_dtype(head[1].dtype, dtype, head[1].device) if call.need_weight else dtype
     dtypes = (dtype, of_weight, dtype, dtype, dtype)
     shapes = ((0,) if t is None or not need else t.shape for need, t in zip(call.needs, head))
@@ -105,12 +106,12 @@ def fake_grads(head: tuple, call: Call) -> tuple[Tensor, ...]:
 
 def fake_outputs(args: tuple, call: Call) -> Tensor:
     hidden, targets = args[0], args[HEAD_SIZE]
-    return hidden.new_empty((len(call.outputs), targets.shape[0]), dtype=driver.compute_dtype(hidden.dtype))
+    return hidden.new_empty((len(call.outputs), targets.shape[0]), dtype=compute_dtype(hidden.dtype))
 
 
 @torch.library.register_fake("drift_kernels::fused")
 def _fused_fake(*args):
-    call, dtype = Call.decode(args[-1]), driver.compute_dtype(args[0].dtype)
+    call, dtype = Call.decode(args[-1]), compute_dtype(args[0].dtype)
     loss = args[0].new_empty((), dtype=dtype)
     return (loss, *fake_grads(args[:HEAD_SIZE], call), fake_outputs(args, call))
 
@@ -239,7 +240,7 @@ class LinearLogprobs(torch.autograd.Function):
             # only hidden is differentiated: keep dlogp/dhidden, and backward is a product
             names = tuple(dict.fromkeys(("logprobs", *further)))
             jacobian = replace(call, spec=PolicySpec(objective="reinforce"), outputs=names)
-            one = hidden.new_ones((), dtype=driver.compute_dtype(hidden.dtype))
+            one = hidden.new_ones((), dtype=compute_dtype(hidden.dtype))
             made = torch.ops.drift_kernels.fused(*head, *rest.flat(), *NO_TOKENS.flat(), one, jacobian.encode())
             ctx.jacobian = True
             ctx.save_for_backward(made[1])

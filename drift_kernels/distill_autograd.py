@@ -11,9 +11,9 @@ from torch import Tensor
 from drift_kernels import autograd, distill_driver
 from drift_kernels.autograd import HEAD, HEAD_SIZE, REST, REST_SIZE, TOKENS, Rest
 from drift_kernels.divergences import Lessons, Teacher
-from drift_kernels.driver import compute_dtype
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import Call, DistillCall
+from drift_kernels.tensors import compute_dtype
 
 _TEACHER = ", ".join(f"Tensor? teacher_{field.name}" for field in fields(Teacher))
 _LESSONS = ", ".join(f"Tensor? lesson_{field.name}" for field in fields(Lessons))

@@ -19,16 +19,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, divergences, driver, exploration, formulas, rows
+from drift_kernels import backends, divergences, driver, exploration, formulas
+from drift_kernels import plan as rows
 from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.driver import Sweep
 from drift_kernels.exploration import Side
 from drift_kernels.formulas import Tokens
-from drift_kernels.pieces import Grads, Inputs, Piece
-from drift_kernels.products import LoRAHead
+from drift_kernels.pieces import Piece
 from drift_kernels.spec import Call, DistillCall
 from drift_kernels.staging import Staging
+from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
 STATS = ("logprobs", "entropy", "lse")
 ID_BYTES = 8
@@ -111,7 +112,7 @@ class TeacherLogits:
         a, b = teacher.lora_a, teacher.lora_b
         lora = None if a is None or b is None else LoRAHead(a, b, call.teacher_lora_scale)
         self.block = driver.head_block(x, call.call, teacher.hidden, teacher.weight, lora)
-        dtype, self.kernels = driver.compute_dtype(x.hidden.dtype), backends.load(driver.backend_of(x, call.call))
+        dtype, self.kernels = compute_dtype(x.hidden.dtype), backends.load(driver.backend_of(x, call.call))
         self.hidden, self.head = teacher.hidden, call.teacher
         self.bias = None if teacher.bias is None else teacher.bias.to(dtype).contiguous()
         self.temperature = None if teacher.temperature is None else teacher.temperature.to(dtype)
@@ -369,14 +370,14 @@ def _beside(x: Inputs, teacher: Teacher, head: TeacherLogits | None, call: Disti
     """Bytes of the workspace besides what the student takes, once and for each row."""
     k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
     ids = ID_BYTES if driver.backend_of(x, call.call) == "cpu" else ID_BYTES * SORTED_IDS
-    itemsize = driver.compute_dtype(x.hidden.dtype).itemsize
+    itemsize = compute_dtype(x.hidden.dtype).itemsize
     buckets = (k + 1) * (ids + 12 * itemsize) if k else 0  # ids, log-probs and what autograd makes of them
     return (0, buckets) if head is None else (head.block.bytes, head.block.row_bytes + buckets)
 
 
 def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [T, k] int64, log-probs [T, k] and the log-prob of the rest [T] of each row's likeliest tokens; 0 outside `active`."""
-    T, dtype, device = x.targets.numel(), driver.compute_dtype(x.hidden.dtype), x.hidden.device
+    T, dtype, device = x.targets.numel(), compute_dtype(x.hidden.dtype), x.hidden.device
     plan = driver.given_plan(x, call) or rows.Plan(T, None, None, None)
     if x.active is not None and plan.entries is None:
         plan = rows.plan(rows.unmasked(x.targets, x.active, call.head.ignore_index), None)

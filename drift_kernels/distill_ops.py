@@ -19,7 +19,6 @@ from drift_kernels.autograd import Rest
 from drift_kernels.backends import reference
 from drift_kernels.distill_autograd import DistillLoss
 from drift_kernels.divergences import Lessons
-from drift_kernels.driver import Inputs
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
     OUTPUTS,
@@ -33,10 +32,10 @@ from drift_kernels.inputs import (
     with_needs,
 )
 from drift_kernels.ops import LossOutput
-from drift_kernels.products import LoRAHead
-from drift_kernels.rows import check_finite, check_temperature
+from drift_kernels.plan import check_finite, check_temperature
 from drift_kernels.spec import Call, DistillCall, DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
 from drift_kernels.teachers import AnyTeacher, TeacherHead, TeacherLogprobs, TeacherTopK, flatten_teacher
+from drift_kernels.tensors import Inputs, LoRAHead
 
 TEACHER_OUTPUTS = ("teacher_logprobs", "teacher_entropy", "divergence")
 DISTILL_OUTPUTS = (*OUTPUTS, *TEACHER_OUTPUTS)

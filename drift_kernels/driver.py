@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, formulas, products, rows
+from drift_kernels import backends, formulas, products
+from drift_kernels import plan as rows
 from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
 from drift_kernels.formulas import Tokens
-from drift_kernels.pieces import WORKSPACE_BYTES, Grads, Inputs, Piece, compute_dtype
-from drift_kernels.products import HeadBlock, LoRAHead, LowRank
+from drift_kernels.pieces import WORKSPACE_BYTES, Piece
+from drift_kernels.products import HeadBlock, LowRank
 from drift_kernels.spec import Call
 from drift_kernels.staging import StagedBlock, Staging
+from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
 
 class Sweep:
@@ -192,7 +194,7 @@ def head_block(x: Inputs, call: Call, hidden: Tensor, weight: Tensor, lora: LoRA
 
 def given_plan(x: Inputs, call: Call) -> rows.Plan | None:
     """`active` as the plan, where that spares a GPU the wait for one; else None."""
-    if x.active is None or not rows.takes_active_as_it_is(x.rows, call, backend_of(x, call)):
+    if x.active is None or not rows.can_use_active_as_plan(x.rows, call, backend_of(x, call)):
         return None
     return rows.Plan(x.active.numel(), x.active, x.active, None)
 

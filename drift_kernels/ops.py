@@ -34,9 +34,9 @@ from drift_kernels.inputs import (
     segment_ids,
     with_needs,
 )
-from drift_kernels.products import LoRAHead
-from drift_kernels.rows import check_finite, check_targets, check_temperature, counting
+from drift_kernels.plan import check_finite, check_targets, check_temperature, counting
 from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
+from drift_kernels.tensors import LoRAHead
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

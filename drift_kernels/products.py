@@ -7,15 +7,14 @@ the way in. `Widened` gives torch operands in the compute dtype. `LowRank` adds 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from drift_kernels import memory
 from drift_kernels.backends import cpu
+from drift_kernels.tensors import LoRAHead
 
 # Of a widened tile of a weight: small enough for a cache, with rows enough for a product.
 TILE_BYTES, TILE_ROWS = 2 << 20, 256
@@ -30,19 +29,6 @@ def row_stride(width: int, dtype: torch.dtype) -> int:
     line = 64 // dtype.itemsize
     stride = -(-width // line) * line
     return stride + line if stride % (32 * line) == 0 else stride
-
-
-@dataclass(frozen=True)
-class LoRAHead:
-    """A low-rank addition to the head: the weight is W + scale·B·A, which is never formed."""
-
-    A: Tensor  # [r, D]
-    B: Tensor  # [V, r]
-    scale: float = 1.0  # alpha / r as LoRA has it (arXiv 2106.09685)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.scale, str) or not math.isfinite(float(self.scale)):
-            raise ValueError(f"lora.scale={self.scale!r} must be a finite number")
 
 
 class LowRank:

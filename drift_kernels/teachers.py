@@ -12,8 +12,8 @@ from torch import Tensor
 
 from drift_kernels import divergences
 from drift_kernels.inputs import Flat, check_data, flatten
-from drift_kernels.products import LoRAHead
 from drift_kernels.spec import DistillSpec, HeadOptions
+from drift_kernels.tensors import LoRAHead
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = [
-    "spec",
-    "formulas",
-    "divergences",
-    "exploration",
-    "rows",
-    "backends",
-    "memory",
-    "products",
-    "pieces",
-    "staging",
-    "driver",
-]
-KERNELS += ["distill_driver", "inputs", "teachers", "scored", "autograd", "distill_autograd", "ops", "distill_ops"]
-KERNELS += ["testing", "conversation", "adapters"]
+KERNELS = ["spec", "formulas", "divergences", "exploration", "tensors", "plan", "inputs", "teachers"]
+KERNELS += ["backends", "memory", "products", "pieces", "staging", "driver", "distill_driver"]
+KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
     {"config", "types", "track"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},

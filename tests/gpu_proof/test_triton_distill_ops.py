@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import rows, staging
+from drift_kernels import plan, staging
 from drift_kernels.testing import gradients, make_case, within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,8 +157,8 @@ def test_outputs_and_metrics(active):
 def test_active_rows_are_taken_without_looking(mode, monkeypatch):
     """No plan is made, targets and ids go unread; what nothing reads may hold any number, and a teacher's rows NaN."""
     case, looked = make_case(T, D, V, seed=7, dtype=torch.float32), []
-    monkeypatch.setattr(rows, "plan", lambda *args: looked.append(args))
-    monkeypatch.setattr(rows, "check_targets", lambda *args: looked.append(args))
+    monkeypatch.setattr(plan, "plan", lambda *args: looked.append(args))
+    monkeypatch.setattr(plan, "check_targets", lambda *args: looked.append(args))
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *args: looked.append(args))
     op = hybrid(case, mode, torch.float32, ACTIVE)
     whole = gradients(lambda h, w, b: op(h, w, b, config()), case.leaves(torch.float32))

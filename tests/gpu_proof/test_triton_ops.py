@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import driver, rows, staging
+from drift_kernels import driver, plan, staging
 from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,8 +206,8 @@ def test_active_rows_are_taken_without_reading_the_targets(entries, monkeypatch)
     active = (case.targets >= 0).nonzero().squeeze(1)[::2]
     active = torch.cat([active, torch.tensor([t for t in range(T) if case.targets[t] < 0][:5])]).sort().values
     planned = []
-    monkeypatch.setattr(rows, "plan", lambda *args: planned.append(args))
-    monkeypatch.setattr(rows, "check_targets", lambda *args: planned.append(args))
+    monkeypatch.setattr(plan, "plan", lambda *args: planned.append(args))
+    monkeypatch.setattr(plan, "check_targets", lambda *args: planned.append(args))
     h, w, b = case.leaves(torch.float32)
     out = dk.policy_loss(h, w, case.targets, case.advantages, active=active, bias=b, outputs=OUTPUTS, config=config())
     grads = torch.autograd.grad(out.loss, (h, w, b))

@@ -15,6 +15,7 @@ from drift_kernels import distill_driver, driver
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import Call, DistillCall, HeadOptions
+from drift_kernels.tensors import Inputs
 
 T, D, V = 8192, 4096, 151_936
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -48,7 +49,7 @@ def inputs(dtype, active, lora=False, head=None):
     tokens = Tokens(*(per_token() for _ in range(4)))
     low_rank = dk.LoRAHead(make(16, D), make(V, 16), 2.0) if lora else None
     targets, index = make(T, kind=torch.int64), make(active, kind=torch.int64)
-    return driver.Inputs(
+    return Inputs(
         make(T, D), make(V, D, kind=head or dtype), make(V), targets, None, index, per_token(), tokens, low_rank
     )
 
@@ -156,7 +157,7 @@ def test_a_teachers_top_k_reads_nothing_back(active):
 def test_the_check_can_fail():
     """Without `active` the rows that count are looked up, which no tensor without memory can tell."""
     x = inputs(torch.bfloat16, T)
-    everything = driver.Inputs(x.hidden, x.weight, x.bias, x.targets, None, None, None, x.tokens)
+    everything = Inputs(x.hidden, x.weight, x.bias, x.targets, None, None, None, x.tokens)
     call = Call(config=dk.KernelConfig(backend="triton"), need_hidden=True)
     with pytest.raises(NotImplementedError):
         driver.fused(everything, call, torch.empty((), device="meta"))

@@ -113,7 +113,7 @@ def plan(mask: Tensor, rows: Tensor | None) -> Plan:
     return Plan(index.numel(), on_device[0], kept, on_device[1], row_ptr)
 
 
-def takes_active_as_it_is(rows: Tensor | None, call: Call, backend: str) -> bool:
+def can_use_active_as_plan(rows: Tensor | None, call: Call, backend: str) -> bool:
     """Whether `active` is the plan, so that a GPU is not waited for. It is not where
 
     - the backend is "cpu": looking costs nothing there, and entries that are masked after all are dropped;
