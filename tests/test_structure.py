@@ -21,6 +21,7 @@ TRAINER = [  # lowest first; wings of one level never import each other
     {"report"},
     {"jobs"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from drift.config import Config, ConfigError, dump, load
 from drift.training import distributed
 
-MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir", "engine")  # between two runs in one folder
+MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir", "engine", "train.timeout")  # between two runs in one folder
 
 
 class RunError(RuntimeError):
@@ -70,7 +70,7 @@ def claim(folder: Path, config: Config) -> None:
     file = folder / "config.yaml"
     if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
         before, now = _settings(file).model_dump(), config.model_dump()
-        differ = [line for key in now if key not in MAY_CHANGE for line in _differences(key, before[key], now[key])]
+        differ = [line for key in now for line in _differences(key, before[key], now[key])]
         if before["seeds"][0] != config.seeds[0]:
             differ.append(f"seeds began with {before['seeds'][0]} and now with {config.seeds[0]}")
         if differ:
@@ -84,6 +84,8 @@ def claim(folder: Path, config: Config) -> None:
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:
+    if path in MAY_CHANGE:
+        return []
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [line for key in keys for line in _differences(f"{path}.{key}", before.get(key), now.get(key))]

@@ -43,7 +43,6 @@ from drift.training.reference import Reference
 from drift.training.trainer import train
 
 WATCHED = 64  # trajectories that an arm is compared with the base on
-LONGEST_WAIT = 7 * 24 * 3600.0  # seconds that ranks wait for the one that samples
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
         for split in ("train", "eval"):
             task.problems(split)  # too few are said now, not after the warm start
         with (
-            distributed.launched(timeout=LONGEST_WAIT) as rank,
+            distributed.launched(config.train.timeout) as rank,
             Track(
                 folder if rank == 0 else None, list(config.track.sinks), config.track.progress and rank == 0
             ) as track,
@@ -75,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
                 job.seed(seed)
             if rank == 0:
                 job.summarise()
-            distributed.barrier()
+            distributed.meet("the summary")
     finally:
         task.close()
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -96,11 +95,11 @@ class _Job:
         warmed = config.model.path is None and config.warm_start.enabled
         if warmed and distributed.rank() == 0 and not (folder / "warm_start.json").exists():
             policy = stages.load(config, None)
-            with self.clock("warm_start"):
+            with self.clock("warm_start"), distributed.alone():
                 engine = HFEngine(policy, config.rollout.batch_size)  # a server would need the base first
                 done = warm_start(policy, engine, self.task, config, folder, self.track)
             self.track.say(f"warm start: {done.solved:.0%} of the check problems solved after {done.steps} steps")
-        distributed.barrier()
+        distributed.meet("the warm start")
         self.policy = stages.load(config, str(folder) if warmed else config.model.path)
         self.start = self.policy.state()
         self._evaluate("base", folder / "eval.json")
@@ -130,7 +129,7 @@ class _Job:
         options["rollouts"] = folder / "rollouts.jsonl"
         options["examples_path"] = folder / "examples.jsonl"
         with self.clock("train"), ExitStack() as stack:
-            with distributed.in_turn():
+            with distributed.in_turn("the first weights for the engine"):
                 engine = stack.enter_context(self._engine())
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
@@ -202,7 +201,7 @@ class _Job:
         if distributed.rank() == 0:
             with self.clock("rollouts"):
                 stages.sample_into(self.config, self.policy, self.task, path, seed, self.track, prefix)
-        distributed.barrier()
+        distributed.meet(f"rollouts into {path}")
         rows = store.read(path)
         store.check_policy(rows, self.policy.hash())
         return rows
@@ -217,7 +216,7 @@ class _Job:
             write_json(path, done.to_json())
             shares = f"multi@{self.config.eval.turns} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
             self.track.say(f"{name}: {shares} of {len(done.solved_at)} problems")
-        distributed.barrier()
+        distributed.meet(f"the evaluation of {name}")
 
     def summarise(self) -> None:
         """summary.json and report.html, from the files of the stages."""

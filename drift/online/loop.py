@@ -101,13 +101,14 @@ def train_online(
     track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
     job |= {"online": config.online.model_dump(mode="json") if config.online else None}
-    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
+    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout"})
     if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir)) is not None:
         _, state = checkpoint.load(path, loop.optimizer, job)
         loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
         loop.pending = checkpoint.load_rows(path, "pending") if config.online and config.online.ahead else None
     stats, total = loop.stats, loop.online.steps
     with (
+        distributed.resuming(partial(checkpoint.describe, checkpoint_dir)),
         closing(loop),
         _rows(rollouts if first else None, stats.steps, track) as writer,
         track.progress(prefix, total) as bar,
@@ -130,7 +131,7 @@ def train_online(
                     rows = {"pending": loop.pending or []} if loop.ahead else {}
                     state = loop.state_dict()
                     checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, state, job, tensors, rows)
-                distributed.barrier()
+                distributed.meet("the checkpoint")
     return stats
 
 
@@ -187,7 +188,7 @@ class _Loop:
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         clock, phase = Stopwatch(), self.curriculum.at(number)
-        with distributed.in_turn():  # the first rank hands the weights over, when all have their samples of older ones
+        with distributed.in_turn("the step's weights for the engine"):  # the first rank hands the weights over, when all have their samples of older ones
             self.engine.sync()
         samples = self._sample(number)
         self._route(samples, number)
@@ -217,7 +218,9 @@ class _Loop:
             self.teacher.update(finite=not result.skipped)
         trained = time.perf_counter()
         if self.ahead and more:
-            self.pending = distributed.gather(self.ahead.result())
+            own = self.ahead.result()
+            distributed.meet(f"the rollouts of step {number + 2}")
+            self.pending = distributed.gather(own)
         waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
         self.examples = distributed.gather(measured.examples) if keep else []
         outcomes, means = _outcomes(samples) | self._tool_use(samples), _means(measured)
@@ -294,7 +297,9 @@ class _Loop:
         """The step's trajectories, of all ranks, in an order that all ranks share."""
         rows, self.pending = self.pending, None
         if rows is None:
-            rows = distributed.gather(self._play(number, number))
+            own = self._play(number, number)
+            distributed.meet(f"the rollouts of step {number + 1}")
+            rows = distributed.gather(own)
         samples = [self._read(row) for row in rows]
         for place, part in enumerate(part for sample in samples for part in sample.parts):
             part.trajectory.index = place

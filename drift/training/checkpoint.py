@@ -47,6 +47,12 @@ def latest(folder: str | Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def describe(folder: str | Path | None) -> str:
+    """The checkpoint that a training goes on from, for a sentence."""
+    path = None if folder is None else latest(folder)
+    return "the start of this training" if path is None else f"checkpoint {path.name.rpartition('-')[2]} ({path})"
+
+
 def save(
     folder: str | Path,
     step: int,

@@ -1,23 +1,33 @@
-"""Data-parallel training under torchrun: every rank holds the model, gradients and denominators are summed.
+"""Data-parallel training under torchrun: gradients and denominators are summed over the ranks.
 
 Sums, not means: a step's loss is divided by a denominator that is global already (A4), so that ranks may hold different
 numbers of samples and packs. Gradients meet once a step, after the last pack of each rank: a rank with fewer packs, or
 none, waits there and nowhere else. Without torchrun there is one rank and every function here returns at once.
 
-Left out: sharding the model over ranks (FSDP2). A sharded model is one that no rank can sample from alone.
+Collectives have a limit of minutes, and one that fails ends the rank with a `RankLost`. Where one rank works and the
+others wait, `meet` has no limit (`drift.training.presence`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from drift.training.presence import Presence, RankLost
+
 BUCKET = 32 << 20  # elements that one reduction carries
+
+
+_presence: Presence | None = None  # of this process, inside `launched`
+_alone = False  # inside `alone`
 
 
 def rank() -> int:
@@ -31,30 +41,72 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where torch sees none."""
+    """This rank's GPU, or the CPU if torch sees none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager
-def launched(timeout: float = 1800.0) -> Iterator[int]:
+def launched(timeout: float = 600.0) -> Iterator[int]:
     """Joins the process group that torchrun describes, and leaves it at the end; yields the rank.
 
     Does nothing in a process that torchrun did not start. NCCL carries tensors on GPUs, gloo those on the CPU.
-    timeout: seconds that a collective may wait for the slowest rank.
+    timeout: seconds that a collective may wait for the slowest rank. Raises RankLost when one does not come.
     """
+    global _presence
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
         yield rank()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    backend, limit = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout)
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count, timeout=limit)
+    _presence = Presence(dist.PrefixStore("presence", store), number, count, timeout)
     try:
-        yield dist.get_rank()
+        with _told_when_lost(), resuming(lambda: None):
+            yield number
     finally:
+        _presence.close()
+        _presence = None
         dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one: what one rank does while the others wait for it in `meet`."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+@contextmanager
+def resuming(where: Callable[[], str | None]) -> Iterator[None]:
+    """Inside, a collective that fails raises RankLost, which says `where()` the same command goes on from."""
+    try:
+        yield
+    except RankLost as error:
+        if error.where is not None:
+            raise
+        raise RankLost(error.what, where()) from None
+    except RuntimeError as error:
+        if _presence is None or not _of_a_collective(error):
+            raise
+        late = f"the ranks did not meet within train.timeout={_presence.limit:g} seconds"
+        raise RankLost(_presence.lost() or f"{late}; raise it if one needs longer ({error})", where()) from error
+
+
+def meet(what: str) -> None:
+    """Returns once every rank has come here, however long that takes; raises RankLost if one is gone.
+
+    what: the work that the last one to come has to do, for those that wait to say.
+    """
+    if world_size() > 1 and _presence is not None:
+        _presence.meet(what)
 
 
 def share(items: Sequence) -> Sequence:
@@ -102,24 +154,42 @@ def broadcast(tensors: Sequence[torch.Tensor]) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
-def barrier() -> None:
-    """Returns once every rank has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 @contextmanager
-def in_turn() -> Iterator[None]:
+def in_turn(what: str) -> Iterator[None]:
     """The first rank goes through the body, then all others. Every rank enters; an error of the first keeps them out."""
     if rank() > 0:
-        barrier()
+        meet(what)
     yield
     if rank() == 0:
-        barrier()
+        meet(what)
 
 
 def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+@contextmanager
+def _told_when_lost() -> Iterator[None]:
+    """torchrun ends the other ranks by SIGTERM when one is lost: inside, a process that nobody else has taught to end says so."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once
+        lost = _presence.lost() if _presence is not None else None
+        raise RankLost(lost) if lost else SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,11 +141,12 @@ def train(
             "min_weight": min_weight,
             "trajectories": checkpoint.fingerprint(trajectories),
         }
-        job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds"})
+        job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout"})
         if (path := checkpoint.latest(checkpoint_dir)) is not None:
             _, counts = checkpoint.load(path, optimizer, job)
             stats = TrainStats(**counts)
-    with training(policy.model), track.progress(prefix, total) as bar:
+    saved = partial(checkpoint.describe, checkpoint_dir)
+    with distributed.resuming(saved), training(policy.model), track.progress(prefix, total) as bar:
         bar.advance(stats.steps)
         for step in range(stats.steps, total):
             watch = Stopwatch()
@@ -166,7 +168,7 @@ def train(
             if checkpoint_dir is not None and due:
                 if distributed.rank() == 0:
                     checkpoint.save(checkpoint_dir, step + 1, optimizer, asdict(stats), job)
-                distributed.barrier()
+                distributed.meet("the checkpoint")
     return stats
 
 

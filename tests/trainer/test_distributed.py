@@ -79,7 +79,7 @@ def main(out):
         assert counted == [2.0, 1.0, 0.2], counted
         assert distributed.share(range(5)) == range(rank, 5, 2)
         seen = out / "was first"
-        with distributed.in_turn():
+        with distributed.in_turn("a file"):
             assert seen.exists() == (rank == 1)
             if rank == 0:
                 time.sleep(0.5)  # the other rank would look meanwhile
