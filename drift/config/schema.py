@@ -158,7 +158,9 @@ class TrainConfig(Section):
     token_reduction: Literal["mean", "sum"] = "mean"
     preset: Literal["exact"] | None = None  # exact: the maximum-likelihood fit, sets the three above
     rounds: Positive = 1
-    timeout: Rate = 600.0  # seconds that ranks wait for the slowest within a step; one that is stopped ends the others then
+    timeout: Rate = (
+        600.0  # seconds that ranks wait for the slowest within a step; one that is stopped ends the others then
+    )
     save_every: Count = 0  # optimizer steps; 0 saves at the end alone
     workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"

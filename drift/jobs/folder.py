@@ -13,7 +13,15 @@ from typing import Any
 from drift.config import Config, ConfigError, dump, load
 from drift.training import distributed
 
-MAY_CHANGE = ("seeds", "arms", "track", "name", "output_dir", "engine", "train.timeout")  # between two runs in one folder
+MAY_CHANGE = (
+    "seeds",
+    "arms",
+    "track",
+    "name",
+    "output_dir",
+    "engine",
+    "train.timeout",
+)  # between two runs in one folder
 
 
 class RunError(RuntimeError):

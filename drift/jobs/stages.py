@@ -98,7 +98,10 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
 
     Raises StoreError for a bad row, and for one that another policy sampled, unless `weights.off_policy` is correct.
     """
-    with distributed.launched(config.train.timeout) as rank, Track(out if rank == 0 else None, config.track.sinks) as track:
+    with (
+        distributed.launched(config.train.timeout) as rank,
+        Track(out if rank == 0 else None, config.track.sinks) as track,
+    ):
         policy = _policy(config, model)
         rows = store.read(rollouts)
         ratios, corrected = None, {}

@@ -62,7 +62,9 @@ def launched(timeout: float = 600.0) -> Iterator[int]:
         torch.cuda.set_device(device())
     backend, limit = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout)
     store, number, count = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count, timeout=limit)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=number, world_size=count, timeout=limit
+    )
     _presence = Presence(dist.PrefixStore("presence", store), number, count, timeout)
     try:
         with _told_when_lost(), resuming(lambda: None):
