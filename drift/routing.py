@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,7 +48,8 @@ class _History:
 class DifficultyRouter:
     """Remembers every problem's fading history. Updated once a rollout batch, with all of it.
 
-    transition_end: the step from which `config.reset_every` counts.
+    transition_end: the first step, counted from 0, after the curriculum's transition; `config.reset_every` counts from it.
+    It may be set anew while the curriculum is still in its warm-up.
     """
 
     def __init__(self, config: RouterConfig, transition_end: int = 0) -> None:
@@ -86,6 +87,7 @@ class DifficultyRouter:
         ]
         columns = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).T.float().contiguous()
         self._metrics = self._measure(columns, [opened[problem] for problem in problem_ids], correct, has_teacher)
+        self._metrics |= self._measure_right(columns, correct, has_teacher)
         return Routes(*columns)
 
     def pass_rate(self, problem: str) -> float:
@@ -96,10 +98,13 @@ class DifficultyRouter:
         return known * (history.successes + 1) / (count + 2) + (1 - known) * 0.5
 
     def _forget(self, step: int) -> None:
-        """Clears everything once a multiple of `reset_every` after the transition's end is reached, or passed."""
+        """Clears everything once a multiple of `reset_every` after the transition's end is reached, or passed.
+
+        Published steps count from 1: with reset_every = K the K-th step after the transition starts without a history.
+        """
         if not self.config.reset_every:
             return
-        period = max(step - self.transition_end, 0) // self.config.reset_every
+        period = max(step + 1 - self.transition_end, 0) // self.config.reset_every
         if period > self._period:
             self._period = period
             self._histories.clear()
@@ -139,10 +144,31 @@ class DifficultyRouter:
             },
         }
 
+    def _measure_right(self, columns: torch.Tensor, correct: Any, has_teacher: Any) -> dict[str, float]:
+        """Whether the parts act on right samples; a number without samples is left out."""
+        _, policy, _, rates = columns.tolist()
+        right = [place for place, solved in enumerate(correct) if solved]
+        if not right:
+            return {}
+        measured = {"right_taught": sum(bool(has_teacher[place]) for place in right) / len(right)}
+        for band in ("easy", "medium", "hard"):
+            weights = [policy[place] for place in right if self.band(rates[place]) == band]
+            if weights:
+                measured[f"right_policy_{band}"] = math.fsum(weights) / len(weights)
+        return measured
+
+    def band(self, pass_rate: float) -> Literal["easy", "medium", "hard"]:
+        """The name of a pass rate's band, between `hard_below` and `easy_above`."""
+        if pass_rate < self.config.hard_below:
+            return "hard"
+        return "easy" if pass_rate > self.config.easy_above else "medium"
+
     def metrics(self) -> dict[str, float]:
         """Of the last batch: means over samples of pass rate, gates and weights, and the share with a weight above 0.
 
-        `teacher` and `correct` are shares of samples; `problems` and `resets` count since the start.
+        `teacher` and `correct` are shares of samples; `right_taught` is the share of right samples with a teacher, and
+        `right_policy_BAND` the mean policy weight of right samples of problems in that band. `problems` and `resets` count
+        since the start.
         """
         return {**self._metrics, "problems": len(self._histories), "resets": self._period}
 

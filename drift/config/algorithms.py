@@ -18,11 +18,9 @@ class Algorithm:
     """One row of the table; a part that is None or False is not there."""
 
     data: Literal["demonstrations", "offline", "online"]  # where trajectories come from
-    policy: (
-        str | None
-    )  # preset of `drift_kernels.PolicySpec`; None is weighted cross-entropy. bnpo: GRPO's, over all tokens
+    policy: str | None  # preset of `drift_kernels.PolicySpec`; None is weighted cross-entropy
     routing: Literal["drift", "sdpo", "grpo", "srpo"] | None = None  # mode of `drift.routing`
-    teacher: Literal["ema", "trust_region", "frozen", "policy"] | None = None  # weights of `drift.online.teacher`
+    teacher: Literal["ema"] | None = None  # whose weights teach, unless a run says otherwise (`TeacherConfig.weights`)
     buffer: bool = False  # demonstrations from past batches
     rhythm: bool = False  # gate and rebellious bonus
     curriculum: bool = False  # warm-up and transition
@@ -35,7 +33,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": Algorithm("online", "grpo", "grpo", source="2402.03300"),
     "dapo": Algorithm("online", "dapo", "grpo", source="2503.14476"),
     "gspo": Algorithm("online", "gspo", "grpo", source="2507.18071"),
-    "sdpo": Algorithm("online", "bnpo", "sdpo", "ema", source="2601.20802"),
-    "srpo": Algorithm("online", "bnpo", "srpo", "ema"),
-    "drift": Algorithm("online", "bnpo", "drift", "ema", True, True, True, source="2606.30345"),
+    "sdpo": Algorithm("online", "dapo", "sdpo", "ema", source="2601.20802"),
+    "srpo": Algorithm("online", "dapo", "srpo", "ema"),
+    "drift": Algorithm("online", "dapo", "drift", "ema", True, True, True, source="2606.30345"),
 }

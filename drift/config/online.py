@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from drift.config.algorithms import ALGORITHMS
 from drift.config.section import Count, Positive, Rate, Section, Share, Weight, preset
@@ -51,7 +51,7 @@ class RouterConfig(Section):
     distill_correct: Gates = (0.0, 0.0, 0.7)  # with binary_routing off
     policy_correct: Gates = (0.05, 1.0, 0.3)  # where there is a teacher
     policy_incorrect: Gates = (0.0, 0.0, 0.0)  # likewise
-    policy_untaught: Weight = 1.0  # where there is none
+    policy_untaught: Weight = 1.0  # without a teacher, as in the public code; 0 is the public page's formula
     rebellious: Gates = (0.0, 1.0, 0.0)
     reset_every: Count = 0  # steps between two clearings of the history; 0 never
 
@@ -90,28 +90,54 @@ class BufferConfig(Section):
     entries: Positive = 4  # a problem
     min_score: float | None = None
     prefer_recent: bool = False  # order by (step, score) instead of (score, step)
-    strip_thinking: bool = True  # keep what follows </think>
     start_step: Count = 0
     start_epoch: Count = 0
 
 
-class CurriculumConfig(Section):
-    """Distillation first, then both branches (B8)."""
+class PlateauConfig(Section):
+    """When the pass rate has stopped rising, so that warm-up ends (ours)."""
 
-    warmup_steps: Count = 10
-    transition_steps: Count = 10  # over which the policy branch's weight rises
-    entropy_driven: bool = True  # in the warm-up, uncertain tokens weigh more
+    window: Positive = 5  # steps of a mean; the last window is compared with the one before
+    least_gain: Weight = 0.01  # of the solved share; a smaller gain is a plateau
+
+
+class CurriculumConfig(Section):
+    """Warm-up by plain self-distillation, then routing is faded in (B8)."""
+
+    warmup_steps: Count = 10  # with a plateau: at most (the number is ours)
+    transition_steps: Count = 10  # over which routing is faded in, linearly (the number is ours)
+    plateau: PlateauConfig | None = None  # ends warm-up before warmup_steps; null waits for the step
+    weigh_by_entropy: bool = False  # in warm-up, a token's divergence times H over the last step's mean (ours)
+
+    @model_validator(mode="after")
+    def _room_for_a_plateau(self) -> CurriculumConfig:
+        if self.plateau is not None and self.warmup_steps <= 2 * self.plateau.window:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must exceed twice plateau.window {self.plateau.window}: two windows are "
+                "compared within warm-up"
+            )
+        return self
+
+
+def _off(value: Any) -> Any:
+    """`off` without quotes is false in YAML 1.1."""
+    return "off" if value is False else value
 
 
 class TeacherConfig(Section):
     """Whose weights teach, and what the teacher is shown (B5)."""
 
-    weights: Literal["ema", "trust_region", "frozen", "policy"] = "ema"
+    weights: Literal["ema", "trust_region", "weight_mix", "frozen", "policy"] = "ema"  # weight_mix is ours
     rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # of the EMA, a rollout step
-    mix: Share = 0.1  # the policy's share in the trust-region mix; the rest is the reference
+    mix: Share = 0.05  # the policy's share: of the logits (trust_region) or of the weights (weight_mix)
     demonstrations: bool = True  # a successful sibling's final turn, else the buffer's
-    feedback: bool = True  # what a failed attempt was told, where that says more than that it failed
-    exclude_own: bool = True  # never the sample's own text
+    choose: Literal["entropy", "best", "first"] = "entropy"  # which: of highest sequence entropy, of best score, any
+    exclude_own: bool = True  # a sample never teaches itself; false is ours
+    strip_thinking: bool = True  # of a demonstration, when it is shown; what follows </think> is left
+    feedback: Annotated[Literal["off", "without_solution", "always"], BeforeValidator(_off)] = (
+        "without_solution"  # when a failed attempt's feedback is shown, if it says more than that it failed
+    )
+    max_prompt_tokens: Positive = 10_240  # of the teacher's prompt; the beginning of a longer demonstration is cut
 
 
 class DistillConfig(Section):
@@ -144,6 +170,10 @@ class OnlineConfig(Section):
     prompts: Positive = 32  # problems a step, each sampled rollout.n times
     ahead: Literal[0, 1] = 0  # steps that sampling is ahead of training; 1 samples the next batch meanwhile (ours)
     scale_advantages: bool = False  # divide by the group's standard deviation
+    denominators: Literal["branch", "shared"] = "branch"  # each branch's own tokens; or all response tokens (ours)
+    clip_low: Annotated[float, Field(gt=0, le=1)] | None = None  # of the policy's ratio; null is the algorithm's own
+    clip_high: Rate | None = None  # likewise; 0.28 for dapo, sdpo, srpo and drift
+    sampler_clip: Rate | None = 2.0  # of exp(logp − sampler's logp), on both losses; null corrects nothing
     router: RouterConfig = RouterConfig()
     rhythm: RhythmConfig = RhythmConfig()
     buffer: BufferConfig = BufferConfig()
@@ -161,7 +191,7 @@ class OnlineConfig(Section):
         name = f"algorithm {data.get('algorithm', 'drift')}"
         sets: dict[str, dict[str, Any]] = {"router": {"mode": algorithm.routing}}
         if not algorithm.curriculum:
-            sets["curriculum"] = {"warmup_steps": 0, "transition_steps": 0}
+            sets["curriculum"] = {"warmup_steps": 0, "transition_steps": 0, "plateau": None}
         given = {key: data.get(key, {}) for key in sets}
         return data | {
             k: preset(given[k], name, sets[k], f"online.{k}.") if isinstance(given[k], dict) else given[k] for k in sets

@@ -18,55 +18,53 @@ from torch import Tensor
 
 import drift_kernels
 from drift.config import Config
-from drift.config.algorithms import Algorithm
+from drift.config.algorithms import ALGORITHMS, Algorithm
+from drift.config.online import OnlineConfig
 from drift.model.policy import Policy
 from drift.online import examples
 from drift.online.curriculum import Phase
+from drift.online.samples import Sample
 from drift.online.teacher import Teacher
 from drift.packing import pack
 from drift.rhythm import StepMean
 from drift.training.optimizer import MasterAdamW
 from drift.training.reference import scoring
 from drift.training.trainer import logit_transform
-from drift.types import PackedBatch, Trajectory
+from drift.types import PackedBatch
 
 SEEN = ("teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "rebellious")  # the latter by the rhythm
-CORRECTION = {"correction": "token_truncate", "correction_bounds": (0.0, 2.0)}  # of sampler against trainer (B7)
 
 
-@dataclass(slots=True)
-class Sample:
-    """One trajectory of a rollout batch on its way to the loss."""
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """What each branch's sum is divided by; 0 if nothing of the batch is in that branch."""
 
-    trajectory: Trajectory  # `index` is its place in the global batch
-    messages: list[dict[str, str]]
-    solved_at: int  # turn of the right answer, 0 for none
-    reward: float
-    answers: list[str]  # normalised, those that could be parsed
-    unparsed: int
-    feedback: str | None = None  # what its last wrong answer but the final one was told
-    taught: Trajectory | None = None  # the same responses under the teacher's prompt
-    distill: float = 0.0  # weights by the router
-    policy: float = 0.0
-    rebellious: float = 0.0
-    pass_rate: float = 0.0  # of its problem, as the router believed it
-    row: dict[str, Any] = field(default_factory=dict)  # as it was sampled, in the names of `drift.store`
-    earlier: list[Sample] = field(default_factory=list)  # with history: template, its turns before the last one
+    policy: float
+    distill: float
 
-    @property
-    def parts(self) -> list[Sample]:
-        """Every token sequence of the trajectory: itself, after those of earlier turns."""
-        return [*self.earlier, self]
 
-    @property
-    def problem_id(self) -> str:
-        """Whose group it belongs to."""
-        return self.trajectory.problem_id
+def denominators(batch: Sequence[Sample], config: OnlineConfig) -> Denominators:
+    """Of a step's global batch (`Sample.parts` of all ranks), by `config.denominators`; never of a pack or a rank's share.
 
-    @property
-    def text(self) -> str:
-        """The final turn's."""
-        return self.messages[-1]["content"]
+    branch: for the policy the response tokens of samples with a policy weight, for the divergence those of samples with a
+    teacher. shared: all response tokens, for both. A policy loss that is a mean over sequences counts sequences instead.
+    """
+    shared = config.denominators == "shared"
+    policy = [sample for sample in batch if shared or sample.policy]
+    taught = [sample for sample in batch if shared or sample.taught is not None]
+    by_sequence = _spec(config).aggregation.startswith("sequence")
+    tokens = sum(sample.tokens for sample in policy)
+    return Denominators(len(policy) if by_sequence else tokens, sum(sample.tokens for sample in taught))
+
+
+def _spec(config: OnlineConfig) -> drift_kernels.PolicySpec:
+    """The algorithm's policy loss, with the run's own clip and correction."""
+    name, cap = ALGORITHMS[config.algorithm].policy, config.sampler_clip
+    if name is None:
+        raise ValueError(f"algorithm {config.algorithm} has no policy loss; it must be one of the online ones")
+    changes: dict[str, Any] = {"correction": "token_truncate", "correction_bounds": (0.0, cap)} if cap else {}
+    changes |= {k: v for k, v in (("clip_low", config.clip_low), ("clip_high", config.clip_high)) if v is not None}
+    return drift_kernels.PolicySpec.preset(name, **changes)
 
 
 @dataclass(slots=True)
@@ -97,12 +95,17 @@ class Branches:
         difference: StepMean,
         entropy: StepMean,
     ) -> None:
-        if config.online is None or algorithm.policy is None:
-            raise ValueError("config.online is missing, or the algorithm has no policy loss")
+        if config.online is None:
+            raise ValueError("config.online is missing; give it, such as `online: {}`")
         self.policy, self.optimizer, self.train, self.online = policy, optimizer, config.train, config.online
         self.algorithm, self.difference, self.entropy = algorithm, difference, entropy
-        self.spec = drift_kernels.PolicySpec.preset(algorithm.policy, **CORRECTION)
+        self.spec = _spec(config.online)
         softcap, logit_scale = logit_transform(policy.model.config)
+        if softcap is not None and config.online.teacher.weights == "trust_region":
+            raise ValueError(
+                f"online.teacher.weights 'trust_region' mixes logits, and this model caps them (softcap {softcap}), which "
+                "is not linear; set online.teacher.weights=weight_mix (of weights) or ema"
+            )
         self.logits: dict[str, Any] = {
             "temperature": config.rollout.temperature,
             "softcap": softcap,
@@ -117,12 +120,11 @@ class Branches:
         samples: Sequence[Sample],
         phase: Phase,
         teacher: Teacher | None,
-        tokens: int,
-        trajectories: int,
+        divide_by: Denominators,
         keep: Collection[int] = (),
         score: Collection[int] = (),
     ) -> Measured:
-        """This rank's samples; tokens, trajectories: of the global batch, all ranks' response tokens and samples.
+        """This rank's samples; divide_by: the `denominators` of the global batch.
 
         keep: places in the global batch of the samples whose tokens go into `Measured.examples`; score: of those whose
         log-probs under the policy, before the update, go into `Measured.logprobs`.
@@ -133,9 +135,8 @@ class Branches:
         sides = [[by_index[index] for index in batch.indices] for batch in packs]
         device, measured = self.policy.device, Measured()
         heads = self._teach(sides, packs, teacher) if teacher else [None] * len(packs)
-        normalizer = trajectories if self.spec.aggregation.startswith("sequence") else tokens
         for batch, side, head in zip(packs, sides, heads):
-            logprobs = self._pack(batch.to(device), side, head, phase, normalizer, measured, keep)
+            logprobs = self._pack(batch.to(device), side, head, phase, divide_by, measured, keep)
             bounds = batch.cu_seqlens.tolist()
             for index, start, stop in zip(batch.indices, bounds, bounds[1:]):
                 if index in score:
@@ -146,23 +147,36 @@ class Branches:
     def _teach(
         self, sides: Sequence[Sequence[Sample]], packs: Sequence[PackedBatch], teacher: Teacher
     ) -> list[drift_kernels.TeacherHead | None]:
-        """The teacher of each pack, its hidden states at the student's rows; None where no sample has one."""
-        found: list[drift_kernels.TeacherHead | None] = []
+        """The teacher of each pack, its hidden states at the student's rows; None for a pack without one."""
         with teacher.weights(), scoring(self.policy.model):
+            hiddens = [self._beside(side, batch) for side, batch in zip(sides, packs)]
             weight, bias = (None if t is None else t.detach().clone() for t in self.policy.head())
-            for side, batch in zip(sides, packs):
-                taught = [sample.taught for sample in side if sample.taught is not None]
-                if not taught or weight is None:
-                    found.append(None)
-                    continue
-                [longer] = pack(taught, sum(len(t.token_ids) for t in taught), turns="assistant")
-                longer = longer.to(weight.device)
-                hidden = self.policy.hidden(longer)
-                rows = _spread(batch, [sample.taught is not None for sample in side]).to(weight.device)
-                beside = hidden.new_zeros(len(batch.targets), hidden.shape[1])
-                beside[rows] = hidden[longer.response_mask]
-                found.append(drift_kernels.TeacherHead(beside, weight, bias, **self.logits))
-        return found
+        assert weight is not None
+        if share := teacher.logit_mix:  # (1 − mix)·teacher's logits + mix·policy's, as one product of twice the width
+            with scoring(self.policy.model):
+                own = [self._beside(side, batch) for side, batch in zip(sides, packs)]
+            ours, our_bias = (None if t is None else t.detach() for t in self.policy.head())
+            assert ours is not None
+            hiddens = [None if a is None or b is None else torch.cat((a, b), 1) for a, b in zip(hiddens, own)]
+            weight = torch.cat(((1 - share) * weight, share * ours), 1)
+            bias = None if bias is None or our_bias is None else torch.lerp(bias, our_bias, share)
+        return [
+            None if hidden is None else drift_kernels.TeacherHead(hidden, weight, bias, **self.logits)
+            for hidden in hiddens
+        ]
+
+    def _beside(self, side: Sequence[Sample], batch: PackedBatch) -> Tensor | None:
+        """The hidden states [T, D] of the teacher's pack at the student's rows, 0 elsewhere; None if no sample has one."""
+        taught = [sample.taught for sample in side if sample.taught is not None]
+        if not taught:
+            return None
+        [longer] = pack(taught, sum(len(t.token_ids) for t in taught), turns="assistant")
+        longer = longer.to(self.policy.device)
+        hidden = self.policy.hidden(longer)
+        rows = _spread(batch, [sample.taught is not None for sample in side]).to(hidden.device)
+        beside = hidden.new_zeros(len(batch.targets), hidden.shape[1])
+        beside[rows] = hidden[longer.response_mask]
+        return beside
 
     def _pack(
         self,
@@ -170,7 +184,7 @@ class Branches:
         side: Sequence[Sample],
         teacher: drift_kernels.TeacherHead | None,
         phase: Phase,
-        normalizer: float,
+        divide_by: Denominators,
         measured: Measured,
         keep: Collection[int],
     ) -> Tensor:
@@ -181,7 +195,9 @@ class Branches:
             scored = drift_kernels.linear_logprob(hidden, weight, batch.targets, return_entropy=True, **common)
         assert scored.entropy is not None
         assert batch.advantages is not None
-        policy = _spread(batch, [sample.policy * phase.policy for sample in side])
+        routes = [phase.weights(s.taught is not None, s.distill, s.policy, s.rebellious) for s in side]
+        distill, policy, rebellious = (_spread(batch, column) for column in zip(*routes))
+        normalizer = divide_by.policy or divide_by.distill or 1.0  # the op has one for both; distill_coef corrects it
         common |= {
             "old_logprobs": scored.logprobs,
             "rollout_logprobs": batch.rollout_logprobs,
@@ -206,15 +222,14 @@ class Branches:
                 batch.targets,
                 teacher,
                 batch.advantages,
-                distill_weights=self._sampled_by(batch, scored.logprobs)
-                * _spread(batch, [sample.distill * phase.distill for sample in side]),
+                distill_weights=self._sampled_by(batch, scored.logprobs) * distill,
                 policy_weights=policy,
-                distill_coef=self.online.distill.weight,
+                distill_coef=self.online.distill.weight * normalizer / (divide_by.distill or 1.0),
                 has_teacher=has_teacher,
                 policy=self.spec,
                 distill=self._divergence(),
                 outputs=SEEN if self.algorithm.rhythm else SEEN[:3],
-                **self._exploration(batch, side, phase),
+                **self._exploration(batch, rebellious, phase),
                 **common,
             )
             self._measure_teacher(out, scored, has_teacher, measured)
@@ -233,9 +248,9 @@ class Branches:
         return scored.logprobs
 
     def _sampled_by(self, batch: PackedBatch, logprobs: Tensor) -> Tensor | float:
-        """The divergence's importance ratio where the sampler's weights are older, one step or more (B6)."""
-        clip = self.online.distill.importance_clip
-        if not self.online.ahead or clip is None or batch.rollout_logprobs is None:
+        """The divergence's correction of sampler against trainer, min(exp(logp − rollout), clip) a token (B7)."""
+        clip = self.online.sampler_clip
+        if clip is None or batch.rollout_logprobs is None:
             return 1.0
         return (logprobs - batch.rollout_logprobs).clamp(-20, 20).exp().clamp(max=clip)
 
@@ -255,7 +270,7 @@ class Branches:
             "reward": sample.reward,
             "advantage": sample.trajectory.advantage,
             "phase": phase.name,
-            "policy_factor": phase.policy,
+            "routing": phase.routing,
             "policy_weight": sample.policy,
             "distill_weight": sample.distill,
             "rebellious_weight": sample.rebellious,
@@ -268,38 +283,46 @@ class Branches:
             alpha=settings.alpha, top_k=settings.top_k, importance_clip=settings.importance_clip
         )
 
-    def _exploration(self, batch: PackedBatch, side: Sequence[Sample], phase: Phase) -> dict[str, Any]:
+    def _exploration(self, batch: PackedBatch, rebellious: Tensor, phase: Phase) -> dict[str, Any]:
+        """Arguments of the exploration weights. In warm-up the divergence is plain SDPO's."""
         if not self.algorithm.rhythm:
             return {}
         settings = self.online.rhythm
         spec = drift_kernels.ExplorationSpec(
             rhythm_maximum=settings.maximum,
-            weigh_divergence=settings.weigh_divergence,
+            weigh_divergence=settings.weigh_divergence and phase.name != "warmup",
             gate=settings.gate,
             gate_floor=settings.floor,
             gate_power=settings.power,
             margin=settings.margin,
             gamma=settings.bonus_gamma,
             bonus_maximum=settings.bonus_maximum,
-            entropy_warmup=phase.entropy_driven,
+            entropy_warmup=phase.weigh_by_entropy,
         )
         return {
             "exploration": spec,
             "turn_ids": batch.turn_ids,
             "cu_seqlens": batch.cu_seqlens,
-            "rebellious_weights": _spread(batch, [sample.rebellious for sample in side]),
+            "rebellious_weights": rebellious,
             "mean_difference": self.difference.value,
             "mean_entropy": self.entropy.value,
         }
 
     def _measure_teacher(self, out: Any, scored: Any, taught: Tensor, measured: Measured) -> None:
-        """The means of the next step, and the teacher's part of the log: teacher_kl is the mean of logp − teacher's logp."""
+        """The means of the next step, and the teacher's part of the log, over tokens with a teacher.
+
+        teacher_kl: the mean of logp − teacher's logp. gate_open: the share of tokens whose gate is more than half open.
+        bonus_share: the share of tokens whose policy loss counts more than once.
+        """
         for name, mean in (("difference", self.difference), ("taught_entropy", self.entropy)):
             if name in out.metrics:
                 mean.add_sum(*out.metrics[name])
         count = taught.sum()
         gap = (scored.logprobs - out.outputs["teacher_logprobs"])[taught].sum()
         measured.add(teacher_kl=(gap, count), teacher_entropy=(out.outputs["teacher_entropy"][taught].sum(), count))
+        if self.algorithm.rhythm:
+            opened, bonus = (out.outputs[name][taught] for name in ("gate", "rebellious"))
+            measured.add(gate_open=((opened > 0.5).sum(), count), bonus_share=((bonus > 1).sum(), count))
 
 
 def _spread(batch: PackedBatch, values: Sequence[float | bool]) -> Tensor:

@@ -3,7 +3,8 @@
 One JSON object a line, a response of a step:
 
     step, prompt_id, index (place in the batch), solved_at (turn, 0 for none), reward, advantage, phase (of the curriculum)
-    policy_weight, distill_weight, rebellious_weight   the router's; policy_factor, the curriculum's factor on the first
+    policy_weight, distill_weight, rebellious_weight   the router's
+    routing   the curriculum's share of them in the loss; the rest is plain self-distillation
     tokens    pieces of text, the prompt's included
     trained   1 for a token that was sampled
     logprobs, entropy                                 of the student, one a token, 0 where `trained` is 0

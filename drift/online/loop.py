@@ -5,11 +5,10 @@ weights are in the checkpoint: an interrupted training goes on to the same bits,
 each row with the weights that the router gave it. Under torchrun every rank samples its share of the problems, all
 ranks see the whole batch and route it alike, and each trains its share of the trajectories.
 
-    L = (Σ w_policy·policy_token + λ·Σ w_distill·divergence_token) / N
+    L = Σ w_policy·policy_token / N_p + λ·Σ w_distill·divergence_token / N_d
 
-with N all response tokens of the global batch (ours: the public code divides each micro-batch by its own). Presets whose
-policy loss is a mean over sequences (grpo, gspo) divide that branch by the number of sequences, global too. With
-`history: template` a turn is a sequence, under the weights and the advantage of its trajectory.
+with denominators over the global batch (`drift.online.branches.denominators`). With `history: template` a turn is a
+sequence, under the weights and the advantage of its trajectory.
 
 Sampling and training alternate, or with `online.ahead` the next batch is sampled while this one is trained on: by weights
 one step older, which the correction of sampler against trainer covers, and to the same bits whatever the threads do.
@@ -19,7 +18,6 @@ Left out: several optimizer steps a batch.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -28,28 +26,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from drift import store
-from drift.buffer import SuccessBuffer
 from drift.config import Config
 from drift.config.algorithms import ALGORITHMS
 from drift.engines import Engine
-from drift.model import chat
 from drift.model.policy import Policy
 from drift.online import examples
 from drift.online.ahead import Ahead, Still
-from drift.online.branches import Branches, Measured, Sample
-from drift.online.curriculum import Curriculum
-from drift.online.reprompt import Attempt, lessons, teacher_trajectory
+from drift.online.branches import Branches, denominators
+from drift.online.guide import Guide
+from drift.online.outcomes import outcomes, token_means
+from drift.online.samples import Sample, problems_of, read, set_advantages, stored
 from drift.online.teacher import Teacher
-from drift.online.watch import Watch, repeat_rate
-from drift.returns import trajectory_return
+from drift.online.watch import Watch
 from drift.rhythm import StepMean
 from drift.rollouts.environments import Environment
 from drift.rollouts.rollout import play, tool_metrics
-from drift.routing import DifficultyRouter
 from drift.tasks import Task
 from drift.track import Track
 from drift.training import checkpoint, distributed
@@ -172,9 +166,8 @@ class _Loop:
         self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
         distributed.broadcast(self.optimizer.parameters)
         self.optimizer.write_back()
-        self.curriculum = Curriculum(self.online.curriculum)
-        self.router = DifficultyRouter(self.online.router, self.curriculum.transition_end)
-        self.buffer = SuccessBuffer(self.online.buffer) if self.algorithm.buffer else None
+        has = {"teacher": self.algorithm.teacher is not None, "buffer": self.algorithm.buffer}
+        self.guide = Guide(self.online, policy.tokenizer, len(self.problems), **has)
         self.difference, self.entropy = StepMean(), StepMean()
         self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
         self.reference = Reference(policy, config) if self.online.watch.every else None
@@ -187,16 +180,15 @@ class _Loop:
 
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
-        clock, phase = Stopwatch(), self.curriculum.at(number)
-        with distributed.in_turn(
-            "the step's weights for the engine"
-        ):  # the first rank hands the weights over, when all have their samples of older ones
+        clock, phase = Stopwatch(), self.guide.phase(number)
+        with distributed.in_turn("the step's weights for the engine"):  # once all ranks have their samples of older ones
             self.engine.sync()
         samples = self._sample(number)
-        self._route(samples, number)
+        self.guide.route(samples, number)
         if writer is not None:
+            rollout = self.config.rollout
             for sample in samples:
-                writer.write(self._row(sample, number))
+                writer.write(stored(sample, number, self.base, rollout.temperature, rollout.top_p))
         more = number + 1 < self.online.steps
         if self.ahead and more:
             self.ahead.start(partial(self._play, number + 1, number))
@@ -207,7 +199,7 @@ class _Loop:
         known = {part.trajectory.index for part in compared} if self.certain else set[int]()
         with training(self.policy.model), seeded(self.seed, number, self.policy.model):
             measured = self.branches.accumulate(
-                distributed.share(parts), phase, self.teacher, _tokens(samples), len(parts), keep, known
+                distributed.share(parts), phase, self.teacher, denominators(parts, self.online), keep, known
             )
         reference_kl = self._reference_kl(parts, compared, measured.logprobs)
         if self.ahead:
@@ -225,10 +217,10 @@ class _Loop:
             self.pending = distributed.gather(own)
         waited = {"seconds_waiting": time.perf_counter() - trained} if self.ahead else {}
         self.examples = distributed.gather(measured.examples) if keep else []
-        outcomes, means = _outcomes(samples) | self._tool_use(samples), _means(measured)
+        rates, means = outcomes(samples) | self._tool_use(samples), token_means(measured.sums)
         self.watch.update(
             entropy=means["entropy"],
-            repeat_rate=outcomes["repeat_rate"],
+            repeat_rate=rates["repeat_rate"],
             problem_ids=[sample.problem_id for sample in samples],
             correct=[sample.solved_at > 0 for sample in samples],
             reference_kl=reference_kl,
@@ -238,9 +230,9 @@ class _Loop:
         self.stats.skipped += result.skipped
         self.stats.trajectories += len(samples)
         self.stats.seconds += took["step_time"]
-        self.stats.rewards.append(math.fsum(sample.reward for sample in samples) / len(samples))
+        self.stats.rewards.append(rates["reward"])
         return {
-            **outcomes,
+            **rates,
             "staleness": sum(number - sample.row["policy_version"] for sample in samples) / len(samples),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -273,7 +265,8 @@ class _Loop:
         return self.reference.kl([part.trajectory for part in parts], self.online.watch.trajectories, known)
 
     def _parts(self) -> list[tuple[str, Any]]:
-        named = {"router": self.router, "buffer": self.buffer, "curriculum": self.curriculum, "teacher": self.teacher}
+        named = {name: getattr(self.guide, name) for name in ("router", "buffer", "curriculum")}
+        named["teacher"] = self.teacher
         named |= {"difference": self.difference, "entropy_mean": self.entropy, "watch": self.watch}
         return [(name, part) for name, part in named.items() if part is not None]
 
@@ -302,19 +295,15 @@ class _Loop:
             own = self._play(number, number)
             distributed.meet(f"the rollouts of step {number + 1}")
             rows = distributed.gather(own)
-        samples = [self._read(row) for row in rows]
+        samples = [read(self.policy, row, self.config.weights) for row in rows]
         for place, part in enumerate(part for sample in samples for part in sample.parts):
             part.trajectory.index = place
-        groups: dict[str, list[Sample]] = {}
-        for sample in samples:
-            groups.setdefault(sample.problem_id, []).append(sample)
-        for group in groups.values():
-            _set_advantages(group, self.online.scale_advantages)
+        set_advantages(samples, self.online.scale_advantages)
         return samples
 
     def _play(self, number: int, version: int) -> list[store.Row]:
         """This rank's trajectories of a step, sampled from the weights after `version` steps; no collective."""
-        chosen = distributed.share(_batch(len(self.problems), self.online.prompts, self.seed, number))
+        chosen = distributed.share(problems_of(number, len(self.problems), self.online.prompts, self.seed))
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
         policy = self.engine.policy if isinstance(self.engine, Still) else self.policy
@@ -323,133 +312,3 @@ class _Loop:
         rows = [episode.row(settings.format_penalty) for episode in episodes]
         unparsed = [episode.answers.count(None) for episode in episodes]
         return [{**row, "policy_version": version, "unparsed": count} for row, count in zip(rows, unparsed)]
-
-    def _read(self, row: store.Row) -> Sample:
-        weights, messages = self.config.weights, row["messages"]
-        *earlier, last = chat.to_trajectories(self.policy, row, index=0, turns="assistant")
-        ends = [place for place, message in enumerate(messages, 1) if message["role"] == "assistant"]
-        ends = ends[-(len(earlier) + len(last.turns)) :]  # without those that the environment opened with
-        told = [message["content"] for message in messages[ends[0] :] if message["role"] == "user"]
-        result: dict[str, Any] = {
-            "solved_at": row["t_star"] or 0,
-            "reward": trajectory_return(row, weights.gamma, weights.repetition),
-            "answers": row["answer_norms"],
-            "unparsed": row["unparsed"],
-        }
-        return Sample(
-            last,
-            messages,
-            feedback=told[-1] if told else None,
-            row=row,
-            earlier=[Sample(turn, messages[:end], **result) for turn, end in zip(earlier, ends)],
-            **result,
-        )
-
-    def _row(self, sample: Sample, number: int) -> store.Row:
-        """What is stored: the trajectory as it was sampled, and what the step makes of it.
-
-        traj_idx is left to the file, where a problem may come again. The weights that sampled are the base's hash, and
-        the number of steps since.
-        """
-        version, rollout = sample.row["policy_version"], self.config.rollout
-        return {
-            **{key: value for key, value in sample.row.items() if key != "traj_idx"},
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p,
-            "policy_hash": f"{self.base}+{version}" if version else self.base,
-            "step": number + 1,
-            "staleness": number - version,
-            "advantage": sample.trajectory.advantage,
-            "pass_rate": sample.pass_rate,
-            "had_teacher": sample.taught is not None,
-            "distill_weight": sample.distill,
-            "policy_weight": sample.policy,
-            "rebellious_weight": sample.rebellious,
-        }
-
-    def _route(self, samples: Sequence[Sample], number: int) -> None:
-        """Lessons from siblings and the buffer, then the weights; the buffer takes in this batch last."""
-        if self.teacher:
-            attempts = [Attempt(s.problem_id, s.text, s.solved_at > 0, s.feedback, s.reward) for s in samples]
-            found = lessons(
-                attempts,
-                self.online.teacher,
-                self.buffer,
-                prompts=[_question(sample.messages) for sample in samples],
-                strip=self.online.buffer.strip_thinking,
-                step=number,
-                epoch=number * min(self.online.prompts, len(self.problems)) // len(self.problems),
-            )
-            for sample, lesson in zip(samples, found):
-                if lesson is None:
-                    continue
-                for part in sample.parts:
-                    tokenizer, own = self.policy.tokenizer, part.trajectory
-                    part.taught = teacher_trajectory(tokenizer, own, part.messages, lesson)
-        routes = self.router.update(
-            [sample.problem_id for sample in samples],
-            [sample.solved_at > 0 for sample in samples],
-            [sample.taught is not None for sample in samples],
-            number,
-        )
-        columns = (routes.distill, routes.policy, routes.rebellious, routes.pass_rate)
-        for sample, *found in zip(samples, *(column.tolist() for column in columns)):
-            for part in sample.parts:
-                part.distill, part.policy, part.rebellious, part.pass_rate = found
-        if self.buffer is not None:
-            for sample in samples:
-                if sample.solved_at:
-                    self.buffer.add(sample.problem_id, sample.text, sample.reward, number)
-
-
-def _question(messages: chat.Messages) -> str:
-    """The first user message."""
-    return next((message["content"] for message in messages if message["role"] == "user"), "")
-
-
-def _batch(count: int, size: int, seed: int, step: int) -> list[int]:
-    """Which of `count` problems the step asks: permutation after permutation of all, cut into parts of `size`.
-
-    A problem that comes twice, where one permutation ends and the next begins, is asked once.
-    """
-    size = min(size, count)
-    places = range(step * size, (step + 1) * size)
-    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {place // count for place in places}}
-    return list(dict.fromkeys(int(orders[place // count][place % count]) for place in places))
-
-
-def _set_advantages(group: Sequence[Sample], scale: bool) -> None:
-    """A = r − mean over the group, divided by its standard deviation if asked; 0 where all are equal (B7)."""
-    mean = math.fsum(sample.reward for sample in group) / len(group)
-    spread = math.sqrt(math.fsum((sample.reward - mean) ** 2 for sample in group) / len(group))
-    flat = max(sample.reward for sample in group) == min(sample.reward for sample in group)
-    for sample in group:
-        for part in sample.parts:
-            part.trajectory.advantage = 0.0 if flat else (sample.reward - mean) / (spread if scale else 1.0)
-
-
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(turn.stop - turn.start for sample in samples for part in sample.parts for turn in part.trajectory.turns)
-
-
-def _outcomes(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rates over the batch's trajectories."""
-    count = len(samples)
-    return {
-        "reward": math.fsum(sample.reward for sample in samples) / count,
-        "solved": sum(sample.solved_at > 0 for sample in samples) / count,
-        "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
-        "turns": sum(len(sample.row["verifier"]) for sample in samples) / count,
-        "unparsed": sum(sample.unparsed for sample in samples) / count,
-        "repeat_rate": repeat_rate(sample.answers for sample in samples),
-        "response_tokens": _tokens(samples) / count,
-        "no_spread": sum(sample.trajectory.advantage == 0 for sample in samples) / count,
-    }
-
-
-def _means(measured: Measured) -> dict[str, float]:
-    """The means of (sum, count) pairs over all ranks; nothing where nothing was counted."""
-    names = sorted(measured.sums)
-    totals = distributed.sum_values(*(value for name in names for value in measured.sums[name]))
-    pairs = zip(names, totals[::2], totals[1::2])
-    return {name: total / count for name, total, count in pairs if count}

@@ -4,8 +4,11 @@ The rewritten message holds the original prompt, a correct solution, or the feed
 the first response on, the teacher reads the student's own ids: so every response token has one counterpart, at a fixed
 distance, and nothing that was sampled is tokenised again.
 
+Who has a teacher is decided by identity: a solved sibling with another index, whatever its text. In a format such as
+`<think>…</think><answer>15</answer>` all right siblings end in the same answer, and each still teaches the others.
+
     >>> from drift.online.reprompt import Attempt, TeacherConfig, lessons, rewrite
-    >>> attempts = [Attempt("p", "It is 15.", solved=True), Attempt("p", "It is 14.", solved=False, feedback="Incorrect.")]
+    >>> attempts = [Attempt("p", "It is 15.", True, entropy=0.4), Attempt("p", "It is 14.", False, "Incorrect.")]
     >>> [lesson and lesson.demonstration for lesson in lessons(attempts, TeacherConfig())]
     [None, 'It is 15.']
     >>> asked = [{"role": "user", "content": "7 + 8?"}]
@@ -18,14 +21,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from drift.buffer import SuccessBuffer, strip_thinking
+from drift.buffer import SuccessBuffer
 from drift.config.online import TeacherConfig
 from drift.model import chat
 from drift.types import Trajectory, Turn
 
-__all__ = ["Attempt", "Lesson", "TeacherConfig", "informative", "lessons", "rewrite", "teacher_trajectory"]
+__all__ = [
+    "Attempt",
+    "Lesson",
+    "TeacherConfig",
+    "fit",
+    "informative",
+    "lessons",
+    "preferred",
+    "rewrite",
+    "strip_thinking",
+    "teacher_messages",
+    "teacher_trajectory",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +50,9 @@ class Attempt:
     problem_id: str
     text: str  # of its final turn
     solved: bool
-    feedback: str | None = None  # what the failed attempt was told
-    score: float = 1.0  # among solved ones, the higher is shown first
+    feedback: str | None = None  # the environment's answer to the failed attempt
+    score: float = 1.0  # of its trajectory
+    entropy: float | None = None  # of its sequence, nats a token; needed with `choose="entropy"`
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,37 +69,81 @@ def lessons(
     buffer: SuccessBuffer | None = None,
     *,
     prompts: Sequence[str] | None = None,
-    strip: bool = True,
     step: int | None = None,
     epoch: int | None = None,
 ) -> list[Lesson | None]:
-    """A lesson for each attempt of one whole rollout batch; None where it has no teacher.
+    """A lesson for each attempt of one whole rollout batch; None for an attempt without a teacher.
 
-    The demonstration is the best solved sibling's text (the first of equals), else the buffer's best; never the
-    attempt's own text, unless `config.exclude_own` is off. Feedback counts for failed attempts, where `informative`.
-    prompts: each attempt's first user message, so that feedback which only repeats it does not count. strip: without
-    thinking. step, epoch: for the buffer's start.
+    The demonstration is the text of a solved attempt at the same problem with another index, else the buffer's, without
+    entries whose text is the attempt's own (`config.exclude_own` off: the attempt itself counts too). `config.choose`
+    picks one of several: the highest sequence entropy, the highest score, or the first; the earlier one of equals.
+    Thinking is stripped from the chosen text (`config.strip_thinking`); a text that is thinking alone is never chosen.
+    Feedback counts for failed attempts, if `informative`, as `config.feedback` says.
+    prompts: each attempt's first user message, so that feedback which only repeats it does not count. step, epoch: for
+    the buffer's start.
+    Raises ValueError for `choose="entropy"` and a solved attempt without one.
     """
-    shown = [strip_thinking(attempt.text) if strip else attempt.text for attempt in attempts]
-    solved: dict[str, list[str]] = {}
-    for attempt, text in sorted(zip(attempts, shown), key=lambda pair: -pair[0].score):  # stable
-        if attempt.solved and text.strip():
-            solved.setdefault(attempt.problem_id, []).append(text)
-    found = []
-    for number, (attempt, own) in enumerate(zip(attempts, shown)):
+    solved: dict[str, list[int]] = {}
+    for place in preferred(attempts, config.choose):
+        if _shown(attempts[place].text, config):
+            solved.setdefault(attempts[place].problem_id, []).append(place)
+    made = []
+    for place, attempt in enumerate(attempts):
         demonstration = feedback = None
         if config.demonstrations:
-            exclude = own if config.exclude_own else None
-            siblings = solved.get(attempt.problem_id, [])
-            demonstration = next((text for text in siblings if text != exclude), None)
-            if demonstration is None and buffer is not None:
-                entries = buffer.demonstrations(attempt.problem_id, 1, exclude, step=step, epoch=epoch)
-                demonstration = entries[0].text if entries else None
-        if config.feedback and not attempt.solved and attempt.feedback is not None:
-            prompt = prompts[number] if prompts is not None else ""
+            others = (i for i in solved.get(attempt.problem_id, []) if i != place or not config.exclude_own)
+            sibling = next(others, None)
+            text = None if sibling is None else attempts[sibling].text
+            if text is None and buffer is not None:
+                text = _from_buffer(buffer, attempt, config, step, epoch)
+            demonstration = None if text is None else _shown(text, config)
+        wanted = config.feedback == "always" or (config.feedback == "without_solution" and demonstration is None)
+        if wanted and not attempt.solved and attempt.feedback is not None:
+            prompt = prompts[place] if prompts is not None else ""
             feedback = attempt.feedback if informative(attempt.feedback, prompt) else None
-        found.append(Lesson(demonstration, feedback) if demonstration or feedback else None)
-    return found
+        made.append(Lesson(demonstration, feedback) if demonstration or feedback else None)
+    return made
+
+
+def preferred(attempts: Sequence[Attempt], choose: Literal["entropy", "best", "first"]) -> list[int]:
+    """Places of the solved attempts, the preferred first; equals in their order.
+
+    Raises ValueError for `choose="entropy"` and a solved attempt without one.
+    """
+    solved = [place for place, attempt in enumerate(attempts) if attempt.solved]
+    if choose == "best":
+        solved.sort(key=lambda place: -attempts[place].score)
+    elif choose == "entropy":
+        missing = next((place for place in solved if attempts[place].entropy is None), None)
+        if missing is not None:
+            raise ValueError(
+                f"attempts[{missing}].entropy is None; teacher.choose 'entropy' must know it: give the attempt's sequence "
+                "entropy, or set choose='first'"
+            )
+        solved.sort(key=lambda place: -(attempts[place].entropy or 0.0))
+    return solved
+
+
+def _from_buffer(
+    buffer: SuccessBuffer, attempt: Attempt, config: TeacherConfig, step: int | None, epoch: int | None
+) -> str | None:
+    own = attempt.text if config.exclude_own else None
+    by_entropy = config.choose == "entropy"
+    entries = buffer.demonstrations(
+        attempt.problem_id, buffer.config.entries, own, step=step, epoch=epoch, by_entropy=by_entropy
+    )
+    return next((entry.text for entry in entries if _shown(entry.text, config)), None)
+
+
+def _shown(text: str, config: TeacherConfig) -> str:
+    """As the teacher sees it; empty if nothing is left."""
+    shown = strip_thinking(text) if config.strip_thinking else text
+    return shown if shown.strip() else ""
+
+
+def strip_thinking(text: str) -> str:
+    """The text after the last `</think>`, stripped; of thinking that never ends, the text before it."""
+    return text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
 
 
 _VERDICT = re.compile(
@@ -97,8 +157,8 @@ _VERDICT = re.compile(
 def informative(feedback: str, prompt: str = "") -> bool:
     """Whether feedback says more than that the answer was wrong: "Incorrect. Please think again." does not.
 
-    Sentences that are a bare verdict, an invitation to try again or a turn number are left out, and so is `prompt`
-    where it is repeated; what is left has to hold a letter or a digit.
+    Sentences that are a bare verdict, an invitation to try again or a turn number are left out, and so is a repeated
+    `prompt`; the rest has to hold a letter or a digit.
     """
     rest = feedback.replace(prompt, " ") if prompt else feedback
     sentences = (sentence.strip() for sentence in re.split(r"[.!?,;:\n]+|\s[-–—]\s", rest))
@@ -108,7 +168,7 @@ def informative(feedback: str, prompt: str = "") -> bool:
 def rewrite(messages: chat.Messages, lesson: Lesson) -> chat.Messages:
     """The messages with the lesson in the first user message; the others are the same objects.
 
-    Raises ValueError where there is no user message, or where its content is not text.
+    Raises ValueError if there is no user message, or if its content is not text.
     """
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None or not isinstance(messages[first]["content"], str):
@@ -117,9 +177,39 @@ def rewrite(messages: chat.Messages, lesson: Lesson) -> chat.Messages:
     if lesson.demonstration is not None:
         parts.append(f"Correct solution:\n\n{lesson.demonstration}")
     if lesson.feedback is not None:
-        parts.append(f"Feedback on a failed attempt:\n\n{lesson.feedback}")
+        parts.append(f"The following is feedback from your unsuccessful earlier attempt:\n\n{lesson.feedback}")
     parts.append("Correctly solve the original question.")
     return [*messages[:first], {**messages[first], "content": "\n\n".join(parts)}, *messages[first + 1 :]]
+
+
+def fit(tokenizer: Any, messages: chat.Messages, lesson: Lesson, limit: int) -> Lesson | None:
+    """The lesson, cut so that the rewritten prompt has at most `limit` tokens; the same object if nothing was cut.
+
+    The beginning of the demonstration goes first, then that of the feedback (ours: an answer stands at the end). None if
+    the prompt is too long without any lesson.
+    """
+
+    def excess(lesson: Lesson) -> int:
+        return len(chat.render(tokenizer, rewrite(messages, lesson), True)) - limit
+
+    over = excess(lesson)
+    for name in ("demonstration", "feedback"):
+        while over > 0 and (text := getattr(lesson, name)):
+            left = tokenizer.decode(chat.encode(tokenizer, text)[over:]).lstrip("\N{REPLACEMENT CHARACTER}").strip()
+            lesson = replace(lesson, **{name: left or None})
+            over = excess(lesson)
+    return lesson if over <= 0 and (lesson.demonstration or lesson.feedback) else None
+
+
+def teacher_messages(trajectory: Trajectory, messages: chat.Messages) -> chat.Messages:
+    """The messages before the trajectory's first turn. Raises ValueError if turns and assistant messages do not match."""
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not 0 < len(trajectory.turns) <= len(spoken):
+        raise ValueError(
+            f"row {trajectory.index} (problem {trajectory.problem_id}): {len(trajectory.turns)} turns and "
+            f"{len(spoken)} assistant messages; each turn must be one of them"
+        )
+    return messages[: spoken[-len(trajectory.turns)]]
 
 
 def teacher_trajectory(tokenizer: Any, trajectory: Trajectory, messages: chat.Messages, lesson: Lesson) -> Trajectory:
@@ -130,16 +220,10 @@ def teacher_trajectory(tokenizer: Any, trajectory: Trajectory, messages: chat.Me
     in; all later ones are the student's. So the k-th response token here is the k-th there, `turns[i].start` apart by
     one and the same number.
 
-    Raises ValueError where the ids before the first turn are not what the template renders for `messages`: then nobody
-    knows what to put in their place.
+    Raises ValueError if the ids before the first turn are not those that the template renders for `messages`: then
+    nobody knows which ids to put in their place.
     """
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not 0 < len(trajectory.turns) <= len(spoken):
-        raise ValueError(
-            f"row {trajectory.index} (problem {trajectory.problem_id}): {len(trajectory.turns)} turns and "
-            f"{len(spoken)} assistant messages; each turn should be one of them"
-        )
-    before, start = messages[: spoken[-len(trajectory.turns)]], trajectory.turns[0].start
+    before, start = teacher_messages(trajectory, messages), trajectory.turns[0].start
     if chat.render(tokenizer, before, True) != list(trajectory.token_ids[:start]):
         raise ValueError(
             f"row {trajectory.index} (problem {trajectory.problem_id}): the {start} ids before the first turn are not "

@@ -12,13 +12,15 @@
     ...     torch.equal(model.weight, before + 0.5)
     True
 
-All four kinds are one: a float32 shadow, which follows the policy at `rate` (0: never), and of which `mix` is replaced
-by the policy where it is put in place. Everything is elementwise, in one fused pass: sharded (DTensor) parameters work
+All kinds are one: a float32 shadow, which follows the policy at `rate` (0: never), and of which `mix` is replaced by the
+policy when it is put in place. Everything is elementwise, in one fused pass: sharded (DTensor) parameters work
 as they are, each rank on its part.
 
 For LoRA the adapters' *factors* are averaged, A and B each, not their product: the teacher is a LoRA of the same rank,
 and close to the averaged product as long as the policy moves little within the average's memory of 1/rate steps.
-The trust-region teacher mixes weights, not log-probs. Buffers of the model (there are none to train) are the policy's.
+The published trust region mixes *logits*: its shadow is the reference, and `logit_mix` says which share of the logits is
+the policy's (`drift.online.branches` mixes them). `weight_mix`, a mix of weights, is ours. Buffers of the model (there are
+none to train) are the policy's.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Teacher:
             if name not in self._parameters or master.shape != self._parameters[name].shape:
                 raise ValueError(f"masters: {name!r} of shape {list(master.shape)} is not a trained parameter's")
             self._sources[name] = master
-        self._mix = {"ema": 0.0, "frozen": 0.0, "trust_region": config.mix, "policy": 1.0}[config.weights]
+        self._mix = {"weight_mix": config.mix, "policy": 1.0}.get(config.weights, 0.0)
+        self.logit_mix = config.mix if config.weights == "trust_region" else 0.0  # share of the policy's logits
         self._rate = config.rate if config.weights == "ema" else 0.0
         self._shadow: dict[str, Tensor] = {}
         if self._mix < 1:

@@ -26,7 +26,7 @@ _DRAWN = {
     "gate",
     "rebellious",
 }
-_DRAWN |= {f"router/{name}" for name in (*BANDS, "teacher")} | {"curriculum/phase", "curriculum/policy"}
+_DRAWN |= {f"router/{name}" for name in (*BANDS, "teacher")} | {"curriculum/phase", "curriculum/routing"}
 _DRAWN |= {f"router/{branch}_{what}" for branch in ("policy", "distill", "rebellious") for what in ("share", "weight")}
 _DRAWN |= {f"buffer/{name}" for name in ("problems", "fill", "asked", "served")} | {"no_spread"}
 
@@ -211,14 +211,16 @@ def _by_difficulty(records: Records, seeds: Sequence[Seed]) -> str:
 
 
 def _faded(seed: Seed) -> Seed:
-    """The policy's weights as the loss had them: times the curriculum's factor, by step."""
-    factor = dict(seed.curves.get("curriculum/policy", []))
-    names = ("router/policy_weight", "router/rebellious_weight")
-    faded = {
-        name: [(step, value * factor.get(step, 1.0)) for step, value in seed.curves[name]]
-        for name in names
-        if name in seed.curves
-    }
+    """The weights as the loss had them, by step: the curriculum's share of the router's, the rest plain distillation's."""
+    share = dict(seed.curves.get("curriculum/routing", []))
+    taught = dict(seed.curves.get("router/teacher", []))
+
+    def mixed(name: str, plain: Mapping[int, float]) -> list[tuple[int, float]]:
+        points = [(step, value, share.get(step, 1.0)) for step, value in seed.curves[name]]
+        return [(step, routing * value + (1 - routing) * plain.get(step, 0.0)) for step, value, routing in points]
+
+    plain = {"router/policy_weight": {}, "router/rebellious_weight": {}, "router/distill_weight": taught}
+    faded = {name: mixed(name, values) for name, values in plain.items() if name in seed.curves}
     return Seed(seed.name, seed.curves | faded)
 
 

@@ -22,7 +22,7 @@ def example(generator, step, index, taught=True, solved=True):
         return [round(float(generator.uniform(low, high)), 5) if on else 0.0 for on in trained]
 
     row = {"step": step, "prompt_id": f"p{index}", "index": index, "solved_at": 2 if solved else 0}
-    row |= {"reward": 0.9, "advantage": 0.25, "phase": "both", "policy_factor": 1.0}
+    row |= {"reward": 0.9, "advantage": 0.25, "phase": "both", "routing": 1.0}
     row |= {"policy_weight": 0.9, "distill_weight": 0.1, "rebellious_weight": 0.8, "tokens": tokens, "trained": trained}
     row |= {"logprobs": values(-3, 0), "entropy": values(0, 2)}
     if taught:
@@ -68,7 +68,7 @@ def metrics(generator, step, total):
         "buffer/served": 6 * step,
         "buffer/added": 8 * step,
         "curriculum/phase": phase,
-        "curriculum/policy": factor,
+        "curriculum/routing": factor,
         "difference/mean": 0.15,
         "watch/pass_at_1": solved,
         "watch/pass_at_2": math.sqrt(max(solved, 0)),

@@ -22,8 +22,9 @@ from drift.model import chat
 from drift.model.policy import Policy, load_policy
 from drift.online import loop as online
 from drift.online.ahead import Ahead, Still, Stopped
-from drift.online.branches import Branches, Sample
+from drift.online.branches import Branches, Denominators
 from drift.online.curriculum import Phase
+from drift.online.samples import Sample, problems_of
 from drift.rhythm import StepMean
 from drift.rollouts.rollout import play
 from drift.track import Track
@@ -87,7 +88,7 @@ class Sequential(online._Loop):
         return self.now
 
     def _sampled(self, number, version):
-        chosen = online._batch(len(self.problems), self.online.prompts, self.seed, number)
+        chosen = problems_of(number, len(self.problems), self.online.prompts, self.seed)
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         settings = self.config.rollout
         episodes = play(self.policy, HFEngine(self.policy), self.task, jobs, settings, seed=[self.seed, number, 0])
@@ -317,7 +318,7 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(tmp_path):
     prompt, behind, samples = single_token_samples(policy, stale, advantages)
     optimizer = MasterAdamW(policy.model, made.train)
     branches = Branches(policy, optimizer, made, ALGORITHMS["grpo"], StepMean(), StepMean())
-    branches.accumulate(samples, Phase("both", 1.0, 1.0, False), None, 1, 1)
+    branches.accumulate(samples, Phase("both", 1.0), None, Denominators(1, 1))
     found = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     optimizer.zero()
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift import buffer
-from drift.buffer import BufferConfig, SuccessBuffer, strip_thinking
+from drift.buffer import BufferConfig, Entry, SuccessBuffer
 
 
 class BruteForce:
@@ -105,33 +105,37 @@ def test_a_problem_whose_best_entry_got_worse_is_evicted_by_what_it_is_now():
     assert [full.demonstrations(name, 1) != [] for name in "abc"] == [False, True, True]
 
 
-def test_thinking_is_stripped_or_kept():
-    thought = "<think>hm</think>\n It is 15. "
-    stripped, kept = SuccessBuffer(BufferConfig()), SuccessBuffer(BufferConfig(strip_thinking=False))
-    for made, text in ((stripped, "It is 15."), (kept, thought)):
-        assert made.add("p", thought, 1.0, 0)
-        [entry] = made.demonstrations("p", 4)
-        assert (entry.text, entry.length) == (text, len(text))
-        assert made.demonstrations("p", 4, exclude=thought) == []
-    assert stripped.demonstrations("p", 4, exclude="<think>otherwise</think>It is 15.") == []
-    assert not stripped.add("p", "It is 15.", 1.0, 0)  # the same text
-    assert not stripped.add("q", "<think>it never ends", 1.0, 0)
-    assert not kept.add("q", " ", 1.0, 0)
+def test_derivations_of_one_answer_are_entries_of_their_own():
+    made = SuccessBuffer(BufferConfig())
+    texts = [f"<think>{number}</think>15" for number in range(4)]
+    assert made.add_batch([("p", Entry(text, 1.0, 0)) for text in texts]) == [True] * 4
+    assert [entry.text for entry in made.demonstrations("p", 4)] == texts
+    assert [entry.text for entry in made.demonstrations("p", 4, exclude=texts[1])] == [texts[0], *texts[2:]]
+    assert not made.add("p", texts[2], 1.0, 0)  # the same raw text, no better and no newer
+    assert made.add("p", texts[2], 1.0, 1)
+    assert [entry.step for entry in made.demonstrations("p", 4)] == [1, 0, 0, 0]
+    assert not made.add("q", " ", 1.0, 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [
-        ("a", "a"),
-        ("<think>x</think>a", "a"),
-        ("x</think> a", "a"),  # the template has opened it
-        ("<think>x</think>a<think>y</think>b", "b"),
-        ("a<think>y", "a"),
-        ("<think>y", ""),
-    ],
-)
-def test_strip_thinking(text, left):
-    assert strip_thinking(text) == left
+def test_entries_keep_their_entropy_and_are_served_by_it_when_asked():
+    made = SuccessBuffer(BufferConfig())
+    for text, entropy in (("a", 0.5), ("b", None), ("c", 0.75)):
+        made.add("p", text, 1.0, 0, entropy)
+    again = SuccessBuffer(BufferConfig())
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for one in (made, again):
+        assert [entry.text for entry in one.demonstrations("p", 3)] == ["a", "b", "c"]
+        assert [entry.text for entry in one.demonstrations("p", 3, by_entropy=True)] == ["c", "a", "b"]
+
+
+def test_problems_leave_once_a_batch():
+    """One that is worst in the middle of a batch, and not at its end, stays."""
+    made = SuccessBuffer(BufferConfig(problems=2))
+    made.add("a", "t", 1.0, 0)
+    batch = [("b", Entry("t", 2.0, 0)), ("c", Entry("t", 3.0, 0)), ("a", Entry("u", 4.0, 0))]
+    assert made.add_batch(batch) == [False, True, True]
+    assert [len(made.demonstrations(name, 4)) for name in "abc"] == [2, 0, 1]
+    assert made.metrics()["evicted"] == 1
 
 
 def test_served_from_the_start_on():
@@ -180,7 +184,7 @@ def test_a_smaller_buffer_takes_the_best_of_a_larger_one():
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_orders_nothing_is_refused(score):
-    with pytest.raises(ValueError, match=f"score is {score} for problem 'p'; it should be finite"):
+    with pytest.raises(ValueError, match=f"score is {score} for problem 'p'; it must be finite"):
         SuccessBuffer(BufferConfig()).add("p", "t", score, 0)
 
 

@@ -19,9 +19,10 @@ from drift.jobs import run, stages
 from drift.model import chat
 from drift.model.policy import load_policy
 from drift.online import loop as online
-from drift.online.branches import Branches, Sample
+from drift.online.branches import Branches, Denominators, denominators
 from drift.online.curriculum import Phase
 from drift.online.reprompt import Lesson, teacher_trajectory
+from drift.online.samples import Sample, advantages, problems_of
 from drift.online.teacher import Teacher
 from drift.returns import trajectory_return
 from drift.rhythm import StepMean
@@ -81,8 +82,15 @@ def conversations(policy):
 
 
 def by_hand(policy, reference, samples, settings, phase, d_mean, h_mean):
-    """L of B7 in float64 over whole logits, one trajectory at a time, with `drift.rhythm`'s weights."""
-    total, tokens = 0.0, sum(t.stop - t.start for s in samples for t in s.trajectory.turns)
+    """L of B7 in float64 over whole logits, one trajectory at a time, with `drift.rhythm`'s weights.
+
+    Each branch is divided by its own tokens: those of samples with a policy weight, those of samples with a teacher.
+    """
+    total = 0.0
+    policy_tokens = sum(t.stop - t.start for s in samples if s.policy for t in s.trajectory.turns)
+    taught_tokens = sum(t.stop - t.start for s in samples if s.taught for t in s.trajectory.turns)
+    if settings.denominators == "shared":
+        policy_tokens = taught_tokens = sum(t.stop - t.start for s in samples for t in s.trajectory.turns)
     differences, entropies = [], []
     for sample in samples:
         spots = [i for t in sample.trajectory.turns for i in range(t.start, t.stop)]
@@ -100,6 +108,8 @@ def by_hand(policy, reference, samples, settings, phase, d_mean, h_mean):
         ratio = (logp - logp.detach()).exp()
         policy_token = -correction * ratio * sample.trajectory.advantage
         weight = torch.ones(len(spots), dtype=torch.float64)
+        taught = sample.taught is not None
+        share, policy_share, bonus_share = phase.weights(taught, sample.distill, sample.policy, sample.rebellious)
         if sample.taught is not None:
             with torch.no_grad():
                 moved = len(sample.taught.token_ids) - len(sample.trajectory.token_ids)
@@ -109,28 +119,33 @@ def by_hand(policy, reference, samples, settings, phase, d_mean, h_mean):
             wave = rhythm.rhythm_weight(*entropy, mask, turns, d_mean).double()
             gate = rhythm.rhythm_gate(wave)
             known = teacher.gather(1, ids[:, None])[:, 0]
-            weight = rhythm.rebellious_weight(logp, known, torch.full_like(gate, sample.rebellious), gate).double()
+            weight = rhythm.rebellious_weight(logp, known, torch.full_like(gate, bonus_share), gate).double()
             differences += rhythm.difference(*entropy, mask, turns).tolist()
             entropies += entropy[0].tolist()
             alpha = settings.distill.alpha
             mixture = ((1 - alpha) * student.exp() + alpha * teacher.exp()).log()
             divergence = (1 - alpha) * (student.exp() * (student - mixture)).sum(-1)
             divergence = divergence + alpha * (teacher.exp() * (teacher - mixture)).sum(-1)
-            if phase.entropy_driven:
+            if phase.weigh_by_entropy:
                 divergence = divergence * (entropy[0] / h_mean)
-            total = total + settings.distill.weight * phase.distill * sample.distill * (wave * divergence).sum()
-        total = total + phase.policy * sample.policy * (weight * policy_token).sum()
-    return total / tokens, differences, entropies
+            if phase.name != "warmup":
+                divergence = divergence * wave
+            total = total + settings.distill.weight * share * (correction * divergence).sum() / taught_tokens
+        total = total + policy_share * (weight * policy_token).sum() / policy_tokens
+    return total, differences, entropies
 
 
 @pytest.mark.parametrize("max_tokens", [4096, 70])
-@pytest.mark.parametrize("phase", [Phase("transition", 0.6, 1.0, False), Phase("warmup", 0.0, 1.0, True)])
-def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, phase):
-    """Whole vocabulary; a teacher that is not the policy; one pack or several."""
+@pytest.mark.parametrize(
+    ("phase", "shared"),
+    [(Phase("transition", 0.6), False), (Phase("both", 1.0), True), (Phase("warmup", 0.0, True), False)],
+)
+def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, phase, shared):
+    """Whole vocabulary; a teacher that is not the policy; one pack or several; the sampler's log-probs far off."""
     made = config(
         tmp_path,
         train={"max_tokens": max_tokens, "max_length": 4096},
-        online={"distill": {"top_k": None, "weight": 0.7}},
+        online={"distill": {"top_k": None, "weight": 0.7}, "denominators": "shared" if shared else "branch"},
     )
     policy, other = load_policy(made.model, seed=0), load_policy(made.model, seed=1)
     optimizer = MasterAdamW(policy.model, made.train)
@@ -140,8 +155,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, phase)
     difference.value, entropy.value = 0.05, 5.0
     samples = conversations(policy)
     branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], difference, entropy)
-    tokens = sum(t.stop - t.start for s in samples for t in s.trajectory.turns)
-    measured = branches.accumulate(samples, phase, teacher, tokens, len(samples))
+    measured = branches.accumulate(samples, phase, teacher, denominators(samples, made.online))
     gradient = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     optimizer.zero()
     loss, differences, entropies = by_hand(policy.model, other.model, samples, made.online, phase, 0.05, 5.0)
@@ -247,8 +261,8 @@ def main(folder):
             teacher.load_state_dict({"shadow": other.state(), "updates": 0, "skipped": 0})
             branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], StepMean(), StepMean())
             samples = conversations(policy)
-            tokens = sum(t.stop - t.start for s in samples for t in s.trajectory.turns)
-            branches.accumulate(share(samples), Phase("both", 1.0, 1.0, False), teacher, tokens, len(samples))
+            divide_by = denominators(samples, made.online)
+            branches.accumulate(share(samples), Phase("both", 1.0), teacher, divide_by)
             if share is not list:
                 distributed.sum_gradients(optimizer.parameters)
                 branches.difference.advance(distributed.sum_values)
@@ -289,18 +303,18 @@ def test_lessons_and_routes_of_a_scripted_batch(tmp_path):
     engine = ScriptedEngine(policy, {"q0": [say("x"), say("x")], "q1": [say("x"), say("a1")]})
     task = WordTask(2)
     loop = online._Loop(policy, engine, task, task.problems("train"), made, 0)
-    loop.buffer.add("p0", say("a0"), 1.0, 0)
+    loop.guide.buffer.add("p0", say("a0"), 1.0, 0)
     samples = loop._sample(0)
-    loop._route(samples, 0)
+    loop.guide.route(samples, 0)
     by_problem = {name: [s for s in samples if s.problem_id == name] for name in ("p0", "p1")}
     assert [s.solved_at for s in by_problem["p0"]] == [0, 0]
     assert [s.solved_at for s in by_problem["p1"]] == [2, 2]
     assert all(s.trajectory.advantage == 0 for s in samples)
     assert all(say("a0") in policy.tokenizer.decode(s.taught.token_ids) for s in by_problem["p0"])
-    assert all(s.taught is None for s in by_problem["p1"])  # the sibling said the same, and the buffer knows nothing
+    assert all(say("a1") in policy.tokenizer.decode(s.taught.token_ids) for s in by_problem["p1"])  # the sibling's
     assert all(s.distill > 0 and s.policy == 0 for s in by_problem["p0"])
-    assert all(s.distill == 0 and s.policy == 1 for s in by_problem["p1"])
-    assert [e.text for e in loop.buffer.demonstrations("p1", 4)] == [say("a1")]
+    assert all(s.distill == 0 and 0 < s.policy < 1 for s in by_problem["p1"])
+    assert [e.text for e in loop.guide.buffer.demonstrations("p1", 4)] == [say("a1")]
 
 
 def test_what_is_stored_of_a_step(tmp_path, talkative):
@@ -379,26 +393,17 @@ def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talka
 
 
 def test_advantages():
-    class Given:
-        def __init__(self, reward):
-            self.reward, self.trajectory, self.parts = reward, type("T", (), {})(), [self]
-
-    def advantages(rewards, scale):
-        group = [Given(reward) for reward in rewards]
-        online._set_advantages(group, scale)
-        return [g.trajectory.advantage for g in group]
-
     assert advantages([1.0, 0.0, 0.0, 1.0], False) == [0.5, -0.5, -0.5, 0.5]
     assert advantages([3.0, 0.0, 0.0], True) == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
     assert advantages([0.3, 0.3, 0.3], True) == [0.0, 0.0, 0.0]
 
 
 def test_problems_are_asked_in_turn():
-    asked = [i for step in range(10) for i in online._batch(7, 3, 0, step)]
-    first = [i for step in range(7) for i in online._batch(21, 3, 0, step)]
+    asked = [i for step in range(10) for i in problems_of(step, 7, 3, 0)]
+    first = [i for step in range(7) for i in problems_of(step, 21, 3, 0)]
     assert sorted(first) == list(range(21))
     assert all(asked.count(i) in (3, 4, 5) for i in range(7))
-    assert sorted(online._batch(4, 9, 0, 5)) == [0, 1, 2, 3]
+    assert sorted(problems_of(5, 4, 9, 0)) == [0, 1, 2, 3]
 
 
 def test_the_whole_job(tmp_path):
@@ -449,7 +454,7 @@ def test_settings():
             "warmup_steps 3 contradicts algorithm grpo",
         ),
         ({"online": {"router": {"temprature": 1}}}, "did you mean online.router.temperature?"),
-        ({"online": {"teacher": {"weights": "emma"}}}, "'emma' should be 'ema', 'trust_region', 'frozen' or 'policy'"),
+        ({"online": {"teacher": {"weights": "emma"}}}, "'emma' should be 'ema', 'trust_region', 'weight_mix', 'frozen' or 'policy'"),
     ):
         with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
             parse({"name": "q", **settings})

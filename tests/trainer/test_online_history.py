@@ -9,6 +9,7 @@ from test_online import config
 from drift import store
 from drift.model.policy import load_policy
 from drift.online import loop as online
+from drift.online.samples import read
 from drift.rollouts.environments import FEEDBACK, VerifyEnvironment
 from drift.track import Track
 
@@ -62,9 +63,9 @@ def test_each_turn_as_the_template_renders_it(tmp_path):
     policy.tokenizer.chat_template = DROPS_THINKING
     task = WordTask(2)
     loop = online._Loop(policy, ScriptedEngine(policy, THOUGHTS), task, task.problems("train"), made, 0)
-    loop.buffer.add("p0", say("a0"), 1.0, 0)
+    loop.guide.buffer.add("p0", say("a0"), 1.0, 0)
     samples = loop._sample(0)
-    loop._route(samples, 0)
+    loop.guide.route(samples, 0)
     decode = policy.tokenizer.decode
     assert [part.trajectory.index for sample in samples for part in sample.parts] == list(range(8))
     for sample in samples:
@@ -77,7 +78,7 @@ def test_each_turn_as_the_template_renders_it(tmp_path):
                 before, after = decode(part.trajectory.token_ids), decode(part.taught.token_ids)
                 assert after.count(say("a0")) == before.count(say("a0")) + 1
                 assert after.endswith(before.split("q0", 1)[1])
-    assert online._tokens(samples) == sum(
+    assert sum(part.tokens for sample in samples for part in sample.parts) == sum(
         sum(part["loss_mask"]) for s in samples for part in (s.row, *s.row["earlier_turns"])
     )
     assert math.isfinite(loop.step(0)["loss"])
@@ -96,10 +97,10 @@ def test_an_environment_that_opens_with_examples(tmp_path, history):
     policy, task = load_policy(made.model, seed=0), WordTask(2)
     lines = {"b": [None, say("no"), say("never")]}  # the engine counts the example as a turn
     loop = online._Loop(policy, ScriptedEngine(policy, lines), task, task.problems("train"), made, 0, Shows(task, 2))
-    loop.buffer.add("p0", say("a0"), 1.0, 0)
+    loop.guide.buffer.add("p0", say("a0"), 1.0, 0)
     samples = loop._sample(0)
     assert {sample.feedback for sample in samples} == {FEEDBACK}
-    loop._route(samples, 0)
+    loop.guide.route(samples, 0)
     for sample in samples:
         assert [part.messages[-1]["content"] for part in sample.parts] == {
             "keep": [say("never")],
@@ -110,4 +111,4 @@ def test_an_environment_that_opens_with_examples(tmp_path, history):
     if history == "template":
         row = samples[0].row
         single = {**row, **row["earlier_turns"][0], "messages": row["messages"][:5], "earlier_turns": []}
-        assert loop._read(single).feedback is None  # which the question is not
+        assert read(policy, single, made.weights).feedback is None  # which the question is not

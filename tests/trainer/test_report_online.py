@@ -241,9 +241,11 @@ def test_difficulty_is_that_of_the_first_time():
 def test_curves_are_made_of_what_was_logged():
     """The policy's weights fade in, samples with a bonus come out of the policy's, counts that grow become shares."""
     curves = {
-        "curriculum/policy": [(1, 0.0), (2, 0.5), (3, 1.0)],
+        "curriculum/routing": [(1, 0.0), (2, 0.5), (3, 1.0)],
         "router/policy_weight": [(1, 0.8), (2, 0.8), (3, 0.6)],
         "router/policy_share": [(1, 0.5), (2, 0.5), (3, 0.75)],
+        "router/teacher": [(1, 1.0), (2, 0.75), (3, 0.5)],
+        "router/distill_weight": [(1, 0.25), (2, 0.25), (3, 0.25)],
         "router/rebellious_share": [(1, 0.25), (2, 0.0), (3, 0.5)],
         "buffer/problems": [(1, 4.0), (2, 8.0)],
         "buffer/asked": [(1, 4.0), (2, 4.0), (3, 8.0)],
@@ -251,6 +253,7 @@ def test_curves_are_made_of_what_was_logged():
     }
     seed = online_files.Seed("seed-0/drift", curves)
     assert online._faded(seed).curves["router/policy_weight"] == [(1, 0.0), (2, 0.4), (3, 0.6)]
+    assert online._faded(seed).curves["router/distill_weight"] == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert online._without_overlap(seed).curves["router/policy_share"] == [(1, 0.25), (2, 0.5), (3, 0.25)]
     held = online._buffer(seed, 16).curves
     assert held["held"] == [(1, 0.25), (2, 0.5)]

@@ -12,7 +12,17 @@ from drift.config import ModelConfig
 from drift.model import chat
 from drift.model.policy import load_policy
 from drift.online import reprompt
-from drift.online.reprompt import Attempt, Lesson, TeacherConfig, informative, lessons, rewrite, teacher_trajectory
+from drift.online.reprompt import (
+    Attempt,
+    Lesson,
+    TeacherConfig,
+    fit,
+    informative,
+    lessons,
+    rewrite,
+    strip_thinking,
+    teacher_trajectory,
+)
 from drift.packing import pack
 from drift.rollouts.rollout import FEEDBACK, feedback
 from drift.types import Problem, Trajectory, Turn
@@ -68,7 +78,8 @@ def test_responses_are_the_students_own_ids(policy, lesson, role):
         for part in (
             "7 + 8 =",
             lesson.demonstration and f"Correct solution:\n\n{lesson.demonstration}",
-            lesson.feedback and f"Feedback on a failed attempt:\n\n{lesson.feedback}",
+            lesson.feedback
+            and f"The following is feedback from your unsuccessful earlier attempt:\n\n{lesson.feedback}",
             "Correctly solve the original question.",
         )
         if part
@@ -134,8 +145,24 @@ def test_rewrite_touches_the_first_user_message_alone():
             rewrite(refused, BOTH)
 
 
-def attempt(text, solved=False, problem="p", **more):
-    return Attempt(problem, text, solved, **more)
+def test_a_prompt_that_is_too_long_loses_the_beginning_of_its_lesson(policy):
+    tokenizer, lesson = policy.tokenizer, Lesson("abcdefgh " * 9 + "so 15", "14 is even")
+    whole = len(chat.render(tokenizer, rewrite(ASKED, lesson), True))
+    assert fit(tokenizer, ASKED, lesson, whole) is lesson
+    cut = fit(tokenizer, ASKED, lesson, whole - 7)
+    assert len(chat.render(tokenizer, rewrite(ASKED, cut), True)) <= whole - 7
+    assert lesson.demonstration.endswith(cut.demonstration)
+    assert cut.demonstration.endswith("so 15")
+    assert cut.feedback == lesson.feedback
+    bare = len(chat.render(tokenizer, rewrite(ASKED, Lesson(None, "x")), True))
+    alone = fit(tokenizer, ASKED, lesson, bare + 2)
+    assert alone.demonstration is None
+    assert lesson.feedback.endswith(alone.feedback)
+    assert fit(tokenizer, ASKED, lesson, 8) is None
+
+
+def attempt(text, solved=False, problem="p", entropy=0.0, **more):
+    return Attempt(problem, text, solved, entropy=entropy, **more)
 
 
 def demonstrations(attempts, config=None, **more):
@@ -145,14 +172,35 @@ def demonstrations(attempts, config=None, **more):
 def test_demonstrations_come_from_successful_siblings():
     batch = [attempt("w"), attempt("a", True), attempt("b", True), attempt("x", problem="q")]
     assert demonstrations(batch) == ["a", "b", "a", None]
-    best = [attempt("w"), attempt("a", True), attempt("b", True, score=2.0)]
-    assert demonstrations(best) == ["b", "b", "a"]
-    assert demonstrations([attempt("a", True), attempt("a", True)]) == [None, None]  # the same text is one's own
-    thought = [attempt("<think>1</think>a", True), attempt("<think>2</think>a", True), attempt("w")]
-    assert demonstrations(thought) == [None, None, "a"]
-    assert demonstrations(thought, strip=False) == ["<think>2</think>a", "<think>1</think>a", "<think>1</think>a"]
     assert demonstrations(batch, TeacherConfig(exclude_own=False)) == ["a", "a", "a", None]
     assert demonstrations(batch, TeacherConfig(demonstrations=False)) == [None] * 4
+
+
+def test_a_sibling_with_another_index_teaches_whatever_its_text():
+    """Right answers that read the same once thinking is stripped, or word for word, still teach each other."""
+    thought = [attempt("<think>1</think>a", True), attempt("<think>2</think>a", True), attempt("w")]
+    assert demonstrations(thought) == ["a", "a", "a"]
+    kept = TeacherConfig(strip_thinking=False)
+    assert demonstrations(thought, kept) == ["<think>2</think>a", "<think>1</think>a", "<think>1</think>a"]
+    assert demonstrations([attempt("a", True), attempt("a", True)]) == ["a", "a"]
+    assert demonstrations([attempt("<think>a", True), attempt("w")]) == [None, None]  # nothing to show
+    assert demonstrations([attempt("a", True), attempt("w", problem="q")]) == [None, None]  # nobody else solved it
+
+
+def test_which_sibling_is_shown():
+    batch = [
+        attempt("w"),
+        attempt("a", True, score=0.5, entropy=0.25),
+        attempt("b", True, score=0.5, entropy=0.75),
+        attempt("c", True, score=1.0, entropy=0.5),
+    ]
+    assert demonstrations(batch) == ["b", "b", "c", "b"]  # of highest sequence entropy
+    assert demonstrations(batch, TeacherConfig(choose="best")) == ["c", "c", "c", "a"]
+    assert demonstrations(batch, TeacherConfig(choose="first")) == ["a", "b", "a", "a"]
+    unmeasured = [attempt("w"), attempt("a", True, entropy=None)]
+    with pytest.raises(ValueError, match=r"attempts\[1\]\.entropy is None; teacher.choose 'entropy' must know it"):
+        demonstrations(unmeasured)
+    assert demonstrations(unmeasured, TeacherConfig(choose="first")) == ["a", None]
 
 
 def test_else_from_the_buffer():
@@ -170,6 +218,18 @@ def test_else_from_the_buffer():
     assert demonstrations(batch, buffer=buffer, step=2) == ["a", None, "own", None, None]
 
 
+def test_the_buffer_is_compared_by_raw_text_and_shown_without_thinking():
+    buffer = SuccessBuffer(BufferConfig())
+    for thought, entropy in (("1", 0.5), ("2", 0.9), ("3", 0.1)):
+        buffer.add("p", f"<think>{thought}</think>a{thought}", 1.0, 0, entropy)
+    own = [attempt("<think>2</think>a2", True)]
+    assert demonstrations(own, buffer=buffer) == ["a1"]  # its own raw text is left out, not the answers like it
+    assert demonstrations([attempt("a2", True)], buffer=buffer) == ["a2"]
+    assert demonstrations(own, TeacherConfig(choose="first"), buffer=buffer) == ["a1"]
+    assert demonstrations(own, TeacherConfig(exclude_own=False), buffer=buffer) == ["a2"]
+    assert demonstrations([attempt("w")], TeacherConfig(strip_thinking=False), buffer=buffer) == ["<think>2</think>a2"]
+
+
 def test_feedback_makes_a_teacher_where_it_is_informative():
     batch = [
         attempt("w", feedback=FEEDBACK),
@@ -178,12 +238,29 @@ def test_feedback_makes_a_teacher_where_it_is_informative():
         attempt("w", problem="r"),
     ]
     assert lessons(batch, TeacherConfig()) == [None, Lesson(None, "line 3: 14 is even"), None, None]
-    assert lessons(batch, TeacherConfig(feedback=False)) == [None] * 4
+    assert lessons(batch, TeacherConfig(feedback="off")) == [None] * 4
     with_both = [attempt("w", feedback="14 is even"), attempt("a", True)]
-    assert lessons(with_both, TeacherConfig()) == [Lesson("a", "14 is even"), None]
+    for mode, shown in (("off", None), ("without_solution", None), ("always", "14 is even")):
+        assert lessons(with_both, TeacherConfig(feedback=mode)) == [Lesson("a", shown), None]
+    assert TeacherConfig.model_validate({"feedback": False}).feedback == "off"  # as YAML reads off
     full = feedback(Problem("p", "What is 7 + 8?", "15"), 1, 5, "full")
     asked = [attempt("w", feedback=full)]
     assert lessons(asked, TeacherConfig(), prompts=["What is 7 + 8?"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("a", "a"),
+        ("<think>x</think>a", "a"),
+        ("x</think> a", "a"),  # the template has opened it
+        ("<think>x</think>a<think>y</think>b", "b"),
+        ("a<think>y", "a"),
+        ("<think>y", ""),
+    ],
+)
+def test_strip_thinking(text, left):
+    assert strip_thinking(text) == left
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Published:
         self.seen, self.every, self.start = [], every, start  # (problem, step, correct)
 
     def period(self, step):
-        return max(step - self.start, 0) // self.every if self.every else 0
+        return max(step + 1 - self.start, 0) // self.every if self.every else 0
 
     def batch(self, problems, correct, taught, step, binary=True):
         latest = max((at for _, at, _ in self.seen), default=step)
@@ -145,7 +145,10 @@ def test_metrics_say_what_was_routed():
     assert measured["policy_weight"] == pytest.approx(float(routes.policy.mean()))
     assert (measured["policy_share"], measured["distill_share"], measured["rebellious_share"]) == (0.5, 0.5, 0.25)
     assert measured["easy"] + measured["medium"] + measured["hard"] == pytest.approx(1.0)
-    router.update(["b"], [True], [True], 5)
+    assert measured["right_taught"] == 1.0
+    assert {name for name in measured if name.startswith("right_policy")} == {"right_policy_medium"}
+    assert measured["right_policy_medium"] == float(routes.policy[0]) < 1
+    router.update(["b"], [True], [True], 4)  # the fifth step, as they are counted from 1
     assert (router.metrics()["problems"], router.metrics()["resets"]) == (1, 1)
 
 

@@ -98,7 +98,7 @@ def test_masters_are_followed_where_there_are_any():
     ("settings", "share"),  # of the reference in what is shown, after the policy has moved
     [
         (TeacherConfig(weights="frozen"), 1.0),
-        (TeacherConfig(weights="trust_region", mix=0.25), 0.75),
+        (TeacherConfig(weights="weight_mix", mix=0.25), 0.75),
         (TeacherConfig(weights="policy"), 0.0),
     ],
 )
@@ -207,7 +207,7 @@ def main():
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     whole, placements = made(), {"0.weight": Shard(0), "1.weight": Shard(1), "0.bias": Replicate()}
-    for settings in (TeacherConfig(), TeacherConfig(weights="trust_region", mix=0.3)):
+    for settings in (TeacherConfig(), TeacherConfig(weights="weight_mix", mix=0.3)):
         pieces = {
             name: nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [placements[name]]), p.requires_grad)
             for name, p in whole.named_parameters()
