@@ -181,7 +181,9 @@ class _Loop:
     def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log."""
         clock, phase = Stopwatch(), self.guide.phase(number)
-        with distributed.in_turn("the step's weights for the engine"):  # once all ranks have their samples of older ones
+        with distributed.in_turn(
+            "the step's weights for the engine"
+        ):  # once all ranks have their samples of older ones
             self.engine.sync()
         samples = self._sample(number)
         self.guide.route(samples, number)

@@ -342,18 +342,18 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(tmp_path):
     assert close < 1e-2 * apart
 
 
-def test_the_divergence_counts_what_an_older_policy_sampled_by_the_ratio(tmp_path):
-    """min(exp(logp − sampler's), clip) a token, where samples are ahead; the policy's own ratio, which is 1, elsewhere."""
-    factors = {}
+def test_the_divergence_is_corrected_for_the_sampler_whenever_it_told_its_log_probs(tmp_path):
+    """min(exp(logp − sampler's), sampler_clip) a token, whether or not samples are ahead."""
     for ahead in (0, 1):
-        made = config(tmp_path, ahead=ahead, distill={"importance_clip": 1.5})
-        policy = load_policy(made.model, seed=0)
-        optimizer = MasterAdamW(policy.model, made.train)
-        branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], StepMean(), StepMean())
-        batch = type("B", (), {"rollout_logprobs": torch.tensor([-1.0, -2.0, -0.5, 0.0])})
-        factors[ahead] = branches._sampled_by(batch, torch.tensor([-1.3, -1.0, -0.5, 0.0]))
-    assert factors[0] == 1.0
-    torch.testing.assert_close(factors[1], torch.tensor([0.740818, 1.5, 1.0, 1.0]))
+        for clip, expected in ((1.5, [0.7408, 1.5, 1.0, 1.0]), (None, None)):
+            made = config(tmp_path, ahead=ahead, sampler_clip=clip)
+            policy = load_policy(made.model, seed=0)
+            optimizer = MasterAdamW(policy.model, made.train)
+            branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], StepMean(), StepMean())
+            batch = type("B", (), {"rollout_logprobs": torch.tensor([-1.0, -2.0, -0.5, 0.0])})
+            factor = branches._sampled_by(batch, torch.tensor([-1.3, -1.0, -0.5, 0.0]))
+            assert factor == 1.0 if expected is None else factor.tolist() == pytest.approx(expected, abs=1e-4)
+            assert (branches.spec.correction is None) == (clip is None)
 
 
 def test_settings(tmp_path):

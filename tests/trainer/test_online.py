@@ -19,7 +19,7 @@ from drift.jobs import run, stages
 from drift.model import chat
 from drift.model.policy import load_policy
 from drift.online import loop as online
-from drift.online.branches import Branches, Denominators, denominators
+from drift.online.branches import Branches, denominators
 from drift.online.curriculum import Phase
 from drift.online.reprompt import Lesson, teacher_trajectory
 from drift.online.samples import Sample, advantages, problems_of
@@ -454,7 +454,10 @@ def test_settings():
             "warmup_steps 3 contradicts algorithm grpo",
         ),
         ({"online": {"router": {"temprature": 1}}}, "did you mean online.router.temperature?"),
-        ({"online": {"teacher": {"weights": "emma"}}}, "'emma' should be 'ema', 'trust_region', 'weight_mix', 'frozen' or 'policy'"),
+        (
+            {"online": {"teacher": {"weights": "emma"}}},
+            "'emma' should be 'ema', 'trust_region', 'weight_mix', 'frozen' or 'policy'",
+        ),
     ):
         with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
             parse({"name": "q", **settings})
