@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ["spec", "formulas", "divergences", "exploration", "tensors", "plan", "inputs", "teachers"]
 KERNELS += ["backends", "memory", "products", "pieces", "staging", "driver", "distill_driver"]
-KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation", "adapters"]
+KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation"]
+KERNELS += ["packs", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
     {"config", "types", "track"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},

@@ -42,6 +42,7 @@ class ModelConfig(Section):
     heads: Positive = 4
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    packed: bool = True  # false runs each trajectory by itself: slower, for models that mix the sequences of a pack
     gradient_checkpointing: bool = False
     lora: LoRAConfig | None = None
 

@@ -101,6 +101,7 @@ class _Job:
             self.track.say(f"warm start: {done.solved:.0%} of the check problems solved after {done.steps} steps")
         distributed.meet("the warm start")
         self.policy = stages.load(config, str(folder) if warmed else config.model.path)
+        self.policy.check_packing()
         self.start = self.policy.state()
         self._evaluate("base", folder / "eval.json")
 

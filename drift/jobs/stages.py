@@ -103,6 +103,7 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         Track(out if rank == 0 else None, config.track.sinks) as track,
     ):
         policy = _policy(config, model)
+        policy.check_packing()
         rows = store.read(rollouts)
         ratios, corrected = None, {}
         if config.weights.off_policy == "correct":

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drift.config import LoRAConfig, ModelConfig
 from drift.model import tiny
-from drift.model.attention import register, segments
+from drift.model.attention import register
+from drift.model.borders import needs_borders, run_alone, run_packed
 from drift.types import PackedBatch
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -29,10 +30,12 @@ class Policy:
     model      as transformers or peft made it; `model.generate` works
     tokenizer  with a chat template
     eos_ids    ids that end an assistant turn
+    packed     whether several trajectories run in one pass; False: one after the other
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, *, packed: bool = True) -> None:
+        self.model, self.tokenizer, self.packed = model, tokenizer, packed
+        self._borders: bool | None = None  # not measured yet
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a model tuned for chat"
@@ -54,15 +57,22 @@ class Policy:
         return next(self.model.parameters()).device
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """The backbone's hidden states after the final norm [T, D]; segments of the pack do not see each other."""
-        with segments(batch.cu_seqlens):
-            out = self.causal_lm.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-            )
-        return out.last_hidden_state[0]
+        """The backbone's hidden states after the final norm [T, D]; segments of the pack do not see each other.
+
+        Raises PackingError at the first pack of several segments if the model mixes them (`check_packing`).
+        """
+        pack = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        if len(batch.cu_seqlens) == 2:
+            return run_packed(self.causal_lm, *pack, borders=False)
+        if not self.packed:
+            return run_alone(self.causal_lm, *pack)
+        return run_packed(self.causal_lm, *pack, borders=self.check_packing())
+
+    def check_packing(self) -> bool:
+        """Whether layers take the borders of a pack as arguments; measured once. Raises PackingError if a pack leaks."""
+        if self._borders is None:
+            self._borders = self.packed and needs_borders(self.causal_lm)
+        return self._borders
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """lm_head as (weight [V, D], bias [V] or None), tied or not."""
@@ -159,7 +169,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         # gradient_checkpointing_enable before transformers 5.24
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Policy(model, tokenizer)
+    return Policy(model, tokenizer, packed=config.packed)
 
 
 def _adapters(path: str) -> tuple[str, bool]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import drift_kernels as dk
+from drift_kernels.packs import check_batch
 
 not_compiled: Any = torch.compiler.disable  # a decorator; heads are swapped while a model runs
 
@@ -225,6 +226,7 @@ def wrap_forward(model: nn.Module, around: Callable[..., Any]) -> None:
 def run_inside_forward(model: Any) -> None:
     """Teaches `model` the keyword `drift_inside=fn`: its forward then runs the backbone and returns fn(hidden, head).
 
+    A pack whose sequences the model mixes raises PackingError.
     Inside the forward, since that is what DDP, FSDP and autocast wrap; without the keyword nothing changes, so that
     `generate` and evaluation find the model as it was. Raises NotImplementedError for a model whose logits come about in
     another way.
@@ -235,6 +237,7 @@ def run_inside_forward(model: Any) -> None:
         if drift_inside is None:
             return before(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_A_BACKBONE}
+        check_batch(self, kwargs)
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         return inside_head(self, hidden, drift_inside)
 

@@ -32,6 +32,7 @@ from drift_kernels.adapters._common import (
     unwrap_peft,
     wrap_forward,
 )
+from drift_kernels.packs import check_batch
 
 SUPPORTED = Support("transformers", "5.0", "6")
 SUPPORTED.check()
@@ -46,7 +47,7 @@ def apply(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Any:
     Σ wᵢ·(−log pᵢ) over `num_items_in_batch` where that is given, else over the number of labels that count.
     Again after `resize_token_embeddings`, which makes another head. Raises TypeError for a model without a language head,
     NotImplementedError for an adapter on the head, a loss function of the model's own or prompt learning, and at the first
-    batch for an unknown step between the head and the loss.
+    batch for an unknown step between the head and the loss, and for a pack whose sequences the model mixes (PackingError).
     """
     SUPPORTED.check()
     inner = _causal_lm(model)
@@ -221,6 +222,7 @@ class _Patch:
                 "the model's head is another module than at apply(model): PEFT or resize_token_embeddings replaced it; call "
                 "apply(model) again"
             )
+        check_batch(model, kwargs if args == () else {"input_ids": args[0], **kwargs})
         self.call = _Captured(model.training, token_weights, self.config)
         try:
             outputs = before(*args, **kwargs)

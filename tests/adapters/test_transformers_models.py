@@ -7,10 +7,12 @@ import tiny
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_transformers import FAMILIES, SMALL, batch, family, gradients
-from transformers import DoryConfig, DoryForCausalLM
+from transformers import DataCollatorWithFlattening, DoryConfig, DoryForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from drift_kernels.adapters import transformers as fused
+from drift_kernels.adapters._common import run_inside_forward
+from drift_kernels.packs import PackingError
 
 DORY = {k: v for k, v in SMALL.items() if k != "head_dim"}
 
@@ -174,3 +176,21 @@ def test_an_applied_model_is_saved_as_it_is(tied, tmp_path):
     assert not {"forward", "_drift_patch"} & set(vars(again))
     assert tiny.differences(tiny.weights_of(model), tiny.weights_of(again)) == 0
     torch.testing.assert_close(again(**batch()).loss, loss)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_flattened_batch_is_refused_if_the_model_mixes_its_sequences(flash):
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (6, 9)]
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, return_seq_idx=flash)(rows)
+    shape = {**DORY, "num_hidden_layers": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    shape |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 16}
+    torch.manual_seed(0)
+    model = fused.apply(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**shape))).train()
+    assert model(**batch()).loss.isfinite()  # rows of their own are no pack
+    with pytest.raises(PackingError, match="Qwen3_5ForCausalLM does not keep the sequences of a pack apart"):
+        model(**packed)
+    assert fused.apply(tiny.model()).train()(**packed).loss.isfinite()
+    trl_like = Qwen3_5ForCausalLM(model.config)
+    run_inside_forward(trl_like)
+    with pytest.raises(PackingError, match="Qwen3_5ForCausalLM"):
+        trl_like(**packed, drift_inside=lambda hidden, head: hidden)
