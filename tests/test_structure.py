@@ -89,6 +89,8 @@ def test_the_trainer_and_the_adapters_use_public_names_of_the_kernels():
         for module, names in imports(path, "drift_kernels"):
             if "adapters" in path.parts and module.startswith("drift_kernels.adapters"):
                 continue
+            if module == "drift_kernels.packs":  # public as a module: most users of the ops need none of it
+                continue
             assert module == "drift_kernels", f"{path.name} imports {module}"
             assert set(names) <= set(drift_kernels.__all__), f"{path.name} imports {names}"
 
