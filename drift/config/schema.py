@@ -138,16 +138,18 @@ class WeightsConfig(Section):
     off_policy_clip: Rate = 5.0  # nats, of a trajectory's log π_ref − log μ
 
 
+ONLINE_OPTIMIZER = {"lr": 1e-5, "warmup_steps": 10, "weight_decay": 0.01}  # published with the online method (B7)
 EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
 
 
 class TrainConfig(Section):
     """Weighted supervised training (A4, A5)."""
 
-    lr: LearningRate = 5e-6
-    warmup_ratio: Share = 0.1
+    lr: LearningRate = 5e-6  # with online: 1e-5
+    warmup_ratio: Share = 0.1  # of all optimizer steps
+    warmup_steps: Count | None = None  # in place of warmup_ratio; with online: 10
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: Weight = 0.1
+    weight_decay: Weight = 0.1  # with online: 0.01
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     grad_clip: Rate = 1.0
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -179,10 +181,12 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Greedy multi-turn evaluation (A6)."""
+    """Greedy multi-turn evaluation (A6), and samples of one turn (B9)."""
 
     turns: Positive = 5
-    samples: Count = 0  # one-turn samples a problem at temperature 1, for mean@n and pass@n; 0 draws none
+    samples: Count = 0  # one-turn samples a problem, for mean@n and pass@n; 0 draws none
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0  # of those samples; multi@k is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # likewise; the online method publishes 0.6 and 0.95
     max_new_tokens: Positive = 1024
     batch_size: Positive = 512
 
@@ -237,6 +241,16 @@ class Config(Section):
                 "training needs those before it; set rollout.top_p=1.0, or engine.kind=hf"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _online_has_its_own_optimizer(cls, data: Any) -> Any:
+        """Defaults of `train` that are the online method's; whatever a file says of them stands."""
+        train = data.get("train", {}) if isinstance(data, dict) else None
+        if not isinstance(train, dict) or data.get("online") is None:
+            return data
+        defaults = {k: v for k, v in ONLINE_OPTIMIZER.items() if k != "warmup_steps" or "warmup_ratio" not in train}
+        return {**data, "train": {**defaults, **train}}
 
     @model_validator(mode="before")
     @classmethod

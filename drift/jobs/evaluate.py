@@ -1,7 +1,8 @@
 """multi@k (A6): the share of problems solved within k turns, greedy, with the feedback loop that rollouts use.
 
-With `eval.samples` also mean@n and pass@n: of n one-turn samples a problem at temperature 1, the share that is right, and
-the share of problems with at least one right.
+The correction rate of turn t is the share of the problems still unsolved before it that are solved in it.
+With `eval.samples` also mean@n and pass@n: of n one-turn samples a problem at `eval.temperature` and `eval.top_p`, the
+share that is right, and the share of problems with at least one right.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ class Evaluation:
     multi_at_k: float  # share solved within all k turns
     single: float  # share solved in the first turn
     by_turn: list[float]  # [k], share solved within 1, 2, … k turns
+    corrected: list[float | None]  # [k - 1], correction rates of turns 2 … k; None if nothing was left to solve
     solved_at: list[int]  # [problems], the turn of the right answer, 0 for never
     examples: list[dict[str, Any]]  # a few conversations to read: prompt_id, messages, t_star
     samples: int = 0  # one-turn samples a problem
+    temperature: float = 1.0  # of the samples, as is top_p
+    top_p: float = 1.0
     right: list[int] = field(default_factory=list)  # [problems], how many of them; empty without samples
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict; shares under their published names, such as multi_at_5, mean_at_16 and pass_at_16."""
         values = asdict(self)
+        if not self.samples:
+            del values["temperature"], values["top_p"]
         named = {f"multi_at_{len(self.by_turn)}": values.pop("multi_at_k")}
         if n := self.samples:
             named[f"mean_at_{n}"] = sum(self.right) / (n * len(self.right))
@@ -78,8 +84,10 @@ def evaluate(
         raise ValueError("problems is empty; an evaluation needs at least one")
     track = track or Track(None, progress=False)
 
-    def played(name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float) -> list[Episode]:
-        how = _How(turns, config.max_new_tokens, feedback, history, tool, tool_calls, temperature)
+    def played(
+        name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float, top_p: float = 1.0
+    ) -> list[Episode]:
+        how = _How(turns, config.max_new_tokens, feedback, history, tool, tool_calls, temperature, top_p)
         episodes = []
         with track.progress(name, len(jobs)) as bar:
             for first in range(0, len(jobs), config.batch_size):
@@ -90,11 +98,23 @@ def evaluate(
     episodes = played("evaluate", [(problem, 0) for problem in problems], config.turns, 0.0)
     right: list[int] = []
     if n := config.samples:
-        sampled = played("sample", [(problem, index) for problem in problems for index in range(n)], 1, 1.0)
+        jobs = [(problem, index) for problem in problems for index in range(n)]
+        sampled = played("sample", jobs, 1, config.temperature, config.top_p)
         right = [sum(e.solved_at > 0 for e in sampled[first : first + n]) for first in range(0, len(sampled), n)]
     solved_at = [episode.solved_at for episode in episodes]
     by_turn = [sum(0 < at <= turn for at in solved_at) / len(solved_at) for turn in range(1, config.turns + 1)]
     examples = [
         {"prompt_id": e.problem.id, "messages": e.messages, "t_star": e.solved_at or None} for e in episodes[:EXAMPLES]
     ]
-    return Evaluation(by_turn[-1], by_turn[0], by_turn, solved_at, examples, config.samples, right)
+    how = (config.samples, config.temperature, config.top_p)
+    return Evaluation(
+        by_turn[-1], by_turn[0], by_turn, _corrected(solved_at, config.turns), solved_at, examples, *how, right
+    )
+
+
+def _corrected(solved_at: Sequence[int], turns: int) -> list[float | None]:
+    rates: list[float | None] = []
+    for turn in range(2, turns + 1):
+        left = [at for at in solved_at if at == 0 or at >= turn]
+        rates.append(sum(at == turn for at in left) / len(left) if left else None)
+    return rates

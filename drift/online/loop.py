@@ -155,7 +155,9 @@ class _Loop:
         environment: Environment | None = None,
     ) -> None:
         if config.online is None:
-            raise ValueError("config.online is missing; `online: {}` takes the published settings")
+            raise ValueError(
+                "config.online is missing; `online: {}` takes the method's own settings, and its optimizer's"
+            )
         self.policy, self.task, self.problems = policy, task, list(problems)
         self.config, self.online, self.seed = config, config.online, seed
         self.base, self.environment = policy.hash(), environment

@@ -26,6 +26,8 @@ class OptimizerConfig(Protocol):
     @property
     def warmup_ratio(self) -> float: ...
     @property
+    def warmup_steps(self) -> int | None: ...
+    @property
     def schedule(self) -> str: ...
 
 
@@ -111,7 +113,7 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
 
     The first step already moves; linear and cosine end above zero, at the last step's own share.
     """
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup = math.ceil(config.warmup_ratio * total) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
     left = (total - step) / max(total - warmup, 1)  # 1 at the first step after the warm-up

@@ -30,6 +30,30 @@ def test_defaults_are_the_published_ones(tmp_path):
     assert (read.train.lr, read.train.warmup_ratio, read.train.batch_size, read.train.turns) == (5e-6, 0.1, 128, "last")
 
 
+def test_the_online_method_has_its_own_optimizer(tmp_path):
+    """Published learning rate, warm-up in steps and weight decay, unless the file says otherwise; they survive a dump."""
+    read = config(tmp_path, "name: q\nonline: {}\n")
+    assert (
+        read.train.lr,
+        read.train.warmup_steps,
+        read.train.weight_decay,
+        read.train.schedule,
+        read.train.grad_clip,
+    ) == (
+        1e-5,
+        10,
+        0.01,
+        "constant",
+        1.0,
+    )
+    assert config(tmp_path, dump(read)) == read
+    given = config(tmp_path, "name: q\nonline: {}\n", "train.lr=1e-3", "train.warmup_ratio=0.5")
+    assert (given.train.lr, given.train.warmup_steps, given.train.warmup_ratio) == (1e-3, None, 0.5)
+    off = config(tmp_path, "name: q\nonline: {teacher: {feedback: off}}\n")
+    assert off.online.teacher.feedback == "off"
+    assert config(tmp_path).train.warmup_steps is None
+
+
 @pytest.mark.parametrize(
     ("override", "read"),
     [

@@ -30,6 +30,7 @@ def test_shares_by_turn(policy, batch_size):
     done = evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=3, batch_size=batch_size))
     assert done.solved_at == [1, 3, 0, 2]
     assert done.by_turn == [0.25, 0.5, 0.75]
+    assert done.corrected == [1 / 3, 1 / 2]  # of the three, then two, that were left
     assert (done.multi_at_k, done.single) == (0.75, 0.25)
     assert done.examples[1]["messages"][2] == {"role": "user", "content": FEEDBACK}
     assert done.examples[1]["t_star"] == 3
@@ -52,9 +53,23 @@ def test_samples_of_one_turn(policy):
     assert (done.solved_at, done.right) == ([1, 3, 0, 2], [5, 0, 0, 0])  # each sample says its first line
     sampled = [call for call in engine.calls if call["temperature"] == 1.0]
     assert len({call["seed"] for call in sampled}) == len(sampled) == 4  # 20 samples in batches of 6, each its own draw
+    assert {call["top_p"] for call in sampled} == {1.0}
     saved = done.to_json()
     assert (saved["mean_at_5"], saved["pass_at_5"]) == (0.25, 0.25)
     assert "mean_at_0" not in evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=3)).to_json()
+
+
+def test_samples_have_a_temperature_and_a_cut_of_their_own(policy):
+    task, engine = WordTask(4), ScriptedEngine(policy, LINES)
+    settings = EvalConfig(turns=2, samples=2, temperature=0.6, top_p=0.95)
+    saved = evaluate(policy, engine, task, task.problems("eval"), settings).to_json()
+    assert {(call["temperature"], call["top_p"]) for call in engine.calls} == {(0.0, 1.0), (0.6, 0.95)}
+    assert (saved["temperature"], saved["top_p"], saved["corrected"]) == (0.6, 0.95, [1 / 3])
+
+
+def test_a_turn_with_nothing_left_has_no_correction_rate(policy):
+    task, engine = WordTask(1), ScriptedEngine(policy, LINES)
+    assert evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=2)).corrected == [None]
 
 
 def test_greedy_repeats(policy):

@@ -289,6 +289,8 @@ def test_learning_rates():
     assert rates(4, warmup_ratio=0.0, schedule="linear") == pytest.approx([1, 0.75, 0.5, 0.25])
     assert rates(5, warmup_ratio=0.2, schedule="cosine") == pytest.approx([1, 1, 0.8535533, 0.5, 0.1464466])
     assert rates(1, warmup_ratio=1.0, schedule="cosine") == [1.0]
+    assert rates(6, warmup_ratio=0.5, warmup_steps=2) == pytest.approx([0.5, 1, 1, 1, 1, 1])
+    assert rates(2, warmup_steps=0) == [1.0, 1.0]
 
 
 def test_lora_moves_only_the_adapters():
