@@ -91,6 +91,7 @@ def test_who_is_taught(trained):
     }
     assert taught == {"q0": [True] * 7, "q1": [True] * 4, "q2": [True], "q3": [False]}  # q2's by the buffer
     assert all(row["had_teacher"] for row in last if not row["t_star"])
+    assert trained[0][0]["router/right_taught"] == 11 / 13  # siblings alone: the buffer was empty
 
 
 def test_warmup_distils_right_samples_too(trained):
