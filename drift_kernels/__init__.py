@@ -1,7 +1,9 @@
 """Fused log-prob, policy and weighted cross-entropy ops from hidden states and lm_head, never holding [T, V] logits."""
 
 from drift_kernels.backends import available_backends
+from drift_kernels.calls import KernelConfig
 from drift_kernels.distill_ops import distill_loss, self_distill_loss, topk_logprobs
+from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.memory import empty_cache
 from drift_kernels.ops import (
     LinearLogprob,
@@ -13,7 +15,7 @@ from drift_kernels.ops import (
     weighted_cross_entropy,
 )
 from drift_kernels.scored import policy_token_loss
-from drift_kernels.spec import DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
+from drift_kernels.spec import PolicySpec
 from drift_kernels.teachers import TeacherHead, TeacherLogprobs, TeacherTopK
 from drift_kernels.tensors import LoRAHead
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from drift_kernels import driver
+from drift_kernels.calls import Call
 from drift_kernels.formulas import NO_TOKENS, Tokens
 from drift_kernels.products import gradient_dtype
-from drift_kernels.spec import Call, PolicySpec
+from drift_kernels.spec import PolicySpec
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"

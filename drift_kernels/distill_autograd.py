@@ -10,9 +10,9 @@ from torch import Tensor
 
 from drift_kernels import autograd, distill_driver
 from drift_kernels.autograd import HEAD, HEAD_SIZE, REST, REST_SIZE, TOKENS, Rest
+from drift_kernels.calls import Call, DistillCall
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import Call, DistillCall
 from drift_kernels.tensors import compute_dtype
 
 _TEACHER = ", ".join(f"Tensor? teacher_{field.name}" for field in fields(Teacher))
@@ -38,14 +38,14 @@ def _split(args: tuple) -> tuple[tuple, Tokens, Teacher, Lessons]:
 def _distill(*args):
     head, tokens, teacher, lessons = _split(args)
     call = DistillCall.decode(args[-1])
-    x = autograd.inputs(head, call.call, tokens)
+    x = autograd.inputs(head, call.student, tokens)
     loss, grads, outputs = distill_driver.fused(x, teacher, lessons, call, args[-2])
     return (loss, *autograd.given(grads, loss), outputs)
 
 
 @torch.library.register_fake("drift_kernels::distill")
 def _distill_fake(*args):
-    call = DistillCall.decode(args[-1]).call
+    call = DistillCall.decode(args[-1]).student
     loss = args[0].new_empty((), dtype=compute_dtype(args[0].dtype))
     return (loss, *autograd.fake_grads(args[:HEAD_SIZE], call), autograd.fake_outputs(args, call))
 
@@ -84,14 +84,16 @@ class DistillLoss(torch.autograd.Function):
         call: DistillCall,
     ):
         head = (hidden, weight, bias, a, b)
-        if call.call.accumulate_scale is not None:  # writes into weight.grad: not an op that a graph may move or repeat
-            x = autograd.inputs((*head, *rest.flat()), call.call, tokens, weight.grad)
+        if (
+            call.student.accumulate_scale is not None
+        ):  # writes into weight.grad: not an op that a graph may move or repeat
+            x = autograd.inputs((*head, *rest.flat()), call.student, tokens, weight.grad)
             loss, grads, outputs = distill_driver.fused(x, teacher, lessons, call, normalizer)
             made = autograd.given(replace(grads, weight=None), loss)
         else:
             data = (*rest.flat(), *tokens.flat(), *teacher.flat(), *lessons.flat())
             loss, *made, outputs = torch.ops.drift_kernels.distill(*head, *data, normalizer, call.encode())
-        return autograd.finish_forward(ctx, loss, made, outputs, head, call.call)
+        return autograd.finish_forward(ctx, loss, made, outputs, head, call.student)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs):

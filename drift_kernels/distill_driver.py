@@ -22,12 +22,12 @@ from torch import Tensor
 from drift_kernels import backends, divergences, driver, exploration, formulas
 from drift_kernels import plan as rows
 from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
+from drift_kernels.calls import Call, DistillCall
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.driver import Sweep
 from drift_kernels.exploration import Side
 from drift_kernels.formulas import Tokens
 from drift_kernels.pieces import Piece
-from drift_kernels.spec import Call, DistillCall
 from drift_kernels.staging import Staging
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
@@ -38,13 +38,13 @@ SORTED_IDS = 8  # what a GPU holds of each id: keys and ids, in order and as the
 
 def reads(x: Inputs, lessons: Lessons, call: DistillCall) -> tuple[Tensor, Tensor]:
     """Which rows need the student's logits, and which of them the teacher's too [T] bool each."""
-    mask = rows.unmasked(x.targets, x.active, call.call.head.ignore_index)
+    mask = rows.unmasked(x.targets, x.active, call.student.head.ignore_index)
     teacher = mask if lessons.taught is None else mask & lessons.taught
     if not (call.teach_all or call.exploration) and lessons.weights is not None:
         teacher = teacher & (lessons.weights != 0)
     if call.policy:
-        return teacher | rows.counting(x.targets, x.active, x.tokens, call.call), teacher
-    return (mask if rows.DENSE_OUTPUTS.intersection(call.call.outputs) else teacher), teacher
+        return teacher | rows.counting(x.targets, x.active, x.tokens, call.student), teacher
+    return (mask if rows.DENSE_OUTPUTS.intersection(call.student.outputs) else teacher), teacher
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class TeacherLogits:
         assert teacher.weight is not None
         a, b = teacher.lora_a, teacher.lora_b
         lora = None if a is None or b is None else LoRAHead(a, b, call.teacher_lora_scale)
-        self.block = driver.head_block(x, call.call, teacher.hidden, teacher.weight, lora)
-        dtype, self.kernels = compute_dtype(x.hidden.dtype), backends.load(driver.backend_of(x, call.call))
+        self.block = driver.head_block(x, call.student, teacher.hidden, teacher.weight, lora)
+        dtype, self.kernels = compute_dtype(x.hidden.dtype), backends.load(driver.backend_of(x, call.student))
         self.hidden, self.head = teacher.hidden, call.teacher
         self.bias = None if teacher.bias is None else teacher.bias.to(dtype).contiguous()
         self.temperature = None if teacher.temperature is None else teacher.temperature.to(dtype)
@@ -173,7 +173,7 @@ class Divergence:
     def __init__(self, sweep: Sweep | Staging, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> None:
         self.kernels, self.teacher, self.head, self.call = sweep.kernels, teacher, head, call
         self.raw, self.on_host = not sweep.overwritten, sweep.on_host
-        self.vocabulary, self.gradient = sweep.x.weight.shape[0], call.call.need_grad
+        self.vocabulary, self.gradient = sweep.x.weight.shape[0], call.student.need_grad
 
     def __call__(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Divergences [n] and, where gradients are wanted and made, live rows [C]."""
@@ -307,7 +307,7 @@ def fused(
     x: Inputs, teacher: Teacher, lessons: Lessons, call: DistillCall, normalizer: Tensor
 ) -> tuple[Tensor, Grads, Tensor]:
     """(Σ weight·policy loss + Σ weight·divergence) / normalizer (0-d), its gradients, and the call's outputs [K, T]."""
-    options = call.call
+    options = call.student
     if call.exploration is not None and x.active is not None:  # which compares neighbours
         x = replace(x, active=x.active.sort().values)
     needs_student, needs_teacher = reads(x, lessons, call)
@@ -369,7 +369,7 @@ def fused(
 def _beside(x: Inputs, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> tuple[int, int]:
     """Bytes of the workspace besides what the student takes, once and for each row."""
     k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
-    ids = ID_BYTES if driver.backend_of(x, call.call) == "cpu" else ID_BYTES * SORTED_IDS
+    ids = ID_BYTES if driver.backend_of(x, call.student) == "cpu" else ID_BYTES * SORTED_IDS
     itemsize = compute_dtype(x.hidden.dtype).itemsize
     buckets = (k + 1) * (ids + 12 * itemsize) if k else 0  # ids, log-probs and what autograd makes of them
     return (0, buckets) if head is None else (head.block.bytes, head.block.row_bytes + buckets)

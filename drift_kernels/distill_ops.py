@@ -17,7 +17,9 @@ from drift_kernels import backends, distill_driver, divergences, ops
 from drift_kernels import exploration as exploring
 from drift_kernels.autograd import Rest
 from drift_kernels.backends import reference
+from drift_kernels.calls import Call, DistillCall, KernelConfig
 from drift_kernels.distill_autograd import DistillLoss
+from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.divergences import Lessons
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
@@ -33,7 +35,7 @@ from drift_kernels.inputs import (
 )
 from drift_kernels.ops import LossOutput
 from drift_kernels.plan import check_finite, check_temperature
-from drift_kernels.spec import Call, DistillCall, DistillSpec, ExplorationSpec, KernelConfig, PolicySpec
+from drift_kernels.spec import PolicySpec
 from drift_kernels.teachers import AnyTeacher, TeacherHead, TeacherLogprobs, TeacherTopK, flatten_teacher
 from drift_kernels.tensors import Inputs, LoRAHead
 
@@ -355,7 +357,7 @@ def _run(
 def _reference(
     flat: Flat, teacher: divergences.Teacher, tokens: Tokens, lessons: Lessons, call: DistillCall, denominator: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    options = call.call
+    options = call.student
     x = Inputs(flat.hidden, flat.weight, flat.bias, flat.targets, None, flat.active, flat.temperature, tokens)
     student_reads, taught = distill_driver.reads(x, lessons, call)
     if options.config.check_finite:

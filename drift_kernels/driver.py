@@ -20,10 +20,10 @@ from torch import Tensor
 from drift_kernels import backends, formulas, products
 from drift_kernels import plan as rows
 from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
+from drift_kernels.calls import Call
 from drift_kernels.formulas import Tokens
 from drift_kernels.pieces import WORKSPACE_BYTES, Piece
 from drift_kernels.products import HeadBlock, LowRank
-from drift_kernels.spec import Call
 from drift_kernels.staging import StagedBlock, Staging
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drift_kernels.distill_spec import ExplorationSpec
 from drift_kernels.divergences import Lessons
-from drift_kernels.spec import ExplorationSpec
 
 LEAST_DIFFERENCE = 1e-3  # a mean of noise must not open every gate
 

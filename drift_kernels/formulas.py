@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from drift_kernels.spec import DIVERGENCES, NOT_LINEAR, PolicySpec
+from drift_kernels.spec import PolicySpec
 
 LOG_RATIO_BOUND = 20.0
 LOG_WEIGHT_FLOOR = math.log(1e-8)  # of vespo's sequence weight, as its authors have it
@@ -83,7 +83,7 @@ def ratio_of(logprobs: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
 
 def ratio_bounds(spec: PolicySpec) -> tuple[float, float]:
     """Lower and upper bound of the ratio, 0 below where the spec leaves it open; of the divergence for the DPPO forms."""
-    if spec.objective in DIVERGENCES:
+    if spec.traits.bounds == "divergence":
         return (math.inf if spec.clip_low is None else spec.clip_low), spec.clip_high
     return (0.0 if spec.clip_low is None else 1 - spec.clip_low), 1 + spec.clip_high
 
@@ -281,6 +281,6 @@ def corrected(tokens: Tokens, factor: Tensor, spec: PolicySpec) -> Tokens:
     """
     if spec.objective == "vespo":
         return tokens
-    if spec.objective in NOT_LINEAR:
+    if not spec.traits.linear:
         return replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
     return replace(tokens, advantages=factor if tokens.advantages is None else tokens.advantages * factor)

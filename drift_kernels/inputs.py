@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
+from drift_kernels.calls import Call
 from drift_kernels.plan import unmasked
-from drift_kernels.spec import Call, PolicySpec
+from drift_kernels.spec import PolicySpec
 from drift_kernels.tensors import LoRAHead, compute_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

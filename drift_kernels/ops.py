@@ -16,6 +16,7 @@ from torch import Tensor
 from drift_kernels import backends, formulas
 from drift_kernels.autograd import FusedLoss, Head, LinearLogprobs, PointwiseLoss, Rest
 from drift_kernels.backends import reference
+from drift_kernels.calls import Call, HeadOptions, KernelConfig
 from drift_kernels.driver import without_saved_hooks
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
@@ -35,7 +36,7 @@ from drift_kernels.inputs import (
     with_needs,
 )
 from drift_kernels.plan import check_finite, check_targets, check_temperature, counting
-from drift_kernels.spec import Call, HeadOptions, KernelConfig, PolicySpec
+from drift_kernels.spec import PolicySpec
 from drift_kernels.tensors import LoRAHead
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

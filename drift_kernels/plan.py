@@ -13,8 +13,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from drift_kernels.calls import Call
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import Call
 
 KAPPA = 1.5  # of the chunk-size model, as `python -m bench.chunks` measures it
 # A caller who asks for one of these reads every unmasked row.
@@ -72,11 +72,9 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     counts = mask
     if tokens.weights is not None:
         counts = counts & (tokens.weights != 0)
-    other_terms = (tokens.ref is not None and spec.kl_coef != 0) or spec.entropy_coef != 0 or spec.z_loss_coef != 0
-    other_terms |= spec.objective == "dro"  # whose penalty stands without an advantage
-    if tokens.advantages is not None and not other_terms:
+    if tokens.advantages is not None and spec.vanishes:
         some = mask & (tokens.advantages != 0)
-        counts = counts & (_of_a_sequence(some, tokens) if spec.objective == "gmpo" else some)  # which reads their mean
+        counts = counts & (_of_a_sequence(some, tokens) if spec.traits.mean_advantage else some)
     if spec.scope == "token":
         return counts
     return mask & _of_a_sequence(counts, tokens)

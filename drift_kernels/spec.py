@@ -1,41 +1,65 @@
-"""What a loss is and how it runs, as frozen values: no torch here, so that they hash, compare and travel as text.
+"""What a policy loss is, as frozen values: no torch here, so that they hash, compare and travel as text.
 
+`OBJECTIVES` has a row for each objective. Code outside a loss's formula asks it, and never an objective by name.
 Left out on purpose: a registry of user-defined objectives. A loss that is not here is a function for `pointwise_loss`.
 """
 
 from __future__ import annotations
 
-import ast
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-OBJECTIVES = (
-    "clip",
-    "cispo",
-    "sapo",
-    "reinforce",
-    "dppo_tv",
-    "dppo_kl",
-    "dro",
-    "gmpo",
-    "vespo",
-    "clip_cov",
-    "kl_cov",
-)
-DIVERGENCES = ("dppo_tv", "dppo_kl")
-COVARIANCES = ("clip_cov", "kl_cov")
-NOT_LINEAR = (
-    "dro",
-    *COVARIANCES,
-)  # in the advantage: a penalty stands beside it, or its value decides what is selected
+from drift_kernels.checks import number, numbers, one_of
+
 RATIOS = ("token", "sequence", "sequence_token")
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "token_sum")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 CORRECTIONS = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
-HUGE = 1e30  # fits float32
+
+@dataclass(frozen=True)
+class Objective:
+    """The facts about an objective that code outside its formula depends on.
+
+    number          of the objective in `csrc/policy.h` and the Triton kernels; None: only formulas.py has it, since a token's
+                    loss needs more than the token
+    parameters      fields of `PolicySpec` that only this objective (or few others) reads; all others refuse them
+    required        those of them without a usual value
+    ratios          the values of `PolicySpec.ratio` that it takes
+    scope           the tokens that a token's loss reads at ratio="token": "token" itself, "sequence" or "batch"
+    bounds          the quantity that clip_low and clip_high bound: "ratio", "log_ratio" or "divergence"
+    linear          it is proportional to the advantage, so that a correction may multiply the advantage
+    vanishes        it is 0 when the advantage is 0, so that such a token is not computed
+    mean_advantage  it reads the mean advantage of the sequence, not the token's own
+    """
+
+    number: int | None = None
+    parameters: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    ratios: tuple[str, ...] = ("token",)
+    scope: str = "token"
+    bounds: str = "ratio"
+    linear: bool = True
+    vanishes: bool = True
+    mean_advantage: bool = False
+
+
+OBJECTIVES = {
+    "clip": Objective(0, ("dual_clip", "delta"), ratios=RATIOS),
+    "cispo": Objective(1, ratios=RATIOS),
+    "sapo": Objective(2, ("sapo_temperatures",), ratios=RATIOS),
+    "reinforce": Objective(3),
+    "dppo_tv": Objective(4, ("delta",), bounds="divergence"),
+    "dppo_kl": Objective(5, ("delta",), bounds="divergence"),
+    "dro": Objective(6, ("dro_beta",), required=("dro_beta",), linear=False, vanishes=False),
+    "gmpo": Objective(ratios=("sequence",), scope="sequence", bounds="log_ratio", mean_advantage=True),
+    "vespo": Objective(None, ("vespo_weights",), scope="sequence"),
+    "clip_cov": Objective(None, ("cov_share", "cov_bounds"), scope="batch", linear=False),
+    "kl_cov": Objective(None, ("cov_share", "cov_kl_coef"), scope="batch", linear=False, vanishes=False),
+}
+
 
 _GSPO = {"clip_low": 3e-4, "clip_high": 4e-4}  # a mean of log-ratios moves far less than one of them
 
@@ -71,27 +95,38 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _one_of(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; it is one of {', '.join(map(repr, allowed))}")
+@dataclass(frozen=True)
+class Numbers:
+    """The check of a numeric field of `PolicySpec`, and its names in the kernels."""
+
+    size: int  # of a tuple; 0: one number
+    optional: bool  # whether it may be None
+    rule: str  # the end of a complaint: "must be positive"
+    holds: Callable[..., bool]  # of all its numbers
+    kernels: tuple[str, ...]  # fields of `PolicyParams` in csrc/policy.h; (): one of the same name
+    absent: float  # stands for None in the kernels
+
+    def convert(self, name: str, value: Any) -> Any:
+        """`value` as plain floats; TypeError or ValueError names the field, the value and the rule."""
+        value = numbers(name, value, self.size) if self.size else number(name, value, self.optional)
+        if value is not None and not self.holds(*(value if self.size else (value,))):
+            raise ValueError(f"{name}={value} {self.rule}")
+        return value
 
 
-def _number(name: str, value: Any, optional: bool = False) -> Any:
-    """`value` as a plain float, so that specs hash and travel as text; an infinite bound as a very large one."""
-    if value is None and optional:
-        return None
-    if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}={value!r} must be a number")
-    number = float(value)
-    if number != number:
-        raise ValueError(f"{name} is NaN; it must be a number")
-    return max(min(number, HUGE), -HUGE)
-
-
-def _numbers(name: str, values: Any, size: int) -> tuple[float, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) != size:
-        raise ValueError(f"{name}={values!r} must be {size} numbers")
-    return tuple(_number(name, v) for v in values)
+def _numeric(
+    default: Any,
+    rule: str = "",
+    holds: Callable[..., bool] = lambda *values: True,
+    *,
+    optional: bool = False,
+    kernels: tuple[str, ...] = (),
+    absent: float = 0.0,
+) -> Any:
+    """A field of numbers, checked by `Numbers`."""
+    size = len(default) if isinstance(default, tuple) else 0
+    check = Numbers(size, optional or default is None, rule, holds, kernels, absent)
+    return field(default=default, metadata={"numbers": check})
 
 
 @dataclass(frozen=True)
@@ -133,313 +168,107 @@ class PolicySpec:
 
     objective: str = "clip"
     ratio: str = "token"
-    clip_low: float | None = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    delta: float | None = None
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # A > 0, A ≤ 0
-    kl_coef: float = 0.0
+    clip_low: float | None = _numeric(0.2, optional=True)
+    clip_high: float = _numeric(0.2, "must be at least 0; it is the distance above 1", lambda v: v >= 0)
+    dual_clip: float | None = _numeric(None, "must exceed 1 (3 is usual), or be None", lambda v: v > 1)
+    delta: float | None = _numeric(None, absent=math.inf)
+    sapo_temperatures: tuple[float, float] = _numeric(  # A > 0, A ≤ 0
+        (1.0, 1.05), "must both be positive", lambda *v: min(v) > 0, kernels=("tau_pos", "tau_neg")
+    )
+    kl_coef: float = _numeric(0.0)
     kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    z_loss_coef: float = 0.0
+    entropy_coef: float = _numeric(0.0)
+    z_loss_coef: float = _numeric(0.0)
     aggregation: str = "token_mean"
     correction: str | None = None
-    correction_bounds: tuple[float, float] = (0.0, 2.0)
+    correction_bounds: tuple[float, float] = _numeric(
+        (0.0, 2.0), "must be (low, high) with 0 ≤ low < high", lambda low, high: 0 <= low < high
+    )
     kl_unbiased: bool = False
-    off_policy_threshold: float | None = None
-    dro_beta: float | None = None
-    vespo_weights: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0)  # k, λ for A ≥ 0; k, λ for A < 0
-    cov_share: float = 2e-4
-    cov_bounds: tuple[float, float] = (1.0, 5.0)
-    cov_kl_coef: float = 1.0
+    off_policy_threshold: float | None = _numeric(None)
+    dro_beta: float | None = _numeric(None, "must be positive", lambda v: v > 0)
+    vespo_weights: tuple[float, float, float, float] = _numeric(
+        (2.0, 3.0, 3.0, 2.0), "must be positive: (k, λ) for A ≥ 0, (k, λ) for A < 0", lambda *v: min(v) > 0
+    )
+    cov_share: float = _numeric(2e-4, "must lie in (0, 1]; it is a share of the call's tokens", lambda v: 0 < v <= 1)
+    cov_bounds: tuple[float, float] = _numeric(
+        (1.0, 5.0), "must be (low, high) with low < high", lambda low, high: low < high
+    )
+    cov_kl_coef: float = _numeric(1.0)
 
     def __post_init__(self) -> None:
-        for name in ("clip_high", "kl_coef", "entropy_coef", "z_loss_coef", "cov_share", "cov_kl_coef"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        for name in ("clip_low", "dual_clip", "delta", "off_policy_threshold", "dro_beta"):
-            object.__setattr__(self, name, _number(name, getattr(self, name), optional=True))
-        for name, size in (("sapo_temperatures", 2), ("correction_bounds", 2), ("cov_bounds", 2), ("vespo_weights", 4)):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name), size))
-        _one_of("objective", self.objective, OBJECTIVES)
-        _one_of("ratio", self.ratio, RATIOS)
-        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _one_of("aggregation", self.aggregation, AGGREGATIONS)
-        _one_of("correction", self.correction, CORRECTIONS)
-        self._check_numbers()
-        self._check_combinations()
+        for name, check in NUMBERS.items():
+            object.__setattr__(self, name, check.convert(name, getattr(self, name)))
+        one_of("objective", self.objective, tuple(OBJECTIVES))
+        one_of("ratio", self.ratio, RATIOS)
+        one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        one_of("aggregation", self.aggregation, AGGREGATIONS)
+        one_of("correction", self.correction, CORRECTIONS)
+        self._check_clipping()
+        self._check_objective()
 
-    def _check_numbers(self) -> None:
-        below_one = self.objective not in (*DIVERGENCES, "gmpo")  # a distance from 1 there, of logs or divergences here
-        if self.clip_low is not None and not 0 <= self.clip_low <= (1 if below_one else HUGE):
+    def _check_clipping(self) -> None:
+        of_ratios = self.traits.bounds == "ratio"
+        if self.clip_low is not None and (self.clip_low < 0 or (of_ratios and self.clip_low > 1)):
             raise ValueError(f"clip_low={self.clip_low} must lie in [0, 1], or be None for no lower bound")
-        if self.clip_high < 0:
-            raise ValueError(f"clip_high={self.clip_high} must be at least 0; it is the distance above 1")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip={self.dual_clip} must exceed 1 (3 is usual), or be None")
-        floor = 0.0 if self.objective in DIVERGENCES else 1 + self.clip_high  # clip_high bounds no ratio there
+        floor = 1 + self.clip_high if of_ratios else 0.0
         if self.delta is not None and self.delta <= floor:
-            of = "" if self.objective in DIVERGENCES else "1 + clip_high = "
-            raise ValueError(f"delta={self.delta} must exceed {of}{floor}, or be None")
-        if min(self.sapo_temperatures) <= 0:
-            raise ValueError(f"sapo_temperatures={self.sapo_temperatures} must both be positive")
-        low, high = self.correction_bounds
-        if not 0 <= low < high:
-            raise ValueError(f"correction_bounds={self.correction_bounds} must be (low, high) with 0 ≤ low < high")
-        if self.dro_beta is not None and self.dro_beta <= 0:
-            raise ValueError(f"dro_beta={self.dro_beta} must be positive")
-        if min(self.vespo_weights) <= 0:
-            raise ValueError(f"vespo_weights={self.vespo_weights} must be positive: (k, λ) for A ≥ 0, (k, λ) for A < 0")
-        if not 0 < self.cov_share <= 1:
-            raise ValueError(f"cov_share={self.cov_share} must lie in (0, 1]; it is a share of the call's tokens")
-        if not self.cov_bounds[0] < self.cov_bounds[1]:
-            raise ValueError(f"cov_bounds={self.cov_bounds} must be (low, high) with low < high")
-
-    def _check_combinations(self) -> None:
-        objective = self.objective
-        if objective != "clip" and self.dual_clip is not None:
-            raise ValueError(f"dual_clip belongs to objective='clip', not to {objective!r}")
-        if objective not in ("clip", *DIVERGENCES) and self.delta is not None:
-            raise ValueError(f"delta belongs to objective='clip', 'dppo_tv' and 'dppo_kl', not to {objective!r}")
-        if objective == "dro" and self.dro_beta is None:
             raise ValueError(
-                "objective='dro' needs dro_beta, the strength of its quadratic penalty: there is no usual one"
+                f"delta={self.delta} must exceed {'1 + clip_high = ' if of_ratios else ''}{floor}, or be None"
             )
-        if objective == "gmpo" and self.ratio != "sequence":
-            raise ValueError(f"objective='gmpo' has one ratio a sequence: pass ratio='sequence', not {self.ratio!r}")
-        if objective in ("vespo", "reinforce", "dro", *DIVERGENCES, *COVARIANCES) and self.ratio != "token":
-            raise ValueError(f"ratio={self.ratio!r} does not go with objective={objective!r}: pass ratio='token'")
-        if objective in NOT_LINEAR and self.correction and (self.kl_coef or self.entropy_coef or self.z_loss_coef):
+
+    def _check_objective(self) -> None:
+        objective, traits = self.objective, self.traits
+        for name, (default, owners) in PARAMETERS.items():
+            if objective not in owners and getattr(self, name) != default:
+                names = " and ".join(map(repr, owners))
+                raise ValueError(f"{name} belongs to objective={names}, not to {objective!r}: leave it out")
+        for name in traits.required:
+            if getattr(self, name) is None:
+                raise ValueError(f"objective={objective!r} needs {name}: there is no usual value")
+        if self.ratio not in traits.ratios:
+            allowed = " or ".join(f"ratio={ratio!r}" for ratio in traits.ratios)
+            raise ValueError(f"ratio={self.ratio!r} does not go with objective={objective!r}: pass {allowed}")
+        if not self.correction:
+            return
+        if not traits.linear and (self.kl_coef or self.entropy_coef or self.z_loss_coef):
             raise ValueError(
                 f"correction={self.correction!r} weighs the whole loss of objective={objective!r}, and kl_coef, entropy_coef "
-                "and z_loss_coef are not to be weighed: set them to 0 here, and add their terms by a second call"
+                "and z_loss_coef must not be weighed: set them to 0 here, and add their terms by a second call"
             )
-        if objective == "gmpo" and self.correction and self.correction.startswith("token"):
+        if traits.mean_advantage and self.correction.startswith("token"):
             raise ValueError(
                 f"correction={self.correction!r} has no meaning for one ratio a sequence; use a sequence form"
             )
 
     @property
+    def traits(self) -> Objective:
+        """The row of the table for this objective."""
+        return OBJECTIVES[self.objective]
+
+    @property
     def scope(self) -> str:
-        """What a token's loss reads besides the token itself: "token" nothing, "sequence" its sequence, "batch" the call."""
-        if self.objective in COVARIANCES:
-            return "batch"
-        whole = self.ratio != "token" or self.objective in ("gmpo", "vespo") or self.off_policy_threshold is not None
-        return "sequence" if whole else "token"
+        """Which tokens the loss of a token reads: "token" that token alone, "sequence" its sequence, "batch" the call."""
+        if self.traits.scope != "token":
+            return self.traits.scope
+        return "token" if self.ratio == "token" and self.off_policy_threshold is None else "sequence"
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether a token of advantage 0 has neither loss nor gradient."""
+        return self.traits.vanishes and not (self.kl_coef or self.entropy_coef or self.z_loss_coef)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PolicySpec:
         """The loss published under `name`, with `changes` on top; ValueError lists the names."""
-        _one_of("preset", name, tuple(PRESETS))
+        one_of("preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **changes})
 
 
-@dataclass(frozen=True)
-class DistillSpec:
-    """One divergence of a student s from a teacher t, per token over the vocabulary.
-
-    alpha   0: KL(t‖s). 1: KL(s‖t). Between, with M = (1 − alpha)·s + alpha·t: (1 − alpha)·KL(s‖M) + alpha·KL(t‖M), the
-            generalised Jensen–Shannon divergence (arXiv 2306.13649). 0 and 1 are cases of their own, not its limits: those
-            are 0, alpha·KL(t‖s) being what it approaches for a small alpha
-    top_k   None: over the whole vocabulary. k: over the k tokens that the student finds likeliest, or over those of a
-            `TeacherTopK` (None then means all that it holds)
-    tail    with a top k: all other tokens count as one more, of probability 1 − Σp; False: they are left out, and both
-            distributions are renormalised over the k
-    importance_clip  c: times min(exp(logp − old), c) of the token, through which no gradient flows
-    """
-
-    alpha: float = 0.5
-    top_k: int | None = None
-    tail: bool = True
-    importance_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", _number("alpha", self.alpha))
-        object.__setattr__(self, "importance_clip", _number("importance_clip", self.importance_clip, optional=True))
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} must lie in [0, 1]: 0 is KL(teacher‖student), 1 KL(student‖teacher)")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int)):
-            raise TypeError(f"top_k={self.top_k!r} must be a whole number, or None for the whole vocabulary")
-        if self.top_k is not None and self.top_k < (1 if self.tail else 2):
-            raise ValueError(
-                f"top_k={self.top_k} must be at least 1, and 2 with tail=False: one token alone is certain"
-            )
-        if self.importance_clip is not None and self.importance_clip <= 0:
-            raise ValueError(f"importance_clip={self.importance_clip} must be positive (2 is usual), or None")
-
-
-@dataclass(frozen=True)
-class ExplorationSpec:
-    """Token weights that `self_distill_loss` makes from entropies and log-probs on its way; no gradient flows through them.
-
-    With H the entropy of a row and C = max(H of the row before − H, 0) inside one turn, 0 at its first row:
-    difference  d = |C of the student − C of the teacher|
-    rhythm      1 + (m − 1)·(1 − exp(−d/d̄)), m = rhythm_maximum, d̄ the last step's mean of d, at least 1e-3; multiplies the
-                divergence with `weigh_divergence`. The method (arXiv 2606.30345) publishes how a gate comes from such a
-                weight, not the weight: this form is a reading of it
-    gate        floor + (1 − floor)·((rhythm − 1)/(m − 1))^power; with gate=False it is 1
-    rebellious  1 + w·(bonus − 1)·gate on the policy's token loss; bonus = exp(gamma·max(logp − teacher's logp − margin, 0)),
-                at most bonus_maximum, w the `rebellious_weights`
-    entropy_warmup  the divergence times H of the student / the last step's mean of it, so that uncertain tokens learn more
-
-    The mean of a step that was not there (None) leaves its weight at 1, and the gate at its floor.
-    """
-
-    rhythm_maximum: float = 2.0
-    weigh_divergence: bool = True
-    gate: bool = True
-    gate_floor: float = 0.0
-    gate_power: float = 1.0
-    margin: float = 0.2
-    gamma: float = 1.0
-    bonus_maximum: float = 2.0
-    entropy_warmup: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rhythm_maximum", "gate_floor", "gate_power", "margin", "gamma", "bonus_maximum"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        if self.rhythm_maximum <= 1:
-            raise ValueError(
-                f"rhythm_maximum={self.rhythm_maximum} must exceed 1; weigh_divergence=False takes no weight"
-            )
-        if not 0 <= self.gate_floor <= 1:
-            raise ValueError(f"gate_floor={self.gate_floor} must lie in [0, 1]")
-        for name, least in (("gate_power", 0.0), ("gamma", 0.0), ("bonus_maximum", 1.0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """How an op runs; never what it computes.
-
-    backend          "auto" picks by the device of `hidden`; asking for one that cannot run raises with its reason
-    workspace_bytes  scratch for logits and what goes with them; None = 256 MiB on a CPU, 1 GiB on a GPU
-    check_finite     raise on non-finite `old_logprobs`, `ref_logprobs`, advantages or weights of rows that count
-    accumulate_into_grad  add dW, times this number, to the fp32 `weight.grad` in the forward: no [V, D] of its own. The number
-                     is what backward will scale the loss by (1 for loss.backward()); backward raises where it is another
-    """
-
-    backend: str = "auto"
-    workspace_bytes: int | None = None
-    check_finite: bool = False
-    accumulate_into_grad: float | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("backend", self.backend, BACKENDS)
-        if not isinstance(self.check_finite, bool):
-            raise TypeError(f"check_finite={self.check_finite!r} must be True or False")
-        if self.workspace_bytes is not None and not isinstance(self.workspace_bytes, int):
-            raise TypeError(f"workspace_bytes={self.workspace_bytes!r} must be a whole number of bytes, or None")
-        if self.workspace_bytes is not None and self.workspace_bytes <= 0:
-            raise ValueError(f"workspace_bytes={self.workspace_bytes} must be positive, or None for the default")
-        scale = _number("accumulate_into_grad", self.accumulate_into_grad, optional=True)
-        object.__setattr__(self, "accumulate_into_grad", scale)
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """From a product h·Wᵀ to a logit: z = softcap(logit_scale·(h·Wᵀ + b)) / temperature, softcap(u) = c·tanh(u/c)."""
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    ignore_index: int = -100
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "logit_scale", "softcap"):
-            object.__setattr__(self, name, _number(name, getattr(self, name), optional=name == "softcap"))
-        if isinstance(self.ignore_index, bool) or not hasattr(self.ignore_index, "__index__"):
-            raise TypeError(f"ignore_index={self.ignore_index!r} must be an integer")
-        object.__setattr__(self, "ignore_index", int(self.ignore_index))
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive; score greedy samples with 1.0")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap={self.softcap} must be positive, or None")
-
-    @property
-    def plain(self) -> bool:
-        """Whether a logit is the product itself, but for a bias or a temperature per row."""
-        return self.temperature == 1.0 and self.softcap is None and self.logit_scale == 1.0
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that a registered op needs besides tensors; `encode` makes it a schema's string."""
-
-    spec: PolicySpec = PolicySpec()
-    head: HeadOptions = HeadOptions()
-    config: KernelConfig = KernelConfig()
-    outputs: tuple[str, ...] = ()
-    need_hidden: bool = False
-    need_weight: bool = False
-    need_bias: bool = False
-    need_lora_a: bool = False
-    need_lora_b: bool = False
-    lora_scale: float = 1.0
-    accumulate_scale: float | None = None  # factor on what is added to a weight's gradient in place
-
-    @property
-    def needs(self) -> tuple[bool, bool, bool, bool, bool]:
-        """Which gradients are wanted: of hidden, weight, bias, LoRA's A and B."""
-        return self.need_hidden, self.need_weight, self.need_bias, self.need_lora_a, self.need_lora_b
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.config, KernelConfig):
-            raise TypeError(f"config={self.config!r} must be a KernelConfig, such as KernelConfig(backend='cpu')")
-
-    @property
-    def need_grad(self) -> bool:
-        """Whether any gradient is wanted: without, an op costs one GEMM."""
-        return any(self.needs)
-
-    def encode(self) -> str:
-        """As text, for an op's schema: a literal tuple (a JSON encoder would break a compiled graph)."""
-        s, h, c = self.spec, self.head, self.config
-        spec = (s.objective, s.ratio, s.clip_low, s.clip_high, s.dual_clip, s.delta, s.sapo_temperatures, s.kl_coef)
-        spec += (s.kl_estimator, s.entropy_coef, s.z_loss_coef, s.aggregation, s.correction, s.correction_bounds)
-        spec += (s.kl_unbiased, s.off_policy_threshold, s.dro_beta, s.vespo_weights)
-        spec += (s.cov_share, s.cov_bounds, s.cov_kl_coef)
-        head = (h.temperature, h.softcap, h.logit_scale, h.ignore_index)
-        config = (c.backend, c.workspace_bytes, c.check_finite, c.accumulate_into_grad)
-        return repr((spec, head, config, self.outputs, *self.needs, self.lora_scale, self.accumulate_scale))
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def decode(text: str) -> Call:
-        """The inverse of `encode`."""
-        spec, head, config, *rest = ast.literal_eval(text)
-        return Call(PolicySpec(*spec), HeadOptions(*head), KernelConfig(*config), *rest)
-
-
-@dataclass(frozen=True)
-class DistillCall:
-    """As `Call`, for ops with a teacher."""
-
-    call: Call  # of the student; its spec is the policy's
-    distill: DistillSpec
-    teacher: HeadOptions
-    teacher_lora_scale: float = 1.0
-    exploration: ExplorationSpec | None = None
-    policy: bool = False  # whether there is a policy term
-    teach_all: bool = False  # an output reads the teacher on rows of weight 0 too
-
-    def encode(self) -> str:
-        """As text, for an op's schema."""
-        d, t, e = self.distill, self.teacher, self.exploration
-        distill = (d.alpha, d.top_k, d.tail, d.importance_clip)
-        teacher = (t.temperature, t.softcap, t.logit_scale, t.ignore_index)
-        exploration = None
-        if e is not None:
-            exploration = (e.rhythm_maximum, e.weigh_divergence, e.gate, e.gate_floor, e.gate_power)
-            exploration += (e.margin, e.gamma, e.bonus_maximum, e.entropy_warmup)
-        rest = (self.teacher_lora_scale, exploration, self.policy, self.teach_all)
-        return repr((self.call.encode(), distill, teacher, *rest))
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def decode(text: str) -> DistillCall:
-        """The inverse of `encode`."""
-        call, distill, teacher, scale, exploration, policy, teach_all = ast.literal_eval(text)
-        explored = None if exploration is None else ExplorationSpec(*exploration)
-        student, spec, head = Call.decode(call), DistillSpec(*distill), HeadOptions(*teacher)
-        return DistillCall(student, spec, head, scale, explored, policy, teach_all)
+NUMBERS: dict[str, Numbers] = {f.name: f.metadata["numbers"] for f in fields(PolicySpec) if f.metadata}
+# parameter → its default, the objectives that read it
+PARAMETERS = {
+    f.name: (f.default, owners)
+    for f in fields(PolicySpec)
+    if (owners := tuple(name for name, row in OBJECTIVES.items() if f.name in row.parameters))
+}

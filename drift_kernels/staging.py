@@ -21,9 +21,9 @@ from torch import Tensor
 from drift_kernels import backends
 from drift_kernels import plan as rows
 from drift_kernels.backends.params import Chunk
+from drift_kernels.calls import Call
 from drift_kernels.pieces import WORKSPACE_BYTES, Piece
 from drift_kernels.products import gradient_dtype
-from drift_kernels.spec import Call
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
 STAGED_ROWS = 512  # of fp32 logits, while gradients are made

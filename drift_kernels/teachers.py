@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from drift_kernels import divergences
+from drift_kernels.calls import HeadOptions
+from drift_kernels.distill_spec import DistillSpec
 from drift_kernels.inputs import Flat, check_data, flatten
-from drift_kernels.spec import DistillSpec, HeadOptions
 from drift_kernels.tensors import LoRAHead
 
 

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["spec", "formulas", "divergences", "exploration", "tensors", "plan", "inputs", "teachers"]
+KERNELS = [
+    "checks",
+    "spec",
+    "distill_spec",
+    "calls",
+    "formulas",
+    "divergences",
+    "exploration",
+    "tensors",
+    "plan",
+    "inputs",
+    "teachers",
+]
 KERNELS += ["backends", "memory", "products", "pieces", "staging", "driver", "distill_driver"]
 KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation"]
 KERNELS += ["packs", "adapters"]

@@ -25,7 +25,7 @@ from bench.gpu.measure import BrokenError, Say, line
 from drift_kernels import PolicySpec
 from drift_kernels.backends import cuda, tuning
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 from drift_kernels.staging import SCORED_ROWS, STAGED_ROWS, aligned
 
 VOCABULARY, WIDTH, TOP_K = 151_936, 4096, 100

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import ratio_bounds
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.spec import NUMBERS, OBJECTIVES, PARAMETERS, PolicySpec
 
 ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
-OBJECTIVES = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3, "dppo_tv": 4, "dppo_kl": 5, "dro": 6}
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+# fields of PolicySpec that only some objectives read, of those objectives that the kernels have
+POINTWISE = tuple(
+    name for name, (_, owners) in PARAMETERS.items() if any(OBJECTIVES[o].number is not None for o in owners)
+)
 
 
 @dataclass(frozen=True)
@@ -28,24 +31,33 @@ class Chunk:
     head: HeadOptions
 
 
+def _parameters(spec: PolicySpec) -> dict[str, float]:
+    """The parameters of single objectives by their names in the kernels."""
+    named = {}
+    for name in POINTWISE:
+        check, value = NUMBERS[name], getattr(spec, name)
+        values = value if check.size else (check.absent if value is None else value,)
+        named.update(zip(check.kernels or (name,), values))
+    return named
+
+
 def policy_numbers(spec: PolicySpec) -> dict[str, float]:
-    """The spec as the fields of `csrc/policy.h`'s PolicyParams."""
+    """The spec as the fields of `csrc/policy.h`'s PolicyParams; ValueError for an objective that is not there."""
+    if spec.traits.number is None:
+        raise ValueError(
+            f"objective={spec.objective!r} has no kernel: its loss is computed from log-probs, by formulas.py"
+        )
     kl_value = ESTIMATORS[spec.kl_estimator.rstrip("+")]
     low, high = ratio_bounds(spec)
-    tau_pos, tau_neg = spec.sapo_temperatures
     return {
-        "objective": OBJECTIVES[spec.objective],
+        "objective": spec.traits.number,
         "kl_value": kl_value,
         "kl_grad": ESTIMATORS["k2"] if spec.kl_estimator.endswith("+") else kl_value,
         "low": low,
         "high": high,
-        "dual_clip": spec.dual_clip or 0.0,
-        "delta": math.inf if spec.delta is None else spec.delta,
-        "tau_pos": tau_pos,
-        "tau_neg": tau_neg,
         "kl_coef": spec.kl_coef,
         "entropy_coef": spec.entropy_coef,
         "z_loss_coef": spec.z_loss_coef,
         "kl_unbiased": spec.kl_unbiased,
-        "dro_beta": spec.dro_beta or 0.0,
+        **_parameters(spec),
     }

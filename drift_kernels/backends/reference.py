@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from drift_kernels import divergences, formulas
+from drift_kernels.calls import HeadOptions
+from drift_kernels.distill_spec import DistillSpec
 from drift_kernels.divergences import Teacher
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import DistillSpec, HeadOptions, PolicySpec
+from drift_kernels.spec import PolicySpec
 
 
 def logits(

@@ -27,7 +27,8 @@ from triton.compiler import ASTSource
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import Chunk
 from drift_kernels.backends.triton import launch, scorer
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.calls import HeadOptions
+from drift_kernels.spec import PolicySpec
 
 ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}  # compiled for sm_80, sm_90a, sm_100a
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "cp.async.cg")

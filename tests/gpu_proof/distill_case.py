@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 
 HEADS = {  # student's, teacher's
     "plain": ({}, {}),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from drift_kernels.backends import reference
 from drift_kernels.backends.params import Chunk
+from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.spec import PolicySpec
 
 NAN = float("nan")
 PAD = 13  # columns behind the vocabulary, NaN: what a missing mask reads

@@ -12,7 +12,7 @@ import torch
 from row_oracle import Rows, make_rows
 from torch import Tensor
 
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 
 TEACHER = HeadOptions(temperature=1.4, softcap=6.0, logit_scale=0.8)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drift_kernels.backends import cpu, cuda
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 
 INF, NAN = float("inf"), float("nan")
 SIZES = (1, 5, 33, 1001, 4096, 131_075)

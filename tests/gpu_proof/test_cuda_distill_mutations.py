@@ -15,7 +15,7 @@ from test_cuda_values import check, gradient_of, padding_is_nan
 
 from drift_kernels.backends import cuda
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 
 LAUNCHES = [
     {"threads": 64, "cluster": 1, "on_chip": False},

@@ -14,7 +14,8 @@ from torch import Tensor
 from drift_kernels import formulas
 from drift_kernels.backends import cpu, cuda, partials
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.calls import HeadOptions
+from drift_kernels.spec import PolicySpec
 from drift_kernels.testing import off_the_edges, within_budget
 
 STATS = ("logprobs", "is_top1", "lse", "entropy", "mean_logits", "log_sum_sq_probs")

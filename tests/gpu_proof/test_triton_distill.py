@@ -8,7 +8,7 @@ from row_oracle import make_rows, padded
 from teacher_oracle import bucketed, distilled, logits, make_pair, without_a_target
 
 from drift_kernels.backends import triton as backend
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import within_budget
 
 ALPHAS = [0.0, 0.1, 0.5, 1.0]

@@ -19,7 +19,7 @@ from drift_kernels import distill_autograd, driver, staging
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import Chunk
 from drift_kernels.backends.triton import scorer
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import make_case
 
 PACKAGE = Path(backend.__file__).parent

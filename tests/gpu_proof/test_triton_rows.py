@@ -10,7 +10,8 @@ from row_oracle import exact, linear, make_rows, outside_is_untouched, per_entry
 
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import POLICY_OUTPUTS, ROW_OUTPUTS
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.calls import HeadOptions
+from drift_kernels.spec import PolicySpec
 from drift_kernels.testing import within_budget
 
 STATISTICS = ("logprobs", "lse", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import drift_kernels as dk
 from drift_kernels import distill_driver, driver
+from drift_kernels.calls import Call, DistillCall, HeadOptions
 from drift_kernels.divergences import Lessons, Teacher
 from drift_kernels.formulas import Tokens
-from drift_kernels.spec import Call, DistillCall, HeadOptions
 from drift_kernels.tensors import Inputs
 
 T, D, V = 8192, 4096, 151_936

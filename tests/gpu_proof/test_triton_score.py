@@ -11,7 +11,7 @@ from drift_kernels.backends import reference
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
 from drift_kernels.backends.triton import launch, scorer
-from drift_kernels.spec import HeadOptions
+from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import make_case, within_budget
 
 STATISTICS = ("logprobs", "lse", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs")

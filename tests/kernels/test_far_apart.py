@@ -12,7 +12,8 @@ import drift_kernels as dk
 from drift_kernels import divergences
 from drift_kernels.backends import cpu
 from drift_kernels.backends.params import Chunk
-from drift_kernels.spec import HeadOptions, PolicySpec
+from drift_kernels.calls import HeadOptions
+from drift_kernels.spec import PolicySpec
 
 FAR = 2**32 + 21
 MAP_NORESERVE = 0x4000  # of Linux: takes address space alone

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from count_products import clear, room_for, watch_products
+from preset_specs import PRESET_SPECS
 
 import drift_kernels as dk
-from drift_kernels.spec import PRESETS
 from drift_kernels.testing import make_case
 
 T, D, V = 40, 9, 61
@@ -20,8 +20,7 @@ TEACHER = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).double(
 TAUGHT = torch.arange(T) % 4 != 0
 TURNS = torch.arange(T) // 5
 
-SPECS = {name: dk.PolicySpec.preset(name, **({"dro_beta": 0.3} if name == "dro" else {})) for name in PRESETS}
-SPECS |= {
+SPECS = PRESET_SPECS | {
     "terms": dk.PolicySpec(kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.01),
     "dppo, tight": dk.PolicySpec.preset("dppo_tv", clip_low=1e-3, clip_high=1e-3),
     "token correction": dk.PolicySpec(correction="token_truncate"),
@@ -66,7 +65,7 @@ def live_rows(loss, h, w, *args, **options):
 def read_rows(spec):
     """Rows that a policy loss reads, of `policy_loss` above."""
     counts = MASK & (WEIGHTS != 0)
-    if spec.objective != "dro" and not spec.kl_coef:
+    if spec.vanishes:
         counts &= ADVANTAGES != 0
     if spec.scope == "token":
         return int(counts.sum())

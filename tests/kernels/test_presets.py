@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 import pytest
+from preset_specs import PRESET_SPECS, REQUIRED
 
-import drift_kernels as dk
 from drift_kernels.spec import PRESETS
 
 PPO = {  # arXiv 1707.06347, the mean over tokens
@@ -51,7 +51,7 @@ PUBLISHED = {
     "vespo": {"objective": "vespo"},
     "dppo_tv": {"objective": "dppo_tv", "delta": 20.0},
     "dppo_kl": {"objective": "dppo_kl", "delta": 20.0},
-    "dro": {"objective": "dro", "dro_beta": 0.3},  # the caller's
+    "dro": {"objective": "dro", "dro_beta": REQUIRED},  # the caller's
     "clip_cov": {"objective": "clip_cov"},
     "kl_cov": {"objective": "kl_cov"},
 }
@@ -59,5 +59,4 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() | PUBLISHED.keys()))
 def test_presets(name):
-    changes = {"dro_beta": 0.3} if name == "dro" else {}
-    assert asdict(dk.PolicySpec.preset(name, **changes)) == PPO | PUBLISHED[name]
+    assert asdict(PRESET_SPECS[name]) == PPO | PUBLISHED[name]

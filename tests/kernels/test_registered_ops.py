@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_kernels as dk
-from drift_kernels.spec import Call, DistillCall, HeadOptions
+from drift_kernels.calls import Call, DistillCall, HeadOptions
+from drift_kernels.spec import OBJECTIVES, PARAMETERS
 from drift_kernels.testing import make_case
 
 T, N, D, V = 20, 28, 5, 23
@@ -162,35 +163,38 @@ def test_shared_rows_two_passes_and_a_kept_teacher_compile_as_one_graph():
     torch.testing.assert_close(results[1][2], torch.ones(T).double())
 
 
-def test_what_a_call_is_travels_as_text():
+def other_than(default):
+    """A value of its kind that is not the default, and that every check takes."""
+    if isinstance(default, tuple):
+        return tuple(1.5 * v for v in default)
+    return 3.0 if default is None else 1.5 * default
+
+
+def test_a_call_travels_as_text():
     """Every field of every part, in a value that is not its default."""
-    spec = dk.PolicySpec(
-        "dro",
-        "token",
-        clip_low=None,
-        clip_high=0.3,
-        sapo_temperatures=(2.0, 3.0),
-        kl_coef=0.1,
-        kl_estimator="k1+",
-        entropy_coef=0.2,
-        z_loss_coef=0.3,
-        aggregation="token_sum",
-        correction_bounds=(0.5, 3.0),
-        kl_unbiased=True,
-        off_policy_threshold=0.4,
-        dro_beta=0.5,
-        vespo_weights=(1.0, 2.0, 4.0, 5.0),
-        cov_share=0.1,
-        cov_bounds=(2.0, 3.0),
-        cov_kl_coef=0.6,
-    )
-    other = dk.PolicySpec(ratio="sequence", dual_clip=3.0, delta=4.0, correction="token_mask")
+    specs = [
+        dk.PolicySpec(
+            clip_low=None,
+            clip_high=0.3,
+            kl_coef=0.1,
+            kl_estimator="k1+",
+            entropy_coef=0.2,
+            z_loss_coef=0.3,
+            aggregation="token_sum",
+            kl_unbiased=True,
+            off_policy_threshold=0.4,
+        ),
+        dk.PolicySpec(ratio="sequence", correction="token_mask", correction_bounds=(0.5, 3.0)),
+    ]
+    for name, row in OBJECTIVES.items():
+        own = {parameter: other_than(PARAMETERS[parameter][0]) for parameter in row.parameters}
+        specs.append(dk.PolicySpec(name, row.ratios[0], **own))
     head, config = HeadOptions(0.5, 3.0, 2.0, -1), dk.KernelConfig("cpu", 99, True, 0.25)
-    call = Call(spec, head, config, ("lse",), True, True, True, True, True, 2.0, 0.25)
+    call = Call(specs[0], head, config, ("lse",), True, True, True, True, True, 2.0, 0.25)
     explored = dk.ExplorationSpec(3.0, False, False, 0.1, 2.0, 0.3, 2.0, 3.0, True)
     taught = DistillCall(call, dk.DistillSpec(0.3, 4, False, 2.0), head, 2.0, explored, True, True)
-    for kind, told in ((Call, call), (DistillCall, taught), (Call, Call(other))):
+    for kind, told in ((Call, call), (DistillCall, taught), *((Call, Call(spec)) for spec in specs)):
         assert kind.decode(told.encode()) == told
-    for parts in ((spec, other), (head,), (config,), (call,), (explored,), (taught.distill,), (taught,)):
+    for parts in (specs, (head,), (config,), (call,), (explored,), (taught.distill,), (taught,)):
         for field in fields(parts[0]):
             assert any(getattr(part, field.name) != field.default for part in parts), field.name

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from preset_specs import PRESET_SPECS, REQUIRED
 
 import drift_kernels as dk
-from drift_kernels.spec import HUGE
+from drift_kernels.checks import HUGE
 from drift_kernels.testing import gradients, make_case
 
 BACKENDS = ["cpu", "reference"]
@@ -95,11 +96,8 @@ def test_beyond_the_other_bound_no_token_is_clipped(backend, name, side):
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
-EXTREME = {name: dk.PolicySpec.preset(name) for name in ("ppo", "gspo", "gspo_token", "luspo", "gmpo", "vespo", "sapo")}
-EXTREME |= {name: dk.PolicySpec.preset(name) for name in ("dppo_tv", "dppo_kl", "cispo", "clip_cov", "kl_cov")}
-EXTREME |= {
+EXTREME = PRESET_SPECS | {
     "dppo_unbounded": dk.PolicySpec.preset("dppo_tv", delta=None, clip_low=HUGE, clip_high=HUGE),
-    "dro": dk.PolicySpec.preset("dro", dro_beta=0.3),
     "off_policy": dk.PolicySpec(off_policy_threshold=0.1),
     "vespo_corrected": dk.PolicySpec.preset("vespo", correction="sequence_truncate"),
     "vespo_corrected_tokens": dk.PolicySpec.preset("vespo", correction="token_mask"),
@@ -198,7 +196,7 @@ def test_targets_that_dominate_and_that_vanish(backend, name, scale, dtype):
         log_p = F.linear(h, w).log_softmax(-1)
         logp, entropy = log_p[:, 3], -(log_p.exp() * log_p).sum(-1)
         ratio = (logp - logp.detach()).exp()
-        loss = {"sapo": -4 * torch.sigmoid(ratio - 1), "dro": -logp + 0.15 * (logp + 1) ** 2}.get(name, -ratio)
+        loss = {"sapo": -4 * torch.sigmoid(ratio - 1), "dro": -logp + REQUIRED / 2 * (logp + 1) ** 2}.get(name, -ratio)
         if spec.kl_coef:
             d = logp - old["ref_logprobs"].double()
             loss = loss + 0.1 * ((-d).exp() + d - 1)

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from preset_specs import PRESET_SPECS
 
 import drift_kernels as dk
-from drift_kernels.spec import PRESETS
 from drift_kernels.testing import make_case
 
 CASE = make_case(24, 7, 41, seed=3)
 CU = torch.tensor([0, 5, 6, 15, 24])
-EXTRA = {"dro": {"dro_beta": 0.3}}
-SPECS = {name: dk.PolicySpec.preset(name, **EXTRA.get(name, {})) for name in PRESETS if "cov" not in name}
+SPECS = {name: spec for name, spec in PRESET_SPECS.items() if spec.scope != "batch"}
 SPECS |= {
     "kl": dk.PolicySpec(kl_coef=0.2, kl_unbiased=True),
     "dual": dk.PolicySpec(dual_clip=1.5),

@@ -201,14 +201,14 @@ def spec_of(o: Options) -> dk.PolicySpec:
     """Ours for TRL's options."""
     objective = o.loss_type if o.loss_type in ("cispo", "sapo", "vespo", "gmpo") else "clip"
     low, high = (None, o.epsilon_high - 1) if objective == "cispo" else (o.epsilon, o.epsilon_high)
+    own = {"sapo": {"sapo_temperatures": o.sapo}, "vespo": {"vespo_weights": o.vespo}}.get(objective, {})
     return dk.PolicySpec(
+        **own,
         objective=objective,
         ratio=o.importance_sampling_level,
         clip_low=low,
         clip_high=high,
         delta=o.delta,
-        sapo_temperatures=o.sapo,
-        vespo_weights=o.vespo,
         kl_coef=o.beta,
         kl_estimator="k3",
         kl_unbiased=o.use_bias_correction_kl,

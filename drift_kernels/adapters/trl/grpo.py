@@ -56,18 +56,17 @@ def policy_spec(args: Any) -> dk.PolicySpec:
                 raise ValueError(f"epsilon_high={high} is the cap on cispo's ratio; it must be at least 1 (5 is usual)")
             options = {"objective": "cispo", "clip_low": None, "clip_high": high - 1}
         case "sapo":
-            options = {"objective": "sapo"}
+            options = {"objective": "sapo", "sapo_temperatures": (args.sapo_temperature_pos, args.sapo_temperature_neg)}
         case "vespo":
             if ratio == "sequence" and args.use_bias_correction_kl:
                 raise ValueError(
                     "loss_type='vespo' with importance_sampling_level='sequence' and use_bias_correction_kl"
                 )
-            options, ratio = {"objective": "vespo"}, "token"
+            weights = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+            options, ratio = {"objective": "vespo", "vespo_weights": weights}, "token"
     return dk.PolicySpec(
         **options,
         ratio=ratio,
-        sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-        vespo_weights=(args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg),
         kl_coef=args.beta,
         kl_unbiased=args.use_bias_correction_kl and args.beta != 0.0,
         off_policy_threshold=args.off_policy_mask_threshold,

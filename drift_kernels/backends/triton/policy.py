@@ -9,14 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from drift_kernels.backends.params import ESTIMATORS, OBJECTIVES
+from drift_kernels.backends.params import ESTIMATORS
+from drift_kernels.spec import OBJECTIVES
 
-CLIP = tl.constexpr(OBJECTIVES["clip"])
-CISPO = tl.constexpr(OBJECTIVES["cispo"])
-REINFORCE = tl.constexpr(OBJECTIVES["reinforce"])
-SAPO = tl.constexpr(OBJECTIVES["sapo"])
-DPPO_TV = tl.constexpr(OBJECTIVES["dppo_tv"])
-DRO = tl.constexpr(OBJECTIVES["dro"])
+CLIP = tl.constexpr(OBJECTIVES["clip"].number)
+CISPO = tl.constexpr(OBJECTIVES["cispo"].number)
+REINFORCE = tl.constexpr(OBJECTIVES["reinforce"].number)
+SAPO = tl.constexpr(OBJECTIVES["sapo"].number)
+DPPO_TV = tl.constexpr(OBJECTIVES["dppo_tv"].number)
+DRO = tl.constexpr(OBJECTIVES["dro"].number)
 K1 = tl.constexpr(ESTIMATORS["k1"])
 K2 = tl.constexpr(ESTIMATORS["k2"])
 K3 = tl.constexpr(ESTIMATORS["k3"])
