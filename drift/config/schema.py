@@ -6,16 +6,16 @@ number. `drift.config.load` reads them.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from drift.config.online import OnlineConfig
 from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
 
-SERVER, FOLDER = r"^https?://[^/]+/?$", r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+FOLDER = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 PATTERNS = {  # what text that does not fit one should do
-    SERVER: "read http://HOST:PORT",
     FOLDER: "be letters, digits, '_', '-' and '.', since it names a folder",
 }
 
@@ -43,6 +43,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "varlen", "sdpa"] = "auto"
     packed: bool = True  # false runs each trajectory by itself: slower, for models that mix the sequences of a pack
+    chat_template_kwargs: dict[
+        str, str | bool | int | float | None
+    ] = {}  # of its chat template: {enable_thinking: false}
     gradient_checkpointing: bool = False
     lora: LoRAConfig | None = None
 
@@ -101,13 +104,23 @@ class EngineConfig(Section):
     """What samples: the policy in process, or a vLLM server (docs/engines.md)."""
 
     kind: Literal["hf", "vllm"] = "hf"
-    url: Annotated[str, Field(pattern=SERVER)] = "http://127.0.0.1:8000"  # of the server
+    url: str = "http://127.0.0.1:8000"  # of the server
     concurrency: Positive = 64  # requests in flight
     timeout: Rate = 600.0  # seconds for the answer to one request
     retries: Count = 5  # of a request that was put off, cut off, or not answered in time
     wait: Rate = 600.0  # seconds for a server that was reached before and is not now, such as while it restarts
     folder: str | None = None  # for weights on their way, seen by both sides; null is the system's temporary one
     tolerance: Rate | None = None  # nats between server and policy after a handover; null is 1e-3, or 0.1 in bfloat16
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        """Not repeated in the complaint if it may hold a password."""
+        if "@" in url:
+            raise ValueError("must read http://HOST:PORT, without USER:PASSWORD@; a key is read from VLLM_API_KEY")
+        if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", url):
+            raise ValueError(f"{url!r} must read http://HOST:PORT, without white space, a path, a query or a fragment")
+        return url
 
 
 class RolloutConfig(Section):

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from jinja2 import TemplateError
-
+from drift.model import sandbox
 from drift.model.policy import Policy
+from drift.model.sandbox import ChatTemplateError
+from drift.model.turns import Turns
 from drift.types import Trajectory, Turn
 
 Messages = list[dict[str, Any]]
@@ -27,7 +28,7 @@ _MARK = "\u2402turn\u2403"
 
 def text(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
     """`messages` through the chat template."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return sandbox.render(tokenizer, messages, add_generation_prompt)
 
 
 def encode(tokenizer: Any, rendered: str) -> list[int]:
@@ -42,46 +43,57 @@ def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = Fal
 
 
 def _quoted(tokenizer: Any, messages: Messages, *, assistant: bool = False) -> tuple[Messages, str]:
-    """The messages with a mark on either side of each special token that others than the assistant spell, and the mark.
+    """The messages with a mark on either side of each control token that others than the assistant spell, and the mark.
 
-    `assistant`: those that the assistant spells too.
+    All text is searched: content, whole or in parts, names, roles, reasoning, tool calls. `assistant`: the assistant's
+    messages too.
     """
     mark = _absent(messages)
-    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    special = re.compile("|".join(map(re.escape, reversed(names))) or "(?!)")
-    quoted = [
-        {**m, "content": special.sub(lambda found: f"{mark}{found[0]}{mark}", m["content"])}
-        if (assistant or m["role"] != "assistant") and isinstance(m["content"], str)
-        else m
-        for m in messages
-    ]
-    return quoted, mark
+    control = re.compile("|".join(map(re.escape, Turns.of(tokenizer).control)) or "(?!)")
+
+    def quote(value: Any) -> Any:
+        if isinstance(value, str):
+            return control.sub(lambda found: f"{mark}{found[0]}{mark}", value)
+        if isinstance(value, dict):
+            return {quote(key): quote(item) for key, item in value.items()}
+        return [quote(item) for item in value] if isinstance(value, list) else value
+
+    return [quote(m) if assistant or m["role"] != "assistant" else m for m in messages], mark
 
 
 def _encode_quoted(tokenizer: Any, rendered: str, mark: str) -> list[int]:
     """Ids of what was rendered from `_quoted` messages."""
-    return [
-        i for _, piece, spelled in _pieces(rendered, mark) for i in _encoding(tokenizer, piece, spelled)["input_ids"]
-    ]
+    return [i for start, piece, spelled in _pieces(rendered, mark) for i in _spans(tokenizer, piece, spelled, start)[0]]
 
 
 def _pieces(rendered: str, mark: str) -> Iterator[tuple[int, str, bool]]:
     """Where each piece between marks begins, the piece, and whether it spells a special token."""
-    start = 0
-    for place, piece in enumerate(rendered.split(mark)):
+    start, parts = 0, rendered.split(mark)
+    if len(parts) % 2 == 0:
+        raise ChatTemplateError("the chat template cuts a message inside a control token that the message spells")
+    for place, piece in enumerate(parts):
         if piece:
             yield start, piece, place % 2 == 1
         start += len(piece) + len(mark)
 
 
-def _encoding(tokenizer: Any, piece: str, spelled: bool, **options: Any) -> Any:
-    return tokenizer(piece, add_special_tokens=False, split_special_tokens=spelled, **options)
+def _spans(tokenizer: Any, piece: str, spelled: bool, start: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a piece and where in the rendering each stands; `spelled`: as letters, whatever token the piece is."""
+    parts = [(0, piece)] if not spelled else [(0, piece[:1]), (1, piece[1:])]  # in two, no token is whole
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for shift, part in parts:
+        options = {"add_special_tokens": False, "split_special_tokens": spelled, "return_offsets_mapping": True}
+        encoded = tokenizer(part, **options)
+        ids += encoded["input_ids"]
+        offsets += [(start + shift + a, start + shift + b) for a, b in encoded["offset_mapping"]]
+    return ids, offsets
 
 
 def _absent(messages: Messages) -> str:
     """Text that no message holds, so that it can mark a place."""
     marks = (f"\u2402{number}\u2403" for number in count())
-    return next(mark for mark in marks if not any(mark in str(m["content"]) for m in messages))
+    return next(mark for mark in marks if mark not in repr(messages))
 
 
 def decode(policy: Policy, ids: Sequence[int]) -> str:
@@ -115,8 +127,10 @@ def extend(policy: Policy, ids: Sequence[int], messages: Messages) -> list[int]:
     """The next prompt: `ids` as sampled, then what the template adds up to the next assistant turn."""
     quoted, mark = _quoted(policy.tokenizer, messages)
     added = _encode_quoted(policy.tokenizer, after_turn(policy.tokenizer, quoted), mark)
-    if ids and added and ids[-1] in policy.eos_ids and added[0] in policy.eos_ids:
-        added = added[1:]  # the model has ended its turn itself
+    if ids and ids[-1] in policy.eos_ids:  # the model has ended its turn itself
+        first = next((k for k, token in enumerate(added) if not policy.tokenizer.decode([token]).isspace()), len(added))
+        if first < len(added) and added[first] in policy.eos_ids | policy.turns.ends:
+            added = added[first + 1 :]
     return [*ids, *added]
 
 
@@ -148,7 +162,7 @@ def check_role(tokenizer: Any, role: str) -> None:
     try:
         shown = text(tokenizer, [*messages, {"role": role, "content": _MARK}], add_generation_prompt=True)
         why = None if _MARK in shown else "leaves it out"
-    except TemplateError as error:
+    except ChatTemplateError as error:
         why = f"says {str(error)!r}"
     if why is not None:
         raise ValueError(
@@ -210,18 +224,30 @@ def _from_messages(policy: Policy, row: dict[str, Any], index: int, weight: floa
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for begin, piece, spelled in _pieces(whole, mark):
-        encoded = _encoding(policy.tokenizer, piece, spelled, return_offsets_mapping=True)
-        ids += encoded["input_ids"]
-        offsets += [(begin + a, begin + b) for a, b in encoded["offset_mapping"]]
+        more, where = _spans(policy.tokenizer, piece, spelled, begin)
+        ids += more
+        offsets += where
     spans = []
-    for place, stop in _places(policy.tokenizer, row["prompt_id"], messages, whole, every=turns == "assistant"):
+    places = _places(policy.tokenizer, row["prompt_id"], messages, whole, every=turns == "assistant")
+    for number, (place, stop) in enumerate(places, 1):
         first = next((k for k, (_, end) in enumerate(offsets) if end > place), len(ids))
         last = next((k for k, (start, _) in enumerate(offsets) if start >= stop), len(ids))
-        if last < len(ids) and ids[last] in policy.eos_ids:
-            last += 1
-        if first < last:
-            spans.append(Turn(first, last))
+        end = _end(policy, ids, last)
+        if end is None and (turns == "assistant" or number == len(places)):
+            raise ValueError(
+                f"row {row['prompt_id']!r}: the chat template writes no token that ends an assistant's message right after "
+                f"its content (message {number} of {len(places)}), so that its end would not be trained; give the row's "
+                "token_ids, or set tokenizer.chat_template to a template that ends every turn"
+            )
+        spans.append(Turn(first, end or last))
     return Trajectory(row["prompt_id"], ids, spans, weight, index)
+
+
+def _end(policy: Policy, ids: Sequence[int], last: int) -> int | None:
+    """One past the token that ends the turn whose words end before `last`; None if there is no such token."""
+    while last < len(ids) and policy.tokenizer.decode([ids[last]]).isspace():
+        last += 1
+    return last + 1 if last < len(ids) and ids[last] in policy.eos_ids | policy.turns.ends else None
 
 
 def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bool) -> list[tuple[int, int]]:
@@ -232,6 +258,8 @@ def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bo
     earlier thinking.
     """
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not assistants or not messages[assistants[-1]]["content"]:
+        raise ValueError(f"row {name!r}: its last assistant message is empty or missing; leave the row out")
     marked = [{**m, "content": f"{_MARK}{i}{_MARK}"} if i in assistants else m for i, m in enumerate(messages)]
     shown = text(tokenizer, marked)
     around = []  # the template's words after each assistant message
@@ -245,6 +273,10 @@ def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bo
     places, end = [], len(whole)
     for number, (i, after) in enumerate(zip(reversed(assistants), around)):
         stop, content = end - len(after), messages[i]["content"]
+        if not isinstance(content, str):
+            if number == 0 or every:
+                raise ValueError(f"row {name!r}: the content of message {i + 1}, an assistant's, must be text")
+            break
         content = content if whole[:stop].endswith(content) else content.strip()
         if whole[stop:end] != after or not whole[:stop].endswith(content):
             if number == 0 or every:

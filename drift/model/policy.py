@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from drift.config import LoRAConfig, ModelConfig
 from drift.model import tiny
 from drift.model.attention import register
 from drift.model.borders import needs_borders, run_alone, run_packed
+from drift.model.sandbox import set_defaults
+from drift.model.turns import Turns
 from drift.types import PackedBatch
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -29,7 +33,6 @@ class Policy:
 
     model      as transformers or peft made it; `model.generate` works
     tokenizer  with a chat template
-    eos_ids    ids that end an assistant turn
     packed     whether several trajectories run in one pass; False: one after the other
     """
 
@@ -40,11 +43,19 @@ class Policy:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a model tuned for chat"
             )
-        ends = getattr(model.generation_config, "eos_token_id", None)
+
+    @property
+    def turns(self) -> Turns:
+        """What the chat template writes around messages."""
+        return Turns.of(self.tokenizer)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an assistant's turn: the one that the template writes, and those that the model's files name."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
-        self.eos_ids = frozenset(i for i in (*ends, tokenizer.eos_token_id) if i is not None)
-        if not self.eos_ids:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-turn token (eos_token)")
+        named = {i for i in (*ends, self.tokenizer.eos_token_id) if i is not None}
+        return frozenset({*named, self.turns.closer})
 
     @property
     def causal_lm(self) -> Any:
@@ -150,9 +161,10 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
                 f"model.path={path!r} is neither a folder that is there nor a hub name, NAME or OWNER/NAME"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-        except (ValueError, SafetensorError) as error:  # also of JSON that is cut off
+            tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except (ValueError, SafetensorError, UnpicklingError, EOFError) as error:  # also of JSON that is cut off
             raise ValueError(
                 f"the model at {config.path!r} cannot be read ({error}); have it written again, or name another"
             ) from error
@@ -169,7 +181,10 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         # gradient_checkpointing_enable before transformers 5.24
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return Policy(model, tokenizer, packed=config.packed)
+    policy = Policy(model, tokenizer, packed=config.packed)
+    set_defaults(tokenizer, config.chat_template_kwargs)
+    _ = policy.eos_ids  # a template without an end of turns is refused now
+    return policy
 
 
 def _adapters(path: str) -> tuple[str, bool]:

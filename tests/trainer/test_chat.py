@@ -211,8 +211,11 @@ def test_content_that_the_template_or_the_user_says_too(policy, said):
         assert before == chat.text(policy.tokenizer, talk[:1], True).removesuffix("<think>\n")
 
 
-def test_an_empty_message_trains_its_end_alone(policy):
+def test_an_empty_last_message_is_refused_by_row_and_an_earlier_one_trains_its_end_alone(policy):
     row = {"prompt_id": "p", "messages": [*START, {"role": "assistant", "content": ""}]}
-    [trajectory] = chat.to_trajectories(policy, row, index=0)
-    [turn] = trajectory.turns
-    assert policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) == "<|im_end|>"
+    with pytest.raises(ValueError, match="row 'p': its last assistant message is empty"):
+        chat.to_trajectories(policy, row, index=0)
+    row["messages"] += [*START, {"role": "assistant", "content": "a"}]
+    [trajectory] = chat.to_trajectories(policy, row, index=0, turns="assistant")
+    said = [policy.tokenizer.decode(trajectory.token_ids[turn.start : turn.stop]) for turn in trajectory.turns]
+    assert said == ["<|im_end|>", "a<|im_end|>"]
