@@ -1,4 +1,4 @@
-# make run · make test · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
+# make run · make test · make test-ranks · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +8,17 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
+.PHONY: run test test-ranks test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Several processes under torchrun, over gloo: minutes, on two cores.
+test-ranks: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/ranks -q --durations=5
 
 # Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
 test-peers: $(VENV)/.peers $(VERL)/.installed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,10 +43,14 @@ class Engine(Protocol):
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        seed: int,
+        seed: int | Sequence[int],
         bar: Any = None,
     ) -> list[Sample]:
-        """One sample a prompt, in the prompts' order; temperature 0 is greedy. `bar.advance(n)` counts samples."""
+        """One sample a prompt, in the prompts' order; temperature 0 is greedy. `bar.advance(n)` counts samples.
+
+        seed: one for each prompt, which its sample follows from whatever else is asked for; or one number for all, from
+        which each place gets a seed of its own.
+        """
         ...
 
 
@@ -56,6 +60,17 @@ def remembering(engine: Engine) -> AbstractContextManager[None]:
     `HFEngine` can; others have no `remembering`, and nothing changes.
     """
     return getattr(engine, "remembering", nullcontext)()
+
+
+def seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` prompts. Raises ValueError when as many are given and they are not as many."""
+    if isinstance(seed, int):
+        import numpy as np
+
+        return [int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) for place in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed: {len(seed)} seeds for {count} prompts; there must be one each, or one number for all")
+    return list(seed)
 
 
 def check_prompts(prompts: list[list[int]]) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
-from drift.engines import Sample, check_prompts
+from drift.engines import Sample, check_prompts, seeds
 from drift.engines.memory import Memory
 from drift.model.policy import Policy
 
@@ -54,24 +55,26 @@ class HFEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         bar: Any = None,
     ) -> list[Sample]:
-        """One sample a prompt, in order; temperature 0 is greedy. The same call gives the same samples.
+        """One sample a prompt, in order; temperature 0 is greedy. A sample follows from its prompt and its seed.
 
-        Raises ValueError for an empty prompt, temperature < 0, or top_p outside (0, 1].
+        What else is in the batch moves logits by their last bits at most. Raises ValueError for an empty prompt,
+        temperature < 0, or top_p outside (0, 1].
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} should be at least 0 and top_p {top_p} in (0, 1]")
         check_prompts(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         samples: list[Sample | None] = [None] * len(prompts)
-        generator = torch.Generator(self.policy.device).manual_seed(seed)
+        chances = [np.random.default_rng(own) for own in seeds(seed, len(prompts))]
         self._next = None if self.memory is None else Memory(self.memory.most_bytes)
         with self.policy.inference():
             for first in range(0, len(order), self.batch_size):
                 chosen = order[first : first + self.batch_size]
-                done = self._batch([prompts[i] for i in chosen], max_new_tokens, temperature, top_p, generator)
+                own = np.stack([chances[i].integers(2**32, size=max_new_tokens) for i in chosen]) / 2**32
+                done = self._batch([prompts[i] for i in chosen], temperature, top_p, torch.from_numpy(own))
                 for i, sample in zip(chosen, done):
                     samples[i] = sample
                 if bar is not None:
@@ -79,9 +82,9 @@ class HFEngine:
         self.memory, self._next = self._next, None
         return [sample for sample in samples if sample is not None]
 
-    def _batch(
-        self, prompts: list[list[int]], limit: int, temperature: float, top_p: float, generator: torch.Generator
-    ) -> list[Sample]:
+    def _batch(self, prompts: list[list[int]], temperature: float, top_p: float, chances: torch.Tensor) -> list[Sample]:
+        """chances: [B, L], float64 in [0, 1), of each token of up to L."""
+        chances, limit = chances.to(self.policy.device), chances.shape[1]
         ends = torch.tensor(sorted(self.policy.eos_ids), device=self.policy.device)
         samples = [Sample([], [], False) for _ in prompts]
         cache = DynamicCache(config=self.policy.causal_lm.config)
@@ -90,7 +93,7 @@ class HFEngine:
         live = list(range(len(prompts)))
         running = torch.ones(len(live), dtype=torch.bool, device=self.policy.device)
         for number in range(limit):
-            tokens, logprobs = draw(logits.float(), temperature, top_p, generator)
+            tokens, logprobs = draw(logits.float(), temperature, top_p, chances[:, number])
             ended = torch.isin(tokens, ends)
             for row, on, token, logprob, end in zip(
                 live, running.tolist(), tokens.tolist(), logprobs.tolist(), ended.tolist()
@@ -108,6 +111,7 @@ class HFEngine:
                 self._remember(cache, mask, live, prompts, samples, (~running).nonzero().squeeze(1).tolist())
                 cache.batch_select_indices(kept)
                 tokens, mask, positions, running = tokens[kept], mask[kept], positions[kept], running[kept]
+                chances = chances[kept]
                 live = [live[i] for i in kept.tolist()]
             mask, positions = torch.cat([mask, mask.new_ones(len(live), 1)], 1), positions + 1
             out = self.policy.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, **options)
@@ -157,10 +161,12 @@ class HFEngine:
 
 
 def draw(
-    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
+    logits: torch.Tensor, temperature: float, top_p: float, chances: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A token for each row of logits [B, V] float32 and its log-prob at this temperature, [B] each.
 
+    chances: [B] float64, multiples of 2⁻³² below 1: the first token is taken up to which more than that share of the
+    probability lies. So a row's token does not depend on the other rows.
     temperature 0 takes the most likely token, with its log-prob at temperature 1. top_p keeps the fewest most likely
     tokens that hold that much probability; the log-prob is that before the cut.
     """
@@ -173,5 +179,6 @@ def draw(
             ranked, order = p.sort(-1, descending=True)
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
             p = torch.zeros_like(p).scatter_(-1, order, ranked)
-        tokens = torch.multinomial(p, 1, generator=generator).squeeze(1)
+        below = p.double().cumsum(-1)
+        tokens = torch.searchsorted(below, (chances * below[:, -1])[:, None], right=True).squeeze(1)
     return tokens, log_p.gather(-1, tokens[:, None]).squeeze(1)

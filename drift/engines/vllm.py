@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from drift.config import EngineConfig
-from drift.engines import EngineError, Sample, check_prompts
+from drift.engines import EngineError, Sample, check_prompts, seeds
 from drift.engines.client import Client, Passing, Refused, Unreachable
 from drift.engines.vllm_api import Answer, State, read_answer, read_state, server_command
 from drift.model.policy import Policy
@@ -213,7 +213,7 @@ class VLLMEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         bar: Any = None,
     ) -> list[Sample]:
         """One sample a prompt, in order; temperature 0 is greedy. Equal prompts go as one request for several samples.
@@ -224,12 +224,12 @@ class VLLMEngine:
         """
         self._check(temperature, top_p)
         check_prompts(prompts)
-        places: dict[Any, list[int]] = {}
+        own, places = seeds(seed, len(prompts)), dict[Any, list[int]]()
         for place, prompt in enumerate(prompts):  # the server refuses several greedy samples
             places.setdefault(tuple(prompt) if temperature > 0 else place, []).append(place)
         requests = []
         for at in places.values():
-            body = self._body(prompts[at[0]], len(at), max_new_tokens, temperature, _seed(seed, at[0]))
+            body = self._body(prompts[at[0]], len(at), max_new_tokens, temperature, own[at[0]])
             requests.append(_Request(COMPLETIONS, body, at))
         return [sample for _, sample in self._batch(requests, bar)]
 
@@ -239,14 +239,14 @@ class VLLMEngine:
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         bar: Any = None,
     ) -> list[tuple[list[int], Sample]]:
         """Like `generate` for messages that the server's own chat template renders: (prompt ids, sample) of each."""
         self._check(temperature, 1.0)
-        requests = []
+        own, requests = seeds(seed, len(conversations)), []
         for place, messages in enumerate(conversations):
-            body = self._settings(1, max_new_tokens, temperature, _seed(seed, place))
+            body = self._settings(1, max_new_tokens, temperature, own[place])
             body |= {"messages": messages, "logprobs": True, "top_logprobs": 0}
             requests.append(_Request(CHAT, body, [place]))
         return self._batch(requests, bar)
@@ -389,10 +389,6 @@ class VLLMEngine:
 
 def _adapter(version: str) -> str:
     return f"drift-{version}"
-
-
-def _seed(seed: int, place: int) -> int:
-    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
 
 
 def _probe_prompts(policy: Policy) -> list[list[int]]:

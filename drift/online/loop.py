@@ -309,7 +309,7 @@ class _Loop:
         """This rank's trajectories of a step, sampled from the weights after `version` steps; no collective."""
         chosen = distributed.share(problems_of(number, len(self.problems), self.online.prompts, self.seed))
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
-        seed, settings = [self.seed, number, distributed.rank()], self.config.rollout
+        seed, settings = [self.seed, number], self.config.rollout
         policy = self.engine.policy if isinstance(self.engine, Still) else self.policy
         options: dict[str, Any] = {"seed": seed, "environment": self.environment}
         episodes = play(policy, self.engine, self.task, jobs, settings, **options) if jobs else []

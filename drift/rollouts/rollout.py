@@ -7,6 +7,7 @@ was in again and writes what is missing, ends with the same file as one that ran
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,8 @@ def play(
 ) -> list[Episode]:
     """Plays every (problem, trajectory index) to its end: its environment's, or `settings.turns` attempts; in order.
 
-    seed: numbers that all samples follow from. The bar advances by the trajectories that end. environment: default the
+    seed: numbers that all samples follow from; each trajectory draws for itself, by its problem's identity and its index,
+    whatever is played with it. The bar advances by the trajectories that end. environment: default the
     one that the settings name. Raises ValueError where it answers what nobody can go on from, and where the chat
     template does not know tool messages.
     """
@@ -173,7 +175,7 @@ def play(
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                seed=int(np.random.SeedSequence([*seed, number]).generate_state(1)[0]),
+                seed=[_seed(seed, episode, number) for episode in live],
             )
             for episode, prompt, sample in zip(live, prompts, samples):
                 episode.take(prompt, sample, chat.decode(policy, sample.token_ids), settings.history)
@@ -194,6 +196,12 @@ def play(
     if bar is not None:
         bar.advance(len(live))
     return episodes
+
+
+def _seed(seed: Sequence[int], episode: Episode, number: int) -> int:
+    """Of a trajectory's turn."""
+    problem = int.from_bytes(hashlib.sha256(episode.problem.id.encode()).digest()[:8], "little")
+    return int(np.random.SeedSequence([*seed, problem, episode.index, number]).generate_state(1)[0])
 
 
 def default_environment(task: Task, settings: Settings) -> Environment:

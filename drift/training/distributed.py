@@ -183,7 +183,8 @@ def _told_when_lost() -> Iterator[None]:
         return
 
     def end(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once
+        if _presence is not None and _presence.ending:
+            return
         lost = _presence.lost() if _presence is not None else None
         raise RankLost(lost) if lost else SystemExit(128 + number)
 

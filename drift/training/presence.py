@@ -34,9 +34,11 @@ class Presence:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float) -> None:
         self.rank, self.world_size, self.limit = rank, world_size, limit
+        self.ending = False  # this rank has noticed that something is wrong
         self._store, self._meetings, self._over = store, 0, threading.Event()
         self._every = min(1.0, limit / 5)
-        self._seen = dict.fromkeys(range(world_size), (b"", time.monotonic()))  # last beat, and when it changed
+        now = time.monotonic()
+        self._seen: dict[int, tuple[bytes, float]] = {r: (b"", now) for r in range(world_size)}  # beat, since when
         threading.Thread(target=self._beat, args=[store.clone()], name="drift-heartbeat", daemon=True).start()
 
     def close(self) -> None:
@@ -70,6 +72,7 @@ class Presence:
 
     def lost(self) -> str | None:
         """Which ranks are gone by now, in a sentence's beginning, or None. Listens for a few heartbeats."""
+        self.ending = True
         try:
             if self._store.check(["lost"]):
                 return self._store.get("lost").decode()

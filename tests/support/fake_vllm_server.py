@@ -166,7 +166,8 @@ class StandIn:
         generator, ids, logprobs = torch.Generator().manual_seed(seed), list(prompt), []
         while len(logprobs) < body["max_tokens"]:
             logits = self.logits(torch.tensor([ids]), body["model"])
-            token, logprob = draw(logits, body["temperature"], body["top_p"], generator)
+            chance = torch.rand(1, generator=generator, dtype=torch.float64)
+            token, logprob = draw(logits, body["temperature"], body["top_p"], chance)
             if self.raw:
                 logprob = torch.log_softmax(logits, -1)[0, token]
             ids.append(int(token))

@@ -91,7 +91,7 @@ class Sequential(online._Loop):
         chosen = problems_of(number, len(self.problems), self.online.prompts, self.seed)
         jobs = [(self.problems[i], index) for i in chosen for index in range(self.config.rollout.n)]
         settings = self.config.rollout
-        episodes = play(self.policy, HFEngine(self.policy), self.task, jobs, settings, seed=[self.seed, number, 0])
+        episodes = play(self.policy, HFEngine(self.policy), self.task, jobs, settings, seed=[self.seed, number])
         return [
             {**e.row(settings.format_penalty), "policy_version": version, "unparsed": e.answers.count(None)}
             for e in episodes

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +26,7 @@ from drift.rhythm import StepMean
 from drift.rollouts import rollout
 from drift.routing import DifficultyRouter
 from drift.track import Track
-from drift.training import checkpoint, distributed
+from drift.training import checkpoint
 from drift.training.offpolicy import log_ratios
 from drift.training.optimizer import MasterAdamW
 
@@ -246,56 +243,6 @@ def test_every_algorithm_takes_a_step(tmp_path, algorithm, talkative):
         assert (row["router/policy_weight"] == 0) == (algorithm == "sdpo")
 
 
-def main(folder):
-    """One of two ranks: a share of one batch gives the gradient of all of it, and a whole training stays together."""
-    torch.set_num_threads(1)
-    rollout.parse_answer = lambda said, tag: said.strip() or None
-    with distributed.launched() as rank:
-        inside = folder / str(rank)
-        made = config(inside, online={"distill": {"top_k": None}})
-        gradients = []
-        for share in (distributed.share, list):
-            policy, other = load_policy(made.model, seed=0), load_policy(made.model, seed=1)
-            optimizer = MasterAdamW(policy.model, made.train)
-            teacher = Teacher(policy.model.named_parameters(), made.online.teacher)
-            teacher.load_state_dict({"shadow": other.state(), "updates": 0, "skipped": 0})
-            branches = Branches(policy, optimizer, made, ALGORITHMS["drift"], StepMean(), StepMean())
-            samples = conversations(policy)
-            divide_by = denominators(samples, made.online)
-            branches.accumulate(share(samples), Phase("both", 1.0), teacher, divide_by)
-            if share is not list:
-                distributed.sum_gradients(optimizer.parameters)
-                branches.difference.advance(distributed.sum_values)
-            else:
-                branches.difference.advance()
-            gradients.append(([p.grad for p in optimizer.parameters], branches.difference.value))
-        for ours, theirs in zip(*(found for found, _ in gradients)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-        assert gradients[0][1] == pytest.approx(gradients[1][1], rel=1e-5)
-        assert distributed.gather([rank] * (rank + 1)) == [0, 1, 1]
-        said = []
-        for ahead in (0, 1):
-            made = config(inside, online={"distill": {"top_k": None}, "ahead": ahead})
-            policy, stats = play_through(made, folder / f"checkpoints-{ahead}", rollouts=folder / f"{ahead}.jsonl")
-            said += [policy.hash(), stats.rewards]
-        (folder / f"rank-{rank}.json").write_text(json.dumps(said))
-
-
-def test_two_ranks(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = [(tmp_path / f"rank-{rank}.json").read_text() for rank in (0, 1)]  # their lines would mix on one stdout
-    assert said[0] == said[1]
-    assert len({*json.loads(said[0])[::2]}) == 2  # sampling ahead is another training
-    for ahead in (0, 1):
-        rows = store.read(tmp_path / f"{ahead}.jsonl")
-        assert [(row["step"], row["staleness"]) for row in rows] == [
-            (step, ahead * (step > 1)) for step in (1, 2, 3, 4) for _ in range(16)
-        ]
-
-
 def test_lessons_and_routes_of_a_scripted_batch(tmp_path):
     """One problem is solved by nobody, one by all at once; who is taught what follows from it."""
     made = config(tmp_path, rollout={"n": 2, "turns": 2}, online={"prompts": 2, "steps": 1})
@@ -461,7 +408,3 @@ def test_settings():
     ):
         with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
             parse({"name": "q", **settings})
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -209,17 +209,36 @@ def test_sliding_windows_are_not_remembered():
 
 
 def test_draw_follows_temperature_and_top_p():
-    logits, g = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1), torch.Generator().manual_seed(0)
+    logits, count = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1), 20_000
+    chances = torch.arange(count, dtype=torch.float64) / count
     for temperature, top_p, kept in ((1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.7, 2), (1.0, 0.1, 1)):
-        tokens, logprobs = draw(logits, temperature, top_p, g)
+        tokens, logprobs = draw(logits, temperature, top_p, chances)
         p = torch.softmax(logits[0] / temperature, -1)
         torch.testing.assert_close(logprobs, p.log()[tokens])
         p[kept:] = 0
         share = torch.bincount(tokens, minlength=4) / len(tokens)
-        torch.testing.assert_close(share, p / p.sum(), rtol=0, atol=0.02)
-    tokens, logprobs = draw(logits[:1], 0.0, 1.0, g)
+        torch.testing.assert_close(share, p / p.sum(), rtol=0, atol=1e-4)
+    tokens, logprobs = draw(logits[:1], 0.0, 1.0, chances[:1])
     assert tokens.item() == 0
     torch.testing.assert_close(logprobs, torch.log_softmax(logits[:1], -1)[:, 0])
+
+
+def test_draw_never_takes_a_token_that_top_p_cut_off():
+    logits = torch.tensor([[-3.0, 9.0, -3.0, 8.0, -3.0]]).repeat(2, 1)
+    tokens, _ = draw(logits, 1.0, 0.9, torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64))
+    assert tokens.tolist() == [1, 3]
+
+
+def test_a_sample_follows_from_its_prompt_and_its_seed_whatever_is_sampled_with_it(policy):
+    engine, how = HFEngine(policy, batch_size=3), {"max_new_tokens": 12, "temperature": 1.0}
+    prompts, seeds = [[5, 6, 7], [8], [9, 10, 11, 12], [5, 6, 7], [8]], [11, 12, 13, 14, 12]
+    together = [sample.token_ids for sample in engine.generate(prompts, seed=seeds, **how)]
+    by_itself = [engine.generate([p], seed=[s], **how)[0].token_ids for p, s in zip(prompts, seeds)]
+    assert together == by_itself
+    assert together[1] == together[4]
+    assert together[0] != together[3]
+    with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
+        engine.generate(prompts[:3], seed=[1, 2], **how)
 
 
 def test_engine_refuses_what_it_cannot_do(policy):

@@ -1,8 +1,5 @@
 """KL to the starting policy against whole logits in float64, and its estimator against an enumerated KL."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from peft import LoraConfig
 from transformers.models.qwen2 import Qwen2Config
 
 from drift.config import parse
-from drift.training import distributed
 from drift.training.reference import Reference, k3, score
 
 ROOT = Path(__file__).parent.parent.parent
@@ -125,29 +121,3 @@ def test_the_mean_of_k3_is_the_kl():
     p, q = (torch.randn(50, generator=draw, dtype=torch.float64).log_softmax(0) for _ in range(2))
     assert float((p.exp() * k3(p, q)).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()))
     assert (k3(p, q) >= 0).all()
-
-
-def main(folder):
-    torch.set_num_threads(1)
-    with distributed.launched() as rank:
-        policy = tiny_policy.Policy(LOOSE)
-        reference = Reference(policy, CONFIG)
-        move(policy)
-        (folder / f"{rank}").write_text(repr([reference.kl(tiny_policy.some(9), most) for most in (64, 1)]))
-
-
-def test_two_ranks_give_the_same_number(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    policy = tiny_policy.Policy(LOOSE)
-    reference = Reference(policy, CONFIG)
-    move(policy)
-    alone = [reference.kl(tiny_policy.some(9), most) for most in (64, 1)]  # one trajectory leaves a rank without any
-    for rank in (0, 1):
-        assert eval((tmp_path / str(rank)).read_text()) == pytest.approx(alone, rel=1e-5)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

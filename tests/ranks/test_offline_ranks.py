@@ -4,14 +4,13 @@ The file is its own worker: torchrun runs `main` below, and the tests compare wh
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torchrun
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_policy import LORA, Policy, config, some
@@ -19,7 +18,6 @@ from tiny_policy import LORA, Policy, config, some
 from drift.track import Track
 from drift.training import checkpoint, distributed, trainer
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -101,10 +99,7 @@ def out(tmp_path_factory):
     with pytest.raises(Interrupted):  # one rank begins
         trainer.train(Policy(), skewed(), settings, seed=2, track=stops, checkpoint_dir=folder / "half")
     assert checkpoint.latest(folder / "half").name == "checkpoint-2"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    run = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun.run(2, __file__, folder)
     return folder
 
 
