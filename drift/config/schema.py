@@ -177,6 +177,9 @@ class TrainConfig(Section):
     timeout: Rate = (
         600.0  # seconds that ranks wait for the slowest within a step; one that is stopped ends the others then
     )
+    shard: Literal["none", "fsdp"] = (
+        "none"  # fsdp: while it trains, each of n ranks holds 1/n of the model (docs/scale.md)
+    )
     save_every: Count = 0  # optimizer steps; 0 saves at the end alone
     workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
@@ -237,6 +240,20 @@ class Config(Section):
     def trained(self) -> list[str]:
         """What is trained from the base, by name: the arms, or the online algorithm."""
         return [self.online.algorithm] if self.online else list(self.arms)
+
+    @model_validator(mode="after")
+    def _shards_are_for_the_offline_method(self) -> Config:
+        if self.online and self.train.shard != "none":
+            raise ValueError(
+                f"train.shard {self.train.shard!r} must be 'none' with `online`, which samples at every step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_go_through_the_model_equally_often(self) -> Config:
+        if not self.model.packed and self.train.shard != "none":
+            raise ValueError(f"train.shard {self.train.shard!r} must be 'none' with model.packed=false, a pass a trajectory")
+        return self
 
     @model_validator(mode="after")
     def _tool_to_show(self) -> Config:

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "output_dir",
     "engine",
     "train.timeout",
+    "train.shard",
 )  # between two runs in one folder
 
 

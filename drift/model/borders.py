@@ -19,14 +19,22 @@ from drift_kernels.packs import Layout, PackingError, border_arguments, check_pa
 def run_packed(causal_lm: Any, ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor, borders: bool) -> Any:
     """Hidden states [T, D] of a pack. ids, positions: [T]; bounds: [S + 1] int32; borders: as arguments of layers too."""
     with segments(bounds):
-        out = causal_lm.base_model(
+        hidden = backbone(
+            causal_lm,
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=None,
             use_cache=False,
             **(border_arguments(bounds) if borders else {}),
         )
-    return out.last_hidden_state[0]
+    return hidden[0]
+
+
+def backbone(causal_lm: Any, **inputs: Any) -> torch.Tensor:
+    """Hidden states [B, L, D] below the head. A model that is spread over ranks gathers its weights in a method of its own."""
+    if hasattr(causal_lm, "drift_backbone"):
+        return causal_lm.drift_backbone(**inputs)
+    return causal_lm.base_model(**inputs).last_hidden_state
 
 
 def run_alone(causal_lm: Any, ids: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ def train_online(
     track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
     job |= {"online": config.online.model_dump(mode="json") if config.online else None}
-    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout"})
+    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout", "shard"})
     if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir)) is not None:
         _, state = checkpoint.load(path, loop.optimizer, job)
         loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from drift.training.optimizer import MasterAdamW
+from drift.training.optimizer import MasterAdamW, Whole
+from drift.training.sharding import like
 from drift.types import Trajectory
 
 
@@ -56,7 +57,7 @@ def describe(folder: str | Path | None) -> str:
 def save(
     folder: str | Path,
     step: int,
-    optimizer: MasterAdamW,
+    optimizer: MasterAdamW | Whole,
     stats: dict[str, Any],
     job: dict[str, Any],
     tensors: dict[str, dict[str, torch.Tensor]] | None = None,
@@ -109,7 +110,7 @@ def load(path: Path, optimizer: MasterAdamW, job: dict[str, Any]) -> tuple[int, 
             if weights[name].shape != master.shape:
                 shapes = f"{list(weights[name].shape)} there and {list(master.shape)} here"
                 raise CheckpointError(f"{path} is of another model: {name} is {shapes}")
-            master.copy_(weights[name])
+            master.copy_(like(weights[name], master))
     optimizer.write_back()
     optimizer.load_state_dict(load_file(path / "optimizer.safetensors"))
     return state["step"], state["stats"]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from drift.training.presence import Presence, RankLost
 
@@ -141,7 +142,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
     if world_size() == 1:
         return
-    for bucket in _buckets(parameters):
+    for bucket in _buckets([p for p in parameters if not isinstance(p, DTensor)]):  # FSDP has summed what it shards
         gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
@@ -150,10 +151,11 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def broadcast(tensors: Sequence[torch.Tensor]) -> None:
-    """Gives every rank the values that rank 0 holds, in place."""
+    """Gives every rank the values that rank 0 holds, in place; sharded tensors have them already."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.data, src=0)
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.data, src=0)
 
 
 @contextmanager

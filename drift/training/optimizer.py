@@ -8,10 +8,13 @@ their own masters.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
+
+from drift.training.sharding import full, like
 
 
 class OptimizerConfig(Protocol):
@@ -29,6 +32,18 @@ class OptimizerConfig(Protocol):
     def warmup_steps(self) -> int | None: ...
     @property
     def schedule(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a checkpoint holds of an optimizer."""
+
+    masters: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """As `MasterAdamW.state_dict` gives it."""
+        return self.moments
 
 
 class MasterAdamW:
@@ -68,7 +83,7 @@ class MasterAdamW:
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scales the gradient to a norm of at most `limit`; returns the norm before, 0-d."""
-        return nn.utils.clip_grad_norm_(self.parameters, limit)
+        return full(nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def step(self, lr: float) -> None:
         """One AdamW step, written back to the model. A master without a gradient stays as it is."""
@@ -84,15 +99,19 @@ class MasterAdamW:
                 if master is not parameter:
                     parameter.copy_(master)
 
+    def whole(self) -> Whole:
+        """Masters and moments, whole, to be saved: every rank calls this."""
+        return Whole({name: full(master.detach()) for name, master in self.masters.items()}, self.state_dict())
+
     def zero(self) -> None:
         """Drops all gradients."""
         for parameter in (*self.trained.values(), *self.masters.values()):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """AdamW's moments and counts, flat: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step"."""
+        """AdamW's moments and counts, flat: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step". Whole: every rank calls this."""
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": full(value)
             for name, master in self.masters.items()
             for key, value in self._adamw.state.get(master, {}).items()
         }
@@ -105,7 +124,8 @@ class MasterAdamW:
                 raise ValueError(f"optimizer state: {name!r} is not a trained parameter of this model")
             master = self.masters[name]
             target = master.device if field != "step" or _fused([master]) else "cpu"
-            self._adamw.state[master][field] = value.to(target, copy=True)
+            value = value.to(target, copy=True)
+            self._adamw.state[master][field] = value if field == "step" else like(value, master)
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:

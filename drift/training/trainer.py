@@ -22,7 +22,7 @@ import drift_kernels
 from drift.config import TrainConfig
 from drift.packing import pack
 from drift.track import Track
-from drift.training import checkpoint, distributed
+from drift.training import checkpoint, distributed, sharding
 from drift.training.meter import StepResult, Stopwatch, Totals, TrainStats, measure, metrics
 from drift.training.optimizer import MasterAdamW, learning_rate
 from drift.types import PackedBatch, Trajectory
@@ -54,7 +54,7 @@ def accumulate(
     kernel = drift_kernels.KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
     softcap, logit_scale = logit_transform(policy.model.config)
     loss = torch.zeros((), device=device)
-    for batch in packs:
+    for batch in sharding.rounds(policy.model, packs):
         batch = batch.to(device)
         hidden = policy.hidden(batch)
         weight, bias = policy.head()
@@ -130,46 +130,50 @@ def train(
     total = _count_steps(len(trajectories), config, steps)
     _check(trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
-    optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
-    distributed.broadcast(optimizer.parameters)
-    optimizer.write_back()
-    job: dict[str, Any] = {}
-    if checkpoint_dir is not None:
-        job = {
-            "seed": seed,
-            "steps": total,
-            "min_weight": min_weight,
-            "trajectories": checkpoint.fingerprint(trajectories),
-        }
-        job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout"})
-        if (path := checkpoint.latest(checkpoint_dir)) is not None:
-            _, counts = checkpoint.load(path, optimizer, job)
-            stats = TrainStats(**counts)
     saved = partial(checkpoint.describe, checkpoint_dir)
-    with distributed.resuming(saved), training(policy.model), track.progress(prefix, total) as bar:
-        bar.advance(stats.steps)
-        for step in range(stats.steps, total):
-            watch = Stopwatch()
-            chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
-            mine = [trajectories[i] for i in chosen]
-            packs = _pack(mine, config, min_weight)
-            totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
-            normalizer = totals.samples if config.normalize == "samples" else totals.weight
-            lr = learning_rate(step, total, config)
-            with seeded(seed, step, policy.model):
-                result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
-            took = watch.read()
-            stats.count(totals, result, took["step_time"])
-            if result.skipped:
-                track.say(f"{prefix}: step {step + 1} is skipped: loss {result.loss}, gradient norm {result.grad_norm}")
-            track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()})
-            bar.advance(loss=result.loss, lr=lr)
-            due = step + 1 == total or (config.save_every and (step + 1) % config.save_every == 0)
-            if checkpoint_dir is not None and due:
-                if distributed.rank() == 0:
-                    checkpoint.save(checkpoint_dir, step + 1, optimizer, asdict(stats), job)
-                distributed.meet("the checkpoint")
-    return stats
+    with distributed.resuming(saved), sharding.sharded(policy, config.shard) as policy:
+        optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
+        distributed.broadcast(optimizer.parameters)
+        optimizer.write_back()
+        job: dict[str, Any] = {}
+        if checkpoint_dir is not None:
+            job = {
+                "seed": seed,
+                "steps": total,
+                "min_weight": min_weight,
+                "trajectories": checkpoint.fingerprint(trajectories),
+            }
+            job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout", "shard"})
+            if (path := checkpoint.latest(checkpoint_dir)) is not None:
+                _, counts = checkpoint.load(path, optimizer, job)
+                stats = TrainStats(**counts)
+        with training(policy.model), track.progress(prefix, total) as bar:
+            bar.advance(stats.steps)
+            for step in range(stats.steps, total):
+                watch = Stopwatch()
+                chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
+                mine = [trajectories[i] for i in chosen]
+                packs = _pack(mine, config, min_weight)
+                totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
+                normalizer = totals.samples if config.normalize == "samples" else totals.weight
+                lr = learning_rate(step, total, config)
+                with seeded(seed, step, policy.model):
+                    result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
+                took = watch.read()
+                stats.count(totals, result, took["step_time"])
+                if result.skipped:
+                    track.say(
+                        f"{prefix}: step {step + 1} is skipped: loss {result.loss}, gradient norm {result.grad_norm}"
+                    )
+                track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()})
+                bar.advance(loss=result.loss, lr=lr)
+                due = step + 1 == total or (config.save_every and (step + 1) % config.save_every == 0)
+                if checkpoint_dir is not None and due:
+                    whole = optimizer.whole()
+                    if distributed.rank() == 0:
+                        checkpoint.save(checkpoint_dir, step + 1, whole, asdict(stats), job)
+                    distributed.meet("the checkpoint")
+        return stats
 
 
 def _count_steps(samples: int, config: TrainConfig, steps: int | None) -> int:

@@ -30,11 +30,11 @@ def training(folder):
 def test_the_others_end_in_one_sentence_and_the_same_command_goes_on(way, command, tmp_path):
     process = torchrun.start(2, *command)
     torchrun.wait_for(lambda: training(tmp_path), process)
-    os.kill(torchrun.pid_of(process, 1), way)
-    rank_0 = torchrun.pid_of(process, 0)
+    rank_0, rank_1 = (torchrun.pid_of(process, rank) for rank in (0, 1))
+    os.kill(rank_1, way)
     torchrun.wait_for(lambda: not os.path.exists(f"/proc/{rank_0}") or ended(rank_0), process, timeout=90)
     if way == signal.SIGSTOP:
-        os.kill(torchrun.pid_of(process, 1), signal.SIGKILL)  # torchrun would give it 30 seconds
+        os.kill(rank_1, signal.SIGKILL)  # torchrun would give it 30 seconds
     status, said = torchrun.finish(process)
     assert status != 0
     [sentence] = torchrun.sentences(said)

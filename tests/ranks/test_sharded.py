@@ -1,0 +1,137 @@
+"""train.shard=fsdp on 1, 2 and 4 ranks against one rank that holds everything: losses, weights, bytes, resumption."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchrun
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from test_offline_ranks import close, skewed
+from tiny_policy import LORA, SHAPE, Policy, config, some
+from transformers.models.qwen2 import Qwen2Config
+
+from drift.track import Track
+from drift.training import distributed, sharding, trainer
+
+UNTIED = Qwen2Config(**SHAPE | {"num_hidden_layers": 3}, tie_word_embeddings=False, initializer_range=0.2)
+JOBS = {
+    "tied": (lambda: Policy(), skewed, config(batch_size=5, max_tokens=40, epochs=2.0)),
+    "untied": (lambda: Policy(UNTIED), skewed, config(batch_size=5, max_tokens=40, epochs=2.0, preset="exact")),
+    "idle": (
+        lambda: Policy(),
+        lambda: some(3),
+        config(batch_size=1, max_tokens=40),
+    ),  # all ranks but one have no sample
+    "checkpointing": (lambda: Policy(checkpointing=True), skewed, config(batch_size=5, max_tokens=40)),
+    "lora": (lambda: Policy(lora=LoraConfig(**LORA)), skewed, config(batch_size=5, max_tokens=40)),
+    "bfloat16": (lambda: Policy(dtype=torch.bfloat16), skewed, config(batch_size=5, max_tokens=40)),
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def main(out):
+    torch.set_num_threads(1)
+    step = trainer.train_step
+    with distributed.launched() as rank:
+        for name, (make, rows, settings) in JOBS.items():
+            policy, held = make(), []
+
+            def watched(spread, *args, policy=policy, held=held, **options):
+                held.append([sharding.local_bytes(p) for p in (spread.model.parameters(), policy.model.parameters())])
+                return step(spread, *args, **options)
+
+            trainer.train_step = watched
+            settings = settings.model_copy(update={"shard": "fsdp"})
+            with Track(out / name, progress=False) as track:
+                stats = trainer.train(policy, rows(), settings, seed=2, track=track, checkpoint_dir=out / name / "c")
+            save_file(policy.weights(), out / f"{name}-{rank}.safetensors")
+            (out / f"{name}-{rank}.json").write_text(json.dumps({**stats.__dict__, "held": held[0]}))
+        trainer.train_step = step
+        resumed = Policy()  # from where one rank was interrupted
+        settings = JOBS["tied"][2].model_copy(update={"shard": "fsdp"})
+        trainer.train(resumed, skewed(), settings, seed=2, checkpoint_dir=out / "half")
+        save_file(resumed.weights(), out / f"half-{rank}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """name → (weights, losses, gradient norms) of one rank that holds everything."""
+    found, folder = {}, tmp_path_factory.mktemp("alone")
+    for name, (make, rows, settings) in JOBS.items():
+        policy = make()
+        with Track(folder / name, progress=False) as track:
+            stats = trainer.train(policy, rows(), settings, seed=2, track=track)
+        found[name] = policy.weights(), stats.losses, norms(folder / name)
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def out(request, tmp_path_factory):
+    """(number of ranks, what they wrote)."""
+    folder = tmp_path_factory.mktemp("sharded")
+
+    class Stops(Track):
+        def log(self, step, **metrics):
+            if step == 3:
+                raise Interrupted
+
+    settings = JOBS["tied"][2].model_copy(update={"save_every": 2})
+    with pytest.raises(Interrupted):
+        trainer.train(
+            Policy(), skewed(), settings, seed=2, track=Stops(None, progress=False), checkpoint_dir=folder / "half"
+        )
+    torchrun.run(request.param, __file__, folder)
+    return request.param, folder
+
+
+def norms(folder):
+    return [json.loads(line)["train/grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_shards_give_the_losses_and_weights_of_one_rank(name, out, alone):
+    ranks, folder = out
+    weights, losses, expected = alone[name]
+    half = name == "bfloat16"
+    for rank in range(ranks):
+        close(load_file(folder / f"{name}-{rank}.safetensors"), weights, 3e-2 if half else 1e-4)
+        assert json.loads((folder / f"{name}-{rank}.json").read_text())["losses"] == pytest.approx(
+            losses, rel=2e-2 if half else 1e-4
+        )
+    assert norms(folder / name) == pytest.approx(expected, rel=3e-2 if half else 1e-4)
+
+
+def test_each_rank_holds_its_part_and_nothing_else(out):
+    ranks, folder = out
+    total = sum(p.numel() for p in Policy().model.parameters()) * 4
+    held = [json.loads((folder / f"tied-{rank}.json").read_text())["held"] for rank in range(ranks)]
+    if ranks == 1:
+        return
+    assert all(policy == 0 for _, policy in held)
+    for spread, _ in held:
+        assert total / ranks <= spread * 1.15
+        assert spread <= total / ranks * 1.15  # rows do not divide evenly: padding
+
+
+def test_shards_go_on_from_what_one_rank_saved(out, alone):
+    ranks, folder = out
+    for rank in range(ranks):
+        close(load_file(folder / f"half-{rank}.safetensors"), alone["tied"][0], 1e-4)
+
+
+def test_one_rank_goes_on_from_what_shards_saved(out, alone):
+    _, folder = out
+    policy, (_, rows, settings) = Policy(), JOBS["tied"]
+    stats = trainer.train(policy, rows(), settings, seed=2, checkpoint_dir=folder / "tied" / "c")
+    assert stats.losses == pytest.approx(alone["tied"][1], rel=1e-4)
+    close(policy.weights(), alone["tied"][0], 1e-4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
