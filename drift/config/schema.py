@@ -252,7 +252,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _shards_go_through_the_model_equally_often(self) -> Config:
         if not self.model.packed and self.train.shard != "none":
-            raise ValueError(f"train.shard {self.train.shard!r} must be 'none' with model.packed=false, a pass a trajectory")
+            raise ValueError(
+                f"train.shard {self.train.shard!r} must be 'none' with model.packed=false, a pass a trajectory"
+            )
         return self
 
     @model_validator(mode="after")

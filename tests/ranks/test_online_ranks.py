@@ -14,7 +14,7 @@ from test_reference import CONFIG, LOOSE, move
 from drift import store
 from drift.config.algorithms import ALGORITHMS
 from drift.model.policy import load_policy
-from drift.online.branches import Branches
+from drift.online.branches import Branches, denominators
 from drift.online.curriculum import Phase
 from drift.online.teacher import Teacher
 from drift.rhythm import StepMean
