@@ -167,8 +167,10 @@ class TrainConfig(Section):
     grad_clip: Rate = 1.0
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     batch_size: Positive = 128  # trajectories an optimizer step, over all ranks
-    max_tokens: Annotated[int, Field(ge=2)] = 8192  # a pack, which is a micro-batch
-    max_length: Annotated[int, Field(ge=2)] = 8704  # a trajectory: its oldest prompt turns are cut to fit
+    max_tokens: Annotated[int, Field(ge=2)] = 8704  # a pack, which is a micro-batch; at least max_length
+    max_length: Annotated[int, Field(ge=2)] = (
+        8704  # a trajectory: its oldest prompt turns are cut to fit; by default at most max_tokens
+    )
     turns: Literal["last", "assistant"] = "last"
     normalize: Literal["samples", "weights"] = "samples"
     token_reduction: Literal["mean", "sum"] = "mean"
@@ -190,9 +192,25 @@ class TrainConfig(Section):
         named = isinstance(data, dict) and data.get("preset") == "exact"
         return preset(data, "preset exact", EXACT) if named else data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _max_tokens_alone(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "max_length" in data or not isinstance(data.get("max_tokens"), int):
+            return data
+        return {**data, "max_length": min(8704, data["max_tokens"])}
+
+    @model_validator(mode="after")
+    def _a_trajectory_fits_a_pack(self) -> TrainConfig:
+        if self.max_length > self.max_tokens:
+            raise ValueError(
+                f"max_length {self.max_length} is more than max_tokens {self.max_tokens}, a pack: trajectories would be cut to "
+                f"{self.max_tokens}; set max_tokens={self.max_length}, or max_length={self.max_tokens}"
+            )
+        return self
+
     @property
     def longest(self) -> int:
-        """Tokens of a trajectory at most: what does not fit into a pack is cut to fit."""
+        """Tokens of a trajectory at most."""
         return min(self.max_length, self.max_tokens)
 
 
@@ -262,6 +280,20 @@ class Config(Section):
         if self.warm_start.tool_share and self.rollout.tool is None:
             raise ValueError(
                 f"warm_start.tool_share {self.warm_start.tool_share} shows a tool, and rollout.tool names none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _full_length_answers_can_be_trained(self) -> Config:
+        how = self.rollout
+        every = (self.online is not None or self.train.turns == "assistant") and how.history == "keep"
+        turns = how.turns + (how.tool_calls if how.tool else 0) if every else 1
+        need = turns * how.max_new_tokens + 1
+        if need > self.train.longest:
+            raise ValueError(
+                f"train.max_length {self.train.longest} holds no answers of full length: rollout.max_new_tokens "
+                f"{how.max_new_tokens} × {turns} trained turns and a prompt need at least {need} tokens, and trained turns are "
+                f"never cut; set train.max_tokens={need} and train.max_length={need} or more, or lower rollout.max_new_tokens"
             )
         return self
 

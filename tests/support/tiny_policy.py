@@ -67,4 +67,5 @@ def some(count, seed=0, **options):
 
 def config(**options):
     """Training settings that suit such a model."""
-    return TrainConfig(**({"lr": 1e-2, "batch_size": 4, "max_tokens": 64, "max_length": 64} | options))
+    length = min(64, options.get("max_tokens", 64))
+    return TrainConfig(**({"lr": 1e-2, "batch_size": 4, "max_tokens": 64, "max_length": length} | options))

@@ -141,7 +141,7 @@ def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, phase,
     """Whole vocabulary; a teacher that is not the policy; one pack or several; the sampler's log-probs far off."""
     made = config(
         tmp_path,
-        train={"max_tokens": max_tokens, "max_length": 4096},
+        train={"max_tokens": max_tokens, "max_length": max_tokens},
         online={"distill": {"top_k": None, "weight": 0.7}, "denominators": "shared" if shared else "branch"},
     )
     policy, other = load_policy(made.model, seed=0), load_policy(made.model, seed=1)

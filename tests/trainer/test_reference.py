@@ -14,7 +14,13 @@ from drift.training.reference import Reference, k3, score
 ROOT = Path(__file__).parent.parent.parent
 LOOSE = Qwen2Config(**tiny_policy.SHAPE, tie_word_embeddings=True, initializer_range=0.2)
 TEMPERATURE = 0.7
-CONFIG = parse({"name": "x", "rollout": {"temperature": TEMPERATURE}, "train": {"max_tokens": 64, "max_length": 64}})
+CONFIG = parse(
+    {
+        "name": "x",
+        "rollout": {"temperature": TEMPERATURE, "max_new_tokens": 8},
+        "train": {"max_tokens": 64, "max_length": 64},
+    }
+)
 
 
 def move(policy, size=0.05):

@@ -228,3 +228,24 @@ def test_a_servers_address_holds_no_secret_and_nothing_odd(url, tmp_path):
         load(path, [f"engine.url={json.dumps(url)}"])
     assert "secret@" not in str(error.value)
     assert load(path, ["engine.url=http://[::1]:8000/"]).engine.url == "http://[::1]:8000/"
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            ["train.max_tokens=4096", "train.max_length=8704"],
+            r"max_length 8704 is more than max_tokens 4096.*max_tokens=8704",
+        ),
+        (["train.max_tokens=500"], r"rollout\.max_new_tokens 512 × 1 trained turns and a prompt need at least 513"),
+        (["train.max_tokens=2000", "train.turns=assistant"], r"512 × 5 trained turns and a prompt need at least 2561"),
+        (["train.max_tokens=2000", "online={}"], r"512 × 5 .*train\.max_length=2561"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused_before_anything_runs(settings, match, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(ConfigError, match=match):
+        load(path, settings)
+    assert load(path).train.longest == 8704
+    assert load(path, ["train.max_tokens=4096"]).train.longest == 4096
