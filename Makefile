@@ -1,4 +1,4 @@
-# make run · make test · make test-ranks · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
+# make run · make test · make test-ranks · make test-faults · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-ranks test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
+.PHONY: run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run configs/quickstart.yaml
@@ -19,6 +19,10 @@ test: $(VENV)/.dev
 # Several processes under torchrun, over gloo: minutes, on two cores.
 test-ranks: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/ranks -q --durations=5
+
+# Kills, full disks, damaged files, bad rows. More kills: DRIFT_KILLS=50.
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/faults
 
 # Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
 test-peers: $(VENV)/.peers $(VERL)/.installed

@@ -1,7 +1,7 @@
 """`drift`, the command. Each sub-command loads a config or a folder, calls one function, and says what was written.
 
-Exit status: 0 done, 1 the run failed for a reason that can be put in words, 2 the command or its settings are wrong,
-130 interrupted. A traceback means a bug.
+Exit status: 0 done, 1 the run failed for a reason that the message states, 2 the command or its settings are wrong,
+130 interrupted (Ctrl-C), 143 terminated (SIGTERM). A traceback means a bug.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -17,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from drift import interrupts
 from drift.config import Config, ConfigError, load
 from drift.report.intervals import Difference, mean_stderr, paired_difference
 from drift.report.records import Records, read
@@ -35,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
-        return options.call(options)
-    except KeyboardInterrupt:
-        again = f"drift {shlex.join(arguments)}"
-        _complain(f"stopped. What was finished is kept; the same command goes on from there:\n  {again}")
-        return 130
+        with interrupts.handled(_complain):
+            return options.call(options)
+    except KeyboardInterrupt as stop:
+        again, saved = f"drift {shlex.join(arguments)}", getattr(stop, "saved", None)
+        kept = f"The step in flight has ended and {saved} is written" if saved else "What was finished is kept"
+        _complain(f"stopped. {kept}; the same command goes on from there:\n  {again}")
+        return 128 + int(getattr(stop, "signal", signal.SIGINT))
     except ConfigError as error:
         _complain(str(error))
         return 2

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from drift.config import WeightsConfig
 
 SMALLEST = -87.0  # exp of it is the least that float32 holds in full precision
+RESIDUE = 1e-12  # of the largest return: what rounding leaves of a sum of a few hundred terms, at most
+LEAST_STEP = 1e-15  # between returns near 0, whose terms of size 1 have cancelled
 _TURN = re.compile(r"t([1-9][0-9]*)")
 
 
@@ -54,10 +57,40 @@ def importance_weights(returns: Sequence[float], beta: float = 0.1) -> list[floa
         raise ValueError(f"returns {list(returns)} should be finite")
     if not returns:
         return []
+    returns = without_residue(returns)
     best = max(returns)
     scores = [math.exp(power) if (power := (value - best) / beta) > SMALLEST else 0.0 for value in returns]
     mean = math.fsum(scores) / len(scores) + 1e-12
     return [score / mean for score in scores]
+
+
+def without_residue(returns: Sequence[float]) -> list[float]:
+    """The returns, with those that differ by rounding alone made equal.
+
+    Returns that are equal in real numbers are sums of the same terms in another order, or of terms such as -0.1·3 and
+    -0.3: they differ by a few units in the last place of the largest. Neighbours within RESIDUE of the largest size in
+    the group, or within LEAST_STEP, get the value of the smallest of them.
+    """
+    order = sorted(range(len(returns)), key=returns.__getitem__)
+    within = max(RESIDUE * max((abs(value) for value in returns), default=0.0), LEAST_STEP)
+    result = list(returns)
+    for before, here in pairwise(order):
+        if returns[here] - returns[before] <= within:
+            result[here] = result[before]
+    return result
+
+
+def advantages(returns: Sequence[float], scale: bool) -> list[float]:
+    """A = R − mean R over a group, divided by its standard deviation if `scale`; 0 if all are equal (B7).
+
+    Returns that differ by rounding alone are equal (`without_residue`).
+    """
+    returns = without_residue(returns)
+    if not returns or max(returns) == min(returns):
+        return [0.0] * len(returns)
+    mean = math.fsum(returns) / len(returns)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in returns) / len(returns))
+    return [(value - mean) / (spread if scale else 1.0) for value in returns]
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:

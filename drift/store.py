@@ -20,10 +20,13 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from drift import files
 from drift.types import is_whole
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+MOST = 1e9  # size of a reward or penalty: sums and squares of a group's stay far from overflow
+LOGPROB = 1e-6  # that a log-prob may be above 0, by rounding
 _TURN = re.compile(r"t[1-9][0-9]{0,4}")
 
 
@@ -51,8 +54,8 @@ def validate(row: Any) -> Row:
     _check_messages(row["messages"])
     verifier = _turns(row, "verifier", lambda value: value in (0, 1), "0 or 1")
     row["verifier"] = {key: int(value) for key, value in verifier.items()}
-    row["turn_rewards"] = _turns(row, "turn_rewards", _is_real, "a finite number")
-    _require(row, "format_penalty", _is_real(penalty) and penalty <= 0, "a number, at most 0")
+    row["turn_rewards"] = _turns(row, "turn_rewards", _is_reward, "a number between -1e9 and 1e9")
+    _require(row, "format_penalty", _is_reward(penalty) and penalty <= 0, "a number between -1e9 and 0")
     _check_t_star(row)
     row.setdefault("answer_norms", [])
     norms = row["answer_norms"]
@@ -78,6 +81,10 @@ def _require(row: Row, key: str, holds: bool, should_be: str) -> None:
 
 def _is_real(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_reward(value: Any) -> bool:
+    return _is_real(value) and abs(value) <= MOST
 
 
 def _is_text(value: Any) -> bool:
@@ -150,6 +157,10 @@ def _check_tokens(row: Row) -> None:
             len(logprobs) == len(ids),
             f"logprobs has {len(logprobs)} entries for {len(ids)} tokens; it should have one each",
         )
+        above = next((i for i, value in enumerate(logprobs) if value > LOGPROB), None)
+        _expect(
+            above is None, f"logprobs[{above}] is {logprobs[above or 0]}; it should be at most 0, since it is log p"
+        )
         outside = next((i for i, value in enumerate(logprobs) if value and not mask[i]), None)
         _expect(outside is None, f"logprobs[{outside}] should be 0.0, since loss_mask is 0 there")
     if "turn_starts" in row:
@@ -175,15 +186,16 @@ def _check_earlier_turns(row: Row) -> None:
 # --- reading ---
 
 
-def read(path: str | Path, rejected: list[tuple[int, str]] | None = None) -> list[Row]:
+def read(path: str | Path, rejected: list[tuple[int, str]] | None = None, places: list[int] | None = None) -> list[Row]:
     """The rows of a rollout file, each checked; a missing `traj_idx` is assigned in order within its prompt.
 
     A bad row, or one whose (prompt_id, traj_idx) came before, raises StoreError naming file and line; given a list
     `rejected`, it is skipped and (line, reason) appended there. Lines count from 1. A last line that was torn by an
-    interrupted write is logged, noted in `rejected`, and skipped. Blank lines are skipped.
+    interrupted write is logged, noted in `rejected`, and skipped; so are NUL bytes at the end, left by a power loss. Blank
+    lines are skipped. places: gets the number of each returned row's line.
     """
     path = Path(path)
-    lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
+    lines = path.read_bytes().removeprefix(BOM_UTF8).rstrip(b"\0").split(b"\n")
     rows: list[Row] = []
     seen: dict[tuple[str, int], int] = {}
     for number, line in enumerate(lines, 1):
@@ -193,9 +205,11 @@ def read(path: str | Path, rejected: list[tuple[int, str]] | None = None) -> lis
             row = validate(_decode(line))
             if "traj_idx" in row:
                 key = row["prompt_id"], row["traj_idx"]
-                _expect(key not in seen, f"prompt_id {key[0]!r}, traj_idx {key[1]} is on line {seen.get(key)} already")
+                _expect(key not in seen, _twice(key, seen.get(key, 0)))
                 seen[key] = number
             rows.append(row)
+            if places is not None:
+                places.append(number)
         except StoreError as error:
             reason = str(error)
             if number == len(lines) and _is_torn(line):
@@ -230,6 +244,13 @@ def check_policy(rows: Iterable[Row], policy_hash: str) -> int:
                 "have `drift train` correct the weights by weights.off_policy=correct (drift.training.offpolicy)"
             )
     return unknown
+
+
+def _twice(key: tuple[str, int], line: int) -> str:
+    return (
+        f"prompt_id {key[0]!r}, traj_idx {key[1]} is on line {line} already; two processes may have written this file: "
+        "move it away, and the same command samples it again"
+    )
 
 
 def _decode(line: bytes) -> Any:
@@ -270,40 +291,50 @@ def _next_index(prompt_id: str, used: Container[tuple[str, int]]) -> int:
 class Writer:
     """Appends checked rows to a rollout file; a context manager.
 
-    Opening makes the folder, mends a torn last line (cuts it off, and logs that), and reads what is there: `done` is
-    the set of (prompt_id, traj_idx) on file. Every row is flushed; fsync=True also waits for the disk.
-    Raises StoreError where the file holds a bad row: a run should not go on from it.
+    Opening makes the folder, cuts off a torn last line (and logs that), and reads what is there: `done` is the set of
+    (prompt_id, traj_idx) on file. Until it is closed, no other process gets a Writer of the file. Every row is handed to
+    the system at once; fsync=True also waits for the disk.
+    Raises StoreError if the file holds a bad row, since a run should not go on from it, LockedError if another process
+    writes to it, and WriteError if the system refuses.
     """
 
     def __init__(self, path: str | Path, fsync: bool = False):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.fsync = fsync
+        self.path, self.fsync = Path(path), fsync
         self.done: set[tuple[str, int]] = set()
-        if self.path.exists():
-            _mend(self.path)
-            self.done = {(row["prompt_id"], row["traj_idx"]) for row in read(self.path)}
-        self._file = self.path.open("ab")
+        before = self.path.exists()
+        self._lines = files.Lines(self.path)
+        try:
+            self._lines.hold()
+            if before:
+                _end_with_a_line(self.path)
+                self.done = {(row["prompt_id"], row["traj_idx"]) for row in read(self.path)}
+        except BaseException:
+            self._lines.close()
+            raise
 
     def write(self, row: Row) -> Row:
         """Checks and appends one row, and returns it as written; a missing `traj_idx` is the prompt's next.
 
-        Raises StoreError for a bad row, and for a (prompt_id, traj_idx) that is in the file already.
+        Raises StoreError for a bad row, and for a (prompt_id, traj_idx) that is in the file already; WriteError if it
+        cannot be written, and then nothing of it is in the file.
         """
         row = validate(row)
         if "traj_idx" not in row:
             row["traj_idx"] = _next_index(row["prompt_id"], self.done)
         key = row["prompt_id"], row["traj_idx"]
         _expect(key not in self.done, f"prompt_id {key[0]!r}, traj_idx {key[1]} is in {self.path} already")
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
-        self._file.flush()
+        self._lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
         if self.fsync:
-            os.fsync(self._file.fileno())
+            self.sync()
         self.done.add(key)
         return row
 
+    def sync(self) -> None:
+        """Has all rows reach the disk."""
+        self._lines.sync()
+
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> Writer:
         return self
@@ -322,8 +353,8 @@ def rewind(path: str | Path, step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    _mend(path)
-    kept = 0
+    _end_with_a_line(path)
+    kept = last = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         where, row = f"{path}:{number}", {"step": 0}
@@ -334,6 +365,12 @@ def rewind(path: str | Path, step: int) -> int:
                 raise StoreError(f"{where}: {error}") from None
         step_known = isinstance(row, dict) and _is_count(row.get("step"))
         _expect(step_known, f"{where}: the row has no step, so no online training wrote it; move the file away")
+        _expect(
+            not line.strip() or row["step"] >= last,
+            f"{where}: step {row['step']} after step {last}; two processes wrote this file: remove the folder {path.parent}, "
+            "and the same command does this training again",
+        )
+        last = row["step"] or last
         if row["step"] > step:
             os.truncate(path, kept)
             return len(lines) - number + 1
@@ -341,15 +378,19 @@ def rewind(path: str | Path, step: int) -> int:
     return 0
 
 
-def _mend(path: Path) -> None:
-    """Makes the file end with a whole line."""
-    with path.open("rb+") as file:
+def _end_with_a_line(path: Path) -> None:
+    """Makes the file end with a whole line: cuts off what a crash tore, and NUL bytes that a power loss left."""
+    with files.writing(path), path.open("rb+") as file:
         content = file.read()
-        last = content[content.rfind(b"\n") + 1 :]
-        if not last.strip():
-            file.truncate(len(content) - len(last))
-        elif _is_torn(last):
-            logger.warning("%s: cut off a torn last line of %d bytes, left by an interrupted write", path, len(last))
-            file.truncate(len(content) - len(last))
-        elif _is_whole(last):
+        whole = content.rstrip(b"\0")
+        last = whole[whole.rfind(b"\n") + 1 :]
+        torn = len(content) - len(whole)
+        if not last.strip() or _is_torn(last):
+            torn += len(last.strip() and last)
+            whole = whole[: len(whole) - len(last)]
+        if torn:
+            logger.warning("%s: cut off a torn last line of %d bytes, left by an interrupted write", path, torn)
+        file.truncate(len(whole))
+        if whole and not whole.endswith(b"\n") and _is_whole(last):
+            file.seek(0, os.SEEK_END)
             file.write(b"\n")

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from drift import files
+
 SINKS = ("tensorboard", "wandb", "trackio")
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
 
@@ -80,7 +82,7 @@ class _Trackio:
 def _remembered(path: Path) -> str:
     """The identifier in the file, made up and written down the first time."""
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
+        files.write(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 
@@ -107,17 +109,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def repair(path: Path) -> int:
-    """Cut a last line that was torn while it was written; returns the bytes cut."""
-    if not path.exists():
-        return 0
-    with path.open("rb+") as file:
-        content = file.read()
-        kept = content.rfind(b"\n") + 1
-        file.truncate(kept)
-    return len(content) - kept
 
 
 class Bar:
@@ -197,15 +188,17 @@ class Track:
             transient=True,
         )
         self._file, self._sinks = None, []
+        self.folder: Path | None = None  # where metrics.jsonl is
         if run_dir is None:
             return
-        folder = Path(run_dir).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder = Path(run_dir).resolve()
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if cut := repair(path):
+        if cut := files.repair(path):
             self.say(f"{path}: the last line was torn ({cut} bytes); it is left out")
         self._sinks = [_open_sink(name, folder) for name in sinks]
-        self._file = path.open("a", encoding="utf-8")
+        self._file = files.Lines(path)
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append {"step", "time", **metrics}. Scalars of any kind, lists, strings; NaN and infinities become null.
@@ -216,8 +209,7 @@ class Track:
             return
         row = plain(metrics)
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), **row}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._file.append(line.encode("utf-8") + b"\n")
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         for sink in self._sinks:
             sink.log(int(step), numbers)

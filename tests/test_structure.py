@@ -25,6 +25,7 @@ KERNELS += ["backends", "memory", "products", "pieces", "staging", "driver", "di
 KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation"]
 KERNELS += ["packs", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
+    {"files", "interrupts"},
     {"config", "types", "track"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},
     {"model"},

@@ -7,7 +7,7 @@ number. `drift.config.load` reads them.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -158,6 +158,20 @@ EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
 class TrainConfig(Section):
     """Weighted supervised training (A4, A5)."""
 
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "save_every",
+            "max_skipped",
+            "grad_spike",
+            "low_ess",
+            "workspace_bytes",
+            "backend",
+            "rounds",
+            "timeout",
+            "shard",
+        }
+    )  # may change between an interruption and the same training's going on
+
     lr: LearningRate = 5e-6  # with online: 1e-5
     warmup_ratio: Share = 0.1  # of all optimizer steps
     warmup_steps: Count | None = None  # in place of warmup_ratio; with online: 10
@@ -183,6 +197,11 @@ class TrainConfig(Section):
         "none"  # fsdp: while it trains, each of n ranks holds 1/n of the model (docs/scale.md)
     )
     save_every: Count = 0  # optimizer steps; 0 saves at the end alone
+    max_skipped: Positive = 5  # steps in a row without a finite loss and gradient, after which the training stops
+    grad_spike: Annotated[float, Field(gt=1)] = (
+        10.0  # times the median gradient norm of late, beyond which a step is told of
+    )
+    low_ess: Share = 0.05  # effective sample size as a share of the batch, below which a step is told of
     workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from drift import files
 from drift.config import Config, ConfigError, dump, load
 from drift.training import distributed
 
@@ -22,6 +23,10 @@ MAY_CHANGE = (
     "engine",
     "train.timeout",
     "train.shard",
+    "train.save_every",
+    "train.max_skipped",
+    "train.grad_spike",
+    "train.low_ess",
 )  # between two runs in one folder
 
 
@@ -41,6 +46,9 @@ class Clock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
+        numbers = isinstance(self.seconds, dict) and all(type(v) in (int, float) for v in self.seconds.values())
+        if not numbers:
+            raise RunError(f"{path} should hold seconds by stage; remove it, and the same command goes on without them")
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -53,9 +61,19 @@ class Clock:
                 write_json(self.path, self.seconds)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other run gets into the folder. Under torchrun the first rank holds it for all."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with files.lock(folder):
+        yield
+
+
 def finished(folder: Path, config: Config) -> dict[str, Any] | None:
     """The summary, if it is that of these settings, seeds and arms."""
-    if not (folder / "summary.json").exists() or not (folder / "config.yaml").exists():
+    if not all((folder / name).exists() for name in ("config.yaml", "report.html", "summary.json")):
         return None
     before = _settings(folder / "config.yaml")
     kept = {key: getattr(config, key) for key in ("track", "output_dir", "engine")}
@@ -87,9 +105,8 @@ def claim(folder: Path, config: Config) -> None:
                 f"{folder} holds a run with other settings: {'; '.join(differ)}. Set them back, give this run another "
                 f"name (name=…), or remove the folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    _write(file, dump(config))
+    files.write(file, dump(config))
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:
@@ -109,11 +126,4 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """In one go: a reader finds the old file or the new one, even where several ranks write."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    files.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

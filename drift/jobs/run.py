@@ -24,12 +24,12 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from drift import report, store
+from drift import files, report, store
 from drift.config import Config
 from drift.engines import Engine, open_engine
 from drift.engines.hf import HFEngine
 from drift.jobs import stages
-from drift.jobs.folder import Clock, RunError, claim, finished, rollout_path, write_json
+from drift.jobs.folder import Clock, RunError, claim, finished, locked, rollout_path, write_json
 from drift.jobs.summary import evaluation, summarise
 from drift.jobs.warm_start import warm_start
 from drift.model import chat
@@ -49,9 +49,15 @@ def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet, writes summary.json and report.html, and returns the summary.
 
     Raises ConfigError where the folder holds a run with other settings, RunError where an arm has nothing to train on;
-    WarmStartError, TaskError, StoreError and CheckpointError as their stages do.
+    LockedError if another process runs there; WarmStartError, TaskError, StoreError, CheckpointError and WriteError as
+    the stages do.
     """
     folder = Path(config.output_dir) / config.name
+    with locked(folder):
+        return _run(config, folder)
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
     if (summary := finished(folder, config)) is not None:
         Track(None).say(
             f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.trained)}"
@@ -121,7 +127,7 @@ class _Job:
         else:
             self._offline(seed, folder)
         if distributed.rank() == 0:
-            shutil.copyfile(self.folder / "base" / "eval.json", folder / "eval-base.json")
+            files.write(folder / "eval-base.json", (self.folder / "base" / "eval.json").read_bytes())
 
     def _online(self, seed: int, folder: Path) -> None:
         name, inside = f"seed-{seed}/{folder.name}", folder / "checkpoints"
@@ -221,8 +227,9 @@ class _Job:
 
     def summarise(self) -> None:
         """summary.json and report.html, from the files of the stages."""
-        write_json(self.folder / "summary.json", plain(summarise(self.config, self.folder, self.clock.seconds)))
-        report.write(self.folder)
+        summary = plain(summarise(self.config, self.folder, self.clock.seconds))
+        report.write(self.folder, summary)
+        write_json(self.folder / "summary.json", summary)  # last: with it the run counts as done
 
 
 def steps_of(rows: int, epochs: float, batch_size: int) -> int:

@@ -9,6 +9,7 @@ random weights are therefore meant.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -17,8 +18,10 @@ from drift import store
 from drift.config import Config, ConfigError
 from drift.engines import open_engine
 from drift.jobs.evaluate import Evaluation, evaluate
+from drift.jobs.folder import locked
 from drift.model import chat
 from drift.model.policy import Policy, load_policy
+from drift.model.rows import check_ids
 from drift.returns import weigh_for_training
 from drift.rollouts.rollout import collect
 from drift.tasks import Split, Task, load_task, with_rules
@@ -56,9 +59,12 @@ def sample_into(
 def weighted(
     config: Config, policy: Policy, rows: Sequence[store.Row], weights: Sequence[float | None]
 ) -> list[Trajectory]:
-    """The rows as trajectories of these weights; a row whose weight is None is left out."""
+    """The rows as trajectories of these weights; a row whose weight is None is left out.
+
+    Without the sampler's log-probs, which weighted training does not read: rows with and without them may be mixed.
+    """
     return [
-        trajectory
+        replace(trajectory, logprobs=None)
         for index, (row, weight) in enumerate(zip(rows, weights))
         if weight is not None
         for trajectory in chat.to_trajectories(policy, row, index=index, weight=weight, turns=config.train.turns)
@@ -99,12 +105,15 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
     Raises StoreError for a bad row, and for one that another policy sampled, unless `weights.off_policy` is correct.
     """
     with (
+        locked(out),
         distributed.launched(config.train.timeout) as rank,
         Track(out if rank == 0 else None, config.track.sinks) as track,
     ):
         policy = _policy(config, model)
         policy.check_packing()
-        rows = store.read(rollouts)
+        places: list[int] = []
+        rows = store.read(rollouts, places=places)
+        check_ids(policy, rows, places, rollouts)
         ratios, corrected = None, {}
         if config.weights.off_policy == "correct":
             ratios, corrected = log_ratios(policy, rows, config.weights.off_policy_clip)

@@ -7,6 +7,7 @@ problems), and the bootstrapped interval (would other seeds on other problems of
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from drift import files
 from drift.config import Config
 from drift.jobs import run
 from drift.report import plots
@@ -78,9 +80,11 @@ def analyse(run_dir: str | Path, replicates: int = REPLICATES) -> dict[str, Any]
                 "high": high,
             }
     folder = records.path
-    (folder / "study.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "study.md").write_text(markdown(result), encoding="utf-8")
-    _draw(result, multi).savefig(folder / "study.svg", metadata={"Date": None})
+    files.write(folder / "study.json", json.dumps(result, indent=2) + "\n")
+    files.write(folder / "study.md", markdown(result))
+    drawn_as = io.StringIO()
+    _draw(result, multi).savefig(drawn_as, format="svg", metadata={"Date": None})
+    files.write(folder / "study.svg", drawn_as.getvalue())
     return result
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from drift import files
 from drift.config import Config, TrainConfig, WarmStartConfig
 from drift.engines import Engine
 from drift.model import chat
@@ -68,13 +69,18 @@ def warm_start(
     folder, track = Path(folder), track or Track(None, progress=False)
     done = folder / "warm_start.json"
     if done.exists():
-        return WarmStart(**json.loads(done.read_text(encoding="utf-8")))
+        try:
+            return WarmStart(**json.loads(done.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
+            raise WarmStartError(
+                f"{done} cannot be read; remove it, and the same command trains the base again"
+            ) from None
     settings, check = config.warm_start, _Check(policy, engine, task, config)
     training = TrainConfig(lr=settings.lr, weight_decay=0.01, betas=(0.9, 0.98), backend=config.train.backend)
     optimizer = MasterAdamW(policy.model, training)
     job = {name: getattr(config, name).model_dump(mode="json") for name in ("warm_start", "task", "model")}
     result, every = WarmStart(), settings.check_every
-    if (path := checkpoint.latest(folder)) is None:
+    if (path := checkpoint.latest(folder, track.say)) is None:
         path = checkpoint.save(folder, 0, optimizer, {"result": asdict(result), "every": every}, job)
     else:
         _, state = checkpoint.load(path, optimizer, job)
@@ -105,7 +111,7 @@ def warm_start(
                 every //= 2
                 checkpoint.load(path, optimizer, job)
     policy.save(folder)
-    done.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    files.write(done, json.dumps(asdict(result), indent=1) + "\n")
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
     return result

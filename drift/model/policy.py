@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drift import files
 from drift.config import LoRAConfig, ModelConfig
 from drift.model import tiny
 from drift.model.attention import register
@@ -120,9 +121,13 @@ class Policy:
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
-        """Weights (safetensors; adapters alone for LoRA), config and tokenizer, as `load_policy` and transformers read them."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Weights (safetensors; adapters alone for LoRA), config and tokenizer, as `load_policy` and transformers read them.
+
+        With a manifest of checksums, which `load_policy` compares the weights with. Raises WriteError.
+        """
+        with files.into(folder) as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -146,7 +151,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
     New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, where the tokenizer has no
-    chat template, and where the folder's files cannot be read.
+    chat template, for files that cannot be read or differ from their manifest, and for weights that are not finite.
     """
     dtype = DTYPES[config.dtype]
     attention = register(config.attention, device=device, dtype=dtype)
@@ -160,6 +165,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
             raise ValueError(
                 f"model.path={path!r} is neither a folder that is there nor a hub name, NAME or OWNER/NAME"
             )
+        _check_files(config.path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
             options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
@@ -172,6 +178,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+        _check_finite(model, config.path)
     if config.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -185,6 +192,28 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     set_defaults(tokenizer, config.chat_template_kwargs)
     _ = policy.eos_ids  # a template without an end of turns is refused now
     return policy
+
+
+def _check_files(path: str) -> None:
+    """Raises ValueError if the weights in a folder that `Policy.save` wrote are not those that it wrote."""
+    if not (Path(path) / files.MANIFEST).is_file():
+        return
+    if damage := files.damage(path, ".safetensors"):
+        raise ValueError(
+            f"the model at {path!r} is damaged: {damage}; have it written again, or name another (if the change is "
+            f"meant, remove {Path(path) / files.MANIFEST})"
+        )
+
+
+def _check_finite(model: torch.nn.Module, path: str) -> None:
+    """Raises ValueError for weights with NaN or infinity, which would be evaluated as a model that knows nothing."""
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter.detach())).sum())
+        if bad:
+            raise ValueError(
+                f"the model at {path!r} is damaged: {bad} of the {parameter.numel()} values of {name} are NaN or infinite; "
+                "take another copy of it, or an earlier checkpoint"
+            )
 
 
 def _adapters(path: str) -> tuple[str, bool]:

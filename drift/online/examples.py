@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from drift import files
 from drift.config.online import OnlineConfig
-from drift.track import plain, repair
+from drift.track import plain
 from drift.types import PackedBatch
 
 VALUES = ("logprobs", "entropy", "teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "bonus")
@@ -79,9 +81,6 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def append(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to the file, which is made if absent; a last line that an interruption tore is cut off."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    repair(path)
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(plain(dict(row)), allow_nan=False) + "\n")
+    files.repair(Path(path))
+    with closing(files.Lines(path)) as file:
+        file.append("".join(json.dumps(plain(dict(row)), allow_nan=False) + "\n" for row in rows).encode("utf-8"))

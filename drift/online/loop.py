@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drift import store
+from drift import interrupts, store
 from drift.config import Config
 from drift.config.algorithms import ALGORITHMS
 from drift.engines import Engine
@@ -47,11 +47,12 @@ from drift.rollouts.rollout import play, tool_metrics
 from drift.tasks import Task
 from drift.track import Track
 from drift.training import checkpoint, distributed
-from drift.training.meter import Stopwatch
+from drift.training.guards import Guards, check_end, check_row, keep_batch
+from drift.training.meter import StepResult, Stopwatch
 from drift.training.optimizer import MasterAdamW, learning_rate
 from drift.training.reference import Reference, chosen
-from drift.training.trainer import has_dropout, seeded, training, update
-from drift.types import Problem
+from drift.training.trainer import due, has_dropout, seeded, training, update
+from drift.types import Problem, Trajectory
 
 
 @dataclass
@@ -60,6 +61,7 @@ class OnlineStats:
 
     steps: int = 0
     skipped: int = 0  # steps without an update, since loss or gradient was not finite
+    skipped_in_a_row: int = 0  # up to the last step
     trajectories: int = 0
     rewards: list[float] = field(default_factory=list)  # means, one a step
     seconds: float = 0.0
@@ -95,8 +97,8 @@ def train_online(
     track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
     job |= {"online": config.online.model_dump(mode="json") if config.online else None}
-    job |= config.train.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout", "shard"})
-    if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir)) is not None:
+    job |= config.train.model_dump(exclude=set(config.train.FREE))
+    if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir, track.say)) is not None:
         _, state = checkpoint.load(path, loop.optimizer, job)
         loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
         loop.pending = checkpoint.load_rows(path, "pending") if config.online and config.online.ahead else None
@@ -104,40 +106,48 @@ def train_online(
     with (
         distributed.resuming(partial(checkpoint.describe, checkpoint_dir)),
         closing(loop),
-        _rows(rollouts if first else None, stats.steps, track) as writer,
+        _rows(rollouts if first else None, stats, track) as writer,
         track.progress(prefix, total) as bar,
     ):
         bar.advance(stats.steps)
         while stats.steps < total:
-            measured = loop.step(stats.steps, writer)
-            track.log(stats.steps, **{f"{prefix}/{key}": value for key, value in measured.items()})
-            bar.advance(reward=measured["reward"], solved=measured["solved"])
-            if measured["skipped"]:
-                track.say(f"{prefix}: step {stats.steps} is skipped: loss {measured['loss']}")
-            for warning in loop.watch.warnings:
-                track.say(f"{prefix}: step {stats.steps}: {warning}; a collapse? (online.watch)")
-            if examples_path is not None and first:
-                examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
-            every = config.train.save_every
-            if checkpoint_dir is not None and (stats.steps == total or (every and stats.steps % every == 0)):
-                if first:
-                    tensors = {"teacher": loop.teacher.state_dict()["shadow"]} if loop.teacher else {}
-                    rows = {"pending": loop.pending or []} if loop.ahead else {}
-                    state = loop.state_dict()
-                    checkpoint.save(checkpoint_dir, stats.steps, loop.optimizer, state, job, tensors, rows)
-                distributed.meet("the checkpoint")
+            with interrupts.finishing():
+                measured = loop.step(stats.steps, writer)
+                loop.tell(track, prefix, measured)
+                bar.advance(reward=measured["reward"], solved=measured["solved"])
+                if examples_path is not None and first:
+                    examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
+                result, failed = loop.result, stats.skipped_in_a_row >= config.train.max_skipped
+                saved = None
+                if checkpoint_dir is not None and (due(stats.steps, total, config.train) or result.stop or failed):
+                    saved = Path(checkpoint_dir) / f"checkpoint-{stats.steps}"
+                    if first:
+                        if writer is not None:
+                            writer.sync()  # a checkpoint never knows of rows that a power loss takes
+                        loop.save(checkpoint_dir, job)
+                    distributed.meet("the checkpoint")
+                check_row(stats, config.train.max_skipped, prefix, result, saved)
+                if result.stop:
+                    interrupts.stop(result.stop, str(saved) if saved else None)
+    check_end(stats, prefix)
     return stats
 
 
 @contextmanager
-def _rows(path: str | Path | None, steps: int, track: Track) -> Iterator[store.Writer | None]:
-    """The file of trajectories, as it was after that many steps."""
+def _rows(path: str | Path | None, stats: OnlineStats, track: Track) -> Iterator[store.Writer | None]:
+    """The file of trajectories, as it was after the steps so far."""
     if path is None:
         yield None
         return
-    if cut := store.rewind(path, steps):
-        track.say(f"{path}: cut off {cut} rows past step {steps}, which is where the training goes on")
+    if cut := store.rewind(path, stats.steps):
+        track.say(f"{path}: cut off {cut} rows past step {stats.steps}, which is where the training goes on")
     with store.Writer(path) as writer:
+        if len(writer.done) != stats.trajectories:
+            raise store.StoreError(
+                f"{path} holds {len(writer.done)} rows, and the {stats.steps} steps of the checkpoint wrote "
+                f"{stats.trajectories}: rows were lost, or another process wrote there too. Put the file back, or remove "
+                f"the folder {Path(path).parent}, and the same command does this training again"
+            )
         yield writer
 
 
@@ -166,6 +176,9 @@ class _Loop:
         self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
         self.algorithm = ALGORITHMS[config.online.algorithm]
         self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
+        self.guards = Guards(config.train.grad_spike, config.train.low_ess)
+        self.result = StepResult(0.0, 0.0, False)  # of the last step
+        self.trajectories: list[Trajectory] = []  # its batch, if it was skipped
         distributed.broadcast(self.optimizer.parameters)
         self.optimizer.write_back()
         has = {"teacher": self.algorithm.teacher is not None, "buffer": self.algorithm.buffer}
@@ -232,6 +245,9 @@ class _Loop:
         took = clock.read()
         self.stats.steps += 1
         self.stats.skipped += result.skipped
+        self.stats.skipped_in_a_row = self.stats.skipped_in_a_row + 1 if result.skipped else 0
+        self.result = result
+        self.trajectories = [part.trajectory for part in parts] if result.skipped else []
         self.stats.trajectories += len(samples)
         self.stats.seconds += took["step_time"]
         self.stats.rewards.append(rates["reward"])
@@ -286,6 +302,25 @@ class _Loop:
             part.load_state_dict(state[name] | ({"shadow": shadow} if name == "teacher" else {}))
         vars(self.stats).update(state["stats"])
         self.base = state["base"]
+
+    def save(self, folder: str | Path, job: dict[str, Any]) -> None:
+        """Writes the checkpoint of the steps so far."""
+        tensors = {"teacher": self.teacher.state_dict()["shadow"]} if self.teacher else {}
+        rows = {"pending": self.pending or []} if self.ahead else {}
+        checkpoint.save(folder, self.stats.steps, self.optimizer, self.state_dict(), job, tensors, rows)
+
+    def tell(self, track: Track, prefix: str, measured: dict[str, float]) -> None:
+        """Logs the last step, and says what looks wrong in it."""
+        step, result = self.stats.steps, self.result
+        track.log(step, **{f"{prefix}/{key}": value for key, value in measured.items()})
+        if result.skipped:
+            kept = keep_batch(track.folder, prefix, step, result, self.trajectories)
+            said = f"loss {result.loss}, gradient norm {result.grad_norm}" + (f"; its batch: {kept}" if kept else "")
+            track.say(f"{prefix}: step {step} is skipped: {said}")
+        for warning in self.watch.warnings:
+            track.say(f"{prefix}: step {step}: {warning}; a collapse? (online.watch)")
+        for warning in self.guards.warnings(result):
+            track.say(f"{prefix}: step {step}: {warning}")
 
     def close(self) -> None:
         """Ends the thread, if there is one."""

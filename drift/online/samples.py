@@ -13,7 +13,7 @@ from drift import store
 from drift.config import WeightsConfig
 from drift.model import chat
 from drift.model.policy import Policy
-from drift.returns import trajectory_return
+from drift.returns import advantages, trajectory_return
 from drift.types import Trajectory
 
 
@@ -145,11 +145,3 @@ def set_advantages(samples: Sequence[Sample], scale: bool) -> None:
         for sample, advantage in zip(group, advantages([sample.reward for sample in group], scale)):
             for part in sample.parts:
                 part.trajectory.advantage = advantage
-
-
-def advantages(rewards: Sequence[float], scale: bool) -> list[float]:
-    """Of one group (`set_advantages`)."""
-    mean = math.fsum(rewards) / len(rewards)
-    spread = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    flat = max(rewards) == min(rewards)
-    return [0.0 if flat else (reward - mean) / (spread if scale else 1.0) for reward in rewards]

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from drift import files
 from drift.report import heat, online, online_files, plots, results, sampling, trajectories
 from drift.report.intervals import mean_stderr, paired_difference
 from drift.report.online_files import Seed
@@ -40,15 +41,17 @@ _SHOWN_SETTINGS = (
 )
 
 
-def write(run_dir: str | Path) -> Path:
+def write(run_dir: str | Path, summary: dict[str, Any] | None = None) -> Path:
     """Reads the run folder and writes report.html into it; returns its path.
+
+    summary: in place of summary.json, for a run that writes that file last.
 
     Raises NotADirectoryError where there is no such folder.
     """
-    records = read(run_dir)
+    records = read(run_dir, summary=summary)
     path = records.path / "report.html"
     # A model can emit half of a surrogate pair, which UTF-8 cannot hold.
-    path.write_text(page(records), encoding="utf-8", errors="replace")
+    files.write(path, page(records).encode("utf-8", errors="replace"))
     return path
 
 

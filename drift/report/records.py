@@ -84,8 +84,10 @@ class Records:
         return self.config.weights if self.config else WeightsConfig()
 
 
-def read(run_dir: str | Path, *, rollouts: bool = True) -> Records:
+def read(run_dir: str | Path, *, rollouts: bool = True, summary: dict[str, Any] | None = None) -> Records:
     """Everything in the folder; `rollouts` False leaves the trajectories unread (they are most of its size).
+
+    summary: in place of summary.json.
 
     What is missing or cannot be read is noted in `missing`. Raises NotADirectoryError where there is no such folder, and
     RecordsError where a file holds what no run writes.
@@ -95,7 +97,7 @@ def read(run_dir: str | Path, *, rollouts: bool = True) -> Records:
         raise NotADirectoryError(f"run_dir: {str(path)!r} is not a folder; a run writes to output_dir/name")
     records = Records(path)
     _read_config(records)
-    _read_results(records)
+    _read_results(records, summary)
     _read_curves(records)
     if rollouts:
         _read_rollouts(records)
@@ -127,7 +129,7 @@ def _json(records: Records, file: Path) -> dict[str, Any] | None:
     return content
 
 
-def _read_results(records: Records) -> None:
+def _read_results(records: Records, summary: dict[str, Any] | None) -> None:
     """From summary.json where it is there, else from the evaluations that are."""
     evaluations = _read_evaluations(records)
     arms = {arm for found in evaluations.values() for arm in found}
@@ -135,7 +137,9 @@ def _read_results(records: Records) -> None:
     for arm in ordered(arms) if complete else ():
         records.solved_at[arm] = [evaluations[seed][arm] for seed in complete]
     file, seconds = records.path / "summary.json", records.path / "seconds.json"
-    if file.exists():
+    if summary is not None:
+        records.summary = summary
+    elif file.exists():
         records.summary = _json(records, file) or {}
     else:
         records.missing.append("summary.json: the run is not finished")

@@ -246,13 +246,13 @@ def collect(
             watch = Stopwatch()
             options: dict[str, Any] = {"seed": [*numbers, number], "bar": bar, "environment": environment}
             episodes = play(policy, engine, task, chunk, config, **options)
-            for episode in episodes:
-                if (episode.problem.id, episode.index) in missing:
-                    writer.write({**episode.row(config.format_penalty), **who})
             measured = _metrics(episodes, watch.read())
             if environment is not None or config.tool is not None:
                 measured |= tool_metrics([(episode.tool_calls, episode.tool_errors) for episode in episodes])
             track.log(number + 1, **{f"{prefix}/{key}": value for key, value in measured.items()})
+            for episode in episodes:  # after the metrics: a chunk whose rows are all there is not played again
+                if (episode.problem.id, episode.index) in missing:
+                    writer.write({**episode.row(config.format_penalty), **who})
         return len(writer.done) - before
 
 

@@ -1,9 +1,10 @@
 """Training that was interrupted goes on where its last checkpoint stood, to the same bits.
 
 `checkpoint-N/` after N optimizer steps holds `model.safetensors` (trained parameters, by name, float32 where the model
-is in half precision), `optimizer.safetensors` (AdamW's moments) and `state.json` (the counts, and what the training was
-of). No generator state is kept, since each step seeds its own. A folder gets its name once it is complete, and the one
-before it goes after that. These folders are for going on; `Policy.save` writes a model that others can load.
+is in half precision), `optimizer.safetensors` (AdamW's moments), `state.json` (the counts, and what the training was of)
+and `manifest.json` (length and checksum of each file, `drift.files`). No generator state is kept, since each step seeds
+its own. A folder gets its name once it is complete and on the disk; the last KEPT stay. One that is damaged is passed
+over for the one before. These folders are for going on; `Policy.save` writes a model that others can load.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from drift import files
 from drift.training.optimizer import MasterAdamW, Whole
 from drift.training.sharding import like
 from drift.types import Trajectory
 
+KEPT = 2  # the last checkpoint, and the one before for when the last is damaged
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that belongs to another training, or does not fit the model."""
+    """A checkpoint that is damaged, belongs to another training, or does not fit the model."""
 
 
 def fingerprint(trajectories: Sequence[Trajectory]) -> str:
@@ -40,18 +44,39 @@ def fingerprint(trajectories: Sequence[Trajectory]) -> str:
     return digest.hexdigest()
 
 
-def latest(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps in `folder`, or None."""
-    found = {
+def found(folder: str | Path) -> list[Path]:
+    """The checkpoints that got their name in `folder`, the one with the most steps first."""
+    numbered = {
         int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))
     }
-    return found[max(found)] if found else None
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def latest(folder: str | Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The undamaged checkpoint with the most steps in `folder`, or None if there is none at all.
+
+    say: gets a line about each damaged one that is passed over. Raises CheckpointError if all are damaged.
+    """
+    broken: list[str] = []
+    for path in found(folder):
+        damage = files.damage(path)
+        if damage is None:
+            for line in broken:
+                say(f"{line}; going on from {path.name}, the one before")
+            return path
+        broken.append(f"{path} is damaged: {damage}")
+    if broken:
+        raise CheckpointError(
+            f"{'; '.join(broken)}. No checkpoint is left to go on from: remove {Path(folder) / 'checkpoint-*'}, and the "
+            "same command does this training again from its start"
+        )
+    return None
 
 
 def describe(folder: str | Path | None) -> str:
     """The checkpoint that a training goes on from, for a sentence."""
-    path = None if folder is None else latest(folder)
-    return "the start of this training" if path is None else f"checkpoint {path.name.rpartition('-')[2]} ({path})"
+    there = [] if folder is None else found(folder)
+    return f"checkpoint {there[0].name.rpartition('-')[2]} ({there[0]})" if there else "the start of this training"
 
 
 def save(
@@ -63,38 +88,36 @@ def save(
     tensors: dict[str, dict[str, torch.Tensor]] | None = None,
     rows: dict[str, list[dict[str, Any]]] | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP` and removes the one before. stats: the counts so far; job: what is trained.
+    """Writes `folder/checkpoint-STEP` and removes all but the last KEPT. stats: the counts so far; job: what is trained.
 
     tensors: name → what goes into NAME.safetensors; rows: name → what goes into NAME.jsonl. `load_tensors` and
-    `load_rows` give them back.
+    `load_rows` give them back. Raises WriteError; what was there before then stays.
     """
     path = Path(folder) / f"checkpoint-{step}"
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: m.detach().contiguous() for name, m in optimizer.masters.items()}, partial / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, partial / "optimizer.safetensors")
-    for name, content in (tensors or {}).items():
-        save_file({k: v.contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
-    for name, lines in (rows or {}).items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    state = {"step": step, "stats": stats, "job": job}
-    (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    older = [other for other in Path(folder).glob("checkpoint-*") if other != partial]
-    if path in older:
-        shutil.rmtree(path)
-        older.remove(path)
-    partial.rename(path)
-    for other in older:
+    with files.folder(path) as partial:
+        masters = {name: m.detach().contiguous() for name, m in optimizer.masters.items()}
+        save_file(masters, partial / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in optimizer.state_dict().items()}, partial / "optimizer.safetensors")
+        for name, content in (tensors or {}).items():
+            save_file({k: v.contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
+        for name, lines in (rows or {}).items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (partial / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        state = {"step": step, "stats": stats, "job": job}
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    everything = found(folder)
+    place = everything.index(path)
+    for other in (*everything[:place], *everything[place + KEPT :]):  # those of more steps were damaged
         shutil.rmtree(other)
+    for torn in Path(folder).glob("checkpoint-*.partial"):
+        shutil.rmtree(torn)
     return path
 
 
 def load(path: Path, optimizer: MasterAdamW, job: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """Takes model and optimizer back to `path`; returns the steps done and the counts.
 
-    Raises CheckpointError where the checkpoint is of another job, naming what differs, or of another model.
+    Raises CheckpointError if the checkpoint is of another job, naming the difference, or of another model.
     """
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     there, here = state["job"], json.loads(json.dumps(job))

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from drift import interrupts
 from drift.training.presence import Presence, RankLost
 
 BUCKET = 32 << 20  # elements that one reduction carries
@@ -179,7 +180,23 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 @contextmanager
 def _told_when_lost() -> Iterator[None]:
-    """torchrun ends the other ranks by SIGTERM when one is lost: inside, a process that nobody else has taught to end says so."""
+    """torchrun ends the other ranks by SIGTERM when one is lost: inside, that raises RankLost (`drift.interrupts`)."""
+
+    def cause() -> BaseException | None:
+        lost = _presence.lost() if _presence is not None else None
+        return RankLost(lost) if lost else None
+
+    interrupts.causes.append(cause)
+    try:
+        with _ended_when_lost(cause):
+            yield
+    finally:
+        interrupts.causes.remove(cause)
+
+
+@contextmanager
+def _ended_when_lost(cause: Callable[[], BaseException | None]) -> Iterator[None]:
+    """For a process whose SIGTERM nobody handles."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -187,8 +204,7 @@ def _told_when_lost() -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         if _presence is not None and _presence.ending:
             return
-        lost = _presence.lost() if _presence is not None else None
-        raise RankLost(lost) if lost else SystemExit(128 + number)
+        raise cause() or SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
     try:

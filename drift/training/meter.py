@@ -35,6 +35,7 @@ class TrainStats:
     cut_tokens: int = 0  # left out so that a trajectory fits
     dropped: int = 0  # trajectories of weight 0 met, which cost no compute
     skipped: int = 0  # steps without an update, since loss or gradient was not finite
+    skipped_in_a_row: int = 0  # up to the last step
     seconds: float = 0.0  # wall clock, that of earlier runs included
     losses: list[float] = field(default_factory=list)  # one a step
 
@@ -46,6 +47,7 @@ class TrainStats:
         self.cut_tokens += int(totals.cut_tokens)
         self.dropped += int(totals.samples - totals.packed)
         self.skipped += result.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.seconds += seconds
         self.losses.append(result.loss)
 
@@ -57,6 +59,7 @@ class StepResult:
     loss: float
     grad_norm: float  # before clipping
     skipped: bool  # not finite: neither weights nor moments have moved
+    stop: int = 0  # the signal by which a rank was asked to end, 0 for none
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 import drift_kernels
+from drift import interrupts
 from drift.config import TrainConfig
 from drift.packing import pack
 from drift.track import Track
 from drift.training import checkpoint, distributed, sharding
+from drift.training.guards import Guards, check_end, check_row, keep_batch
 from drift.training.meter import StepResult, Stopwatch, Totals, TrainStats, measure, metrics
 from drift.training.optimizer import MasterAdamW, learning_rate
 from drift.types import PackedBatch, Trajectory
@@ -97,8 +99,11 @@ def update(optimizer: MasterAdamW, loss: float, config: TrainConfig, lr: float) 
     """Sums gradients and this rank's part of the loss over ranks, clips, and steps where both are finite; every rank calls it."""
     distributed.sum_gradients(optimizer.parameters)
     norm = optimizer.clip(config.grad_clip)
-    [total] = distributed.sum_values(loss)
-    result = StepResult(total, float(norm), skipped=not (math.isfinite(total) and math.isfinite(norm)))
+    total, *asked = distributed.sum_values(
+        loss, *(float(interrupts.asked() == number) for number in interrupts.SIGNALS)
+    )
+    stop = next((int(number) for number, count in zip(interrupts.SIGNALS, asked) if count), 0)
+    result = StepResult(total, float(norm), not (math.isfinite(total) and math.isfinite(norm)), stop)
     if not result.skipped:
         optimizer.step(lr)
     optimizer.zero()
@@ -123,15 +128,17 @@ def train(
     `min_weight` cost no compute, yet count in steps and denominators: leaving them out only leaves terms out (A3).
     Under torchrun every rank gives the same trajectories and trains its share of each batch. Metrics go to `track` as
     PREFIX/NAME. With `checkpoint_dir` it saves every `config.save_every` steps and at the end, and goes on from what is
-    there (a folder all ranks see).
-    Raises ValueError where there is nothing to train or a trajectory does not fit (before the first step), and
-    CheckpointError where the folder holds another training.
+    there (a folder all ranks see). So it does when a signal asks the process to end (`drift.interrupts`), and then
+    raises Stopped. Batches of skipped steps are kept in the track's folder (`drift.training.guards`).
+    Raises ValueError if there is nothing to train or a trajectory does not fit (before the first step), CheckpointError
+    if the folder holds another training, TrainingError after `config.max_skipped` skipped steps in a row, or if every
+    step was skipped.
     """
-    total = _count_steps(len(trajectories), config, steps)
+    total, guards = _count_steps(len(trajectories), config, steps), Guards(config.grad_spike, config.low_ess)
     _check(trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
-    saved = partial(checkpoint.describe, checkpoint_dir)
-    with distributed.resuming(saved), sharding.sharded(policy, config.shard) as policy:
+    where = partial(checkpoint.describe, checkpoint_dir)
+    with distributed.resuming(where), sharding.sharded(policy, config.shard) as policy:
         optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
         distributed.broadcast(optimizer.parameters)
         optimizer.write_back()
@@ -143,37 +150,54 @@ def train(
                 "min_weight": min_weight,
                 "trajectories": checkpoint.fingerprint(trajectories),
             }
-            job |= config.model_dump(exclude={"save_every", "workspace_bytes", "backend", "rounds", "timeout", "shard"})
-            if (path := checkpoint.latest(checkpoint_dir)) is not None:
+            job |= config.model_dump(exclude=set(config.FREE))
+            if (path := checkpoint.latest(checkpoint_dir, track.say)) is not None:
                 _, counts = checkpoint.load(path, optimizer, job)
                 stats = TrainStats(**counts)
         with training(policy.model), track.progress(prefix, total) as bar:
             bar.advance(stats.steps)
             for step in range(stats.steps, total):
-                watch = Stopwatch()
-                chosen = distributed.share(_batch(len(trajectories), config.batch_size, seed, step))
-                mine = [trajectories[i] for i in chosen]
-                packs = _pack(mine, config, min_weight)
-                totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
-                normalizer = totals.samples if config.normalize == "samples" else totals.weight
-                lr = learning_rate(step, total, config)
-                with seeded(seed, step, policy.model):
-                    result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
-                took = watch.read()
-                stats.count(totals, result, took["step_time"])
-                if result.skipped:
-                    track.say(
-                        f"{prefix}: step {step + 1} is skipped: loss {result.loss}, gradient norm {result.grad_norm}"
+                with interrupts.finishing():
+                    watch = Stopwatch()
+                    batch = _batch(len(trajectories), config.batch_size, seed, step)
+                    mine = [trajectories[i] for i in distributed.share(batch)]
+                    packs = _pack(mine, config, min_weight)
+                    totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
+                    normalizer = totals.samples if config.normalize == "samples" else totals.weight
+                    lr = learning_rate(step, total, config)
+                    with seeded(seed, step, policy.model):
+                        result = train_step(policy, packs, optimizer, normalizer or 1.0, config, lr=lr)
+                    took = watch.read()
+                    stats.count(totals, result, took["step_time"])
+                    if result.skipped:
+                        kept = keep_batch(track.folder, prefix, step + 1, result, [trajectories[i] for i in batch])
+                        said = f"loss {result.loss}, gradient norm {result.grad_norm}" + (
+                            f"; its batch: {kept}" if kept else ""
+                        )
+                        track.say(f"{prefix}: step {step + 1} is skipped: {said}")
+                    for warning in guards.warnings(result, totals.ess):
+                        track.say(f"{prefix}: step {step + 1}: {warning}")
+                    track.log(
+                        step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()}
                     )
-                track.log(step + 1, **{f"{prefix}/{k}": v for k, v in metrics(stats, totals, result, lr, took).items()})
-                bar.advance(loss=result.loss, lr=lr)
-                due = step + 1 == total or (config.save_every and (step + 1) % config.save_every == 0)
-                if checkpoint_dir is not None and due:
-                    whole = optimizer.whole()
-                    if distributed.rank() == 0:
-                        checkpoint.save(checkpoint_dir, step + 1, whole, asdict(stats), job)
-                    distributed.meet("the checkpoint")
-        return stats
+                    bar.advance(loss=result.loss, lr=lr)
+                    failed = stats.skipped_in_a_row >= config.max_skipped
+                    saved = None
+                    if checkpoint_dir is not None and (due(step + 1, total, config) or result.stop or failed):
+                        saved, whole = Path(checkpoint_dir) / f"checkpoint-{step + 1}", optimizer.whole()
+                        if distributed.rank() == 0:
+                            checkpoint.save(checkpoint_dir, step + 1, whole, asdict(stats), job)
+                        distributed.meet("the checkpoint")
+                    check_row(stats, config.max_skipped, prefix, result, saved)
+                    if result.stop:
+                        interrupts.stop(result.stop, str(saved) if saved else None)
+    check_end(stats, prefix)
+    return stats
+
+
+def due(step: int, total: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint is written after this many steps."""
+    return step == total or bool(config.save_every and step % config.save_every == 0)
 
 
 def _count_steps(samples: int, config: TrainConfig, steps: int | None) -> int:

@@ -19,9 +19,9 @@ from drift.online import loop as online
 from drift.online.branches import Branches, denominators
 from drift.online.curriculum import Phase
 from drift.online.reprompt import Lesson, teacher_trajectory
-from drift.online.samples import Sample, advantages, problems_of
+from drift.online.samples import Sample, problems_of
 from drift.online.teacher import Teacher
-from drift.returns import trajectory_return
+from drift.returns import advantages, trajectory_return
 from drift.rhythm import StepMean
 from drift.rollouts import rollout
 from drift.routing import DifficultyRouter

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from drift.config import WeightsConfig
 from drift.returns import (
+    advantages,
     effective_sample_size,
     importance_weights,
     offpolicy_correction,
@@ -205,3 +206,20 @@ def test_offpolicy_correction_multiplies_the_weights():
         offpolicy_correction([], [], clip=0)
     with pytest.raises(ValueError, match="1 ref_logprobs for 2"):
         offpolicy_correction([0.0], [0.0, 0.0], clip=1.0)
+
+
+def test_returns_that_are_equal_in_real_numbers_have_no_advantage():
+    """-0.1·3 and -0.3, 0.1 + 0.2 and 0.3, terms that cancel: a group of them has no spread, whatever the last bits say."""
+    for group in ([-0.1 * 3, -0.3], [0.1 + 0.2, 0.3, 0.3], [0.3 - 0.1 * 3, 0.0], [1e6 * 0.1 * 3, 1e6 * 0.3 + 1e-10]):
+        assert len({*group}) > 1
+        for scale in (True, False):
+            assert advantages(group, scale) == [0.0] * len(group)
+        assert importance_weights(group, 1e-16) == pytest.approx([1.0] * len(group))
+    assert advantages([0.1 + 0.2, 0.3, 1.0], False)[0] == advantages([0.1 + 0.2, 0.3, 1.0], False)[1]
+
+
+def test_small_differences_between_returns_count():
+    assert advantages([0.0, 1e-9], True) == pytest.approx([-1.0, 1.0])
+    assert advantages([1.0, 1.0 + 1e-9], True) == pytest.approx([-1.0, 1.0])
+    assert advantages([], True) == []
+    assert advantages([0.7], True) == [0.0]

@@ -1,11 +1,14 @@
 """Rollout files: published and own rows load, bad rows are refused in words, interrupted writes lose nothing else."""
 
 import copy
+import errno
 import json
 import logging
+import os
 
 import pytest
 
+from drift.files import LockedError, WriteError
 from drift.store import StoreError, Writer, check_policy, read, rewind, validate
 
 DROP = object()
@@ -105,12 +108,12 @@ BAD = [
     ({"verifier": {"t1": 0, "2": 1}}, "verifier has the key '2'"),
     ({"verifier": {"t0": 0, "t2": 1}}, "verifier has the key 't0'"),
     ({"verifier": {"t1": 0, "t2": 0.5}}, "verifier.t2 is 0.5; it should be 0 or 1"),
-    ({"turn_rewards": {"t1": "1"}}, "turn_rewards.t1 is '1'; it should be a finite number"),
+    ({"turn_rewards": {"t1": "1"}}, "turn_rewards.t1 is '1'; it should be a number between -1e9 and 1e9"),
     ({"turn_rewards": {"t1": float("nan")}}, "turn_rewards.t1 is nan"),
     ({"turn_rewards": {"t1": True}}, "turn_rewards.t1 is True"),
     ({"answer_norms": [7]}, r"answer_norms is \[7\]; it should be a list of strings"),
     ({"answer_norms": "7"}, "answer_norms is '7'"),
-    ({"format_penalty": 0.1}, "format_penalty is 0.1; it should be a number, at most 0"),
+    ({"format_penalty": 0.1}, "format_penalty is 0.1; it should be a number between -1e9 and 0"),
     ({"format_penalty": None}, "format_penalty is None"),
     ({"t_star": None}, "t_star is None; it should be 2, the first turn that is verified"),
     ({"t_star": 1}, "t_star is 1; it should be 2"),
@@ -179,7 +182,7 @@ def test_read_collects_what_it_rejects(tmp_path, caplog):
     reasons = [reason for _, reason in rejected]
     assert reasons[0] == "a row should be a JSON object, not list"
     assert reasons[1].startswith("not JSON in UTF-8: ")
-    assert reasons[2] == "prompt_id 'p', traj_idx 0 is on line 1 already"
+    assert reasons[2].startswith("prompt_id 'p', traj_idx 0 is on line 1 already; two processes may have written")
     assert reasons[3] == "torn last line, left by an interrupted write"
     assert f"{path}:7: torn last line" in caplog.text
 
@@ -341,8 +344,78 @@ def test_rewind_keeps_the_steps_that_count(tmp_path):
     with pytest.raises(StoreError, match=r"r.jsonl:1: the row has no step"):
         rewind(path, 0)
     assert path.read_bytes().count(b"\n") == 1
-    for broken in (b'{"step": 1, "pro\n', b"\x00" * 9):  # amid the file; after a power cut
+    path.write_bytes(whole + b"\0" * 9)  # after a power loss
+    assert rewind(path, 3) == 0
+    assert path.read_bytes() == whole
+    for broken in (b'{"step": 1, "pro\n', b"\x00\n"):  # amid the file
         path.write_bytes(whole + broken)
         with pytest.raises(StoreError, match=r"r.jsonl:7: not JSON in UTF-8"):
             rewind(path, 9)
         assert path.read_bytes() == whole + broken
+
+
+def test_rows_of_two_processes_in_one_file_are_refused_with_the_remedy(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", *(row(traj_idx=i, step=step) for i, step in enumerate((1, 2, 1, 2))))
+    with pytest.raises(StoreError, match=r"r\.jsonl:3: step 1 after step 2; two processes .* remove the folder"):
+        rewind(path, 2)
+
+
+def test_a_second_process_gets_no_writer(tmp_path):
+    with Writer(tmp_path / "r.jsonl") as writer:
+        with pytest.raises(LockedError, match="another process is writing to"):
+            Writer(tmp_path / "r.jsonl")
+        writer.write(row())
+    with Writer(tmp_path / "r.jsonl") as writer:
+        assert writer.done == {("p", 0)}
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 9, b'{"prompt_id": "x\0\0\0'], ids=["NUL bytes", "torn, then NUL bytes"])
+def test_nul_bytes_at_the_end_are_cut_off(tmp_path, tail):
+    path = write_lines(tmp_path / "r.jsonl", row())
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    assert read(path) == [row()]
+    with Writer(path):
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1] + b"\0" * 7)  # a whole row without its line end
+    with Writer(path):
+        assert path.read_bytes() == whole
+
+
+def test_a_row_that_the_disk_refuses_leaves_no_half_line(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "r.jsonl", os.write, 30
+
+    def full(descriptor, data):
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(descriptor, bytes(data)[:room])
+        room -= done
+        return done
+
+    with Writer(path) as writer:
+        writer.write(row())
+        whole = path.read_bytes()
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(WriteError, match=r"r\.jsonl cannot be written: No space left on device; make room"):
+            writer.write(row(traj_idx=1))
+        assert path.read_bytes() == whole
+        assert writer.done == {("p", 0)}
+        monkeypatch.setattr(os, "write", write)
+        writer.write(row(traj_idx=1))
+    assert read(path) == [row(), row(traj_idx=1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"logprobs": [0.0, 0.0, 0.5]}, r"logprobs\[2\] is 0.5; it should be at most 0"),
+        ({"turn_rewards": {"t1": 1e308}}, r"turn_rewards.t1 is 1e\+308; it should be a number between -1e9"),
+        ({"format_penalty": -1e300}, "format_penalty is -1e\\+300"),
+    ],
+)
+def test_values_that_no_sampler_or_verifier_gives_are_refused(changes, reason):
+    good = row(token_ids=[5, 6, 7], loss_mask=[0, 1, 1], logprobs=[0.0, -1.0, -0.5], turn_starts=DROP)
+    assert validate(good)
+    with pytest.raises(StoreError, match=reason):
+        validate({**good, **changes})
