@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drift_kernels.staging import capacity, padded
+from drift_kernels.gpu_sweep import capacity, padded
 
 GEMM_SHARE = 0.73  # of the peak: 42 ms for the three products of 8192 × 4096 × 151,936, as TRL's maintainers publish
 COPY_SHARE = 0.85  # of the peak: assumed
@@ -60,7 +60,7 @@ class Stage:
 
 
 def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list[Stage]:
-    """A loss with all its gradients over T rows that count, bf16, through `drift_kernels.staging`; a kernel that keeps a
+    """A loss with all its gradients over T rows that count, bf16, through `drift_kernels.gpu_sweep`; a kernel that keeps a
     row on chip does not read it `twice`."""
     staged, room = capacity(workspace, V, D, 2, True)
     width, blocks = padded(V), -(-T // staged)

@@ -11,7 +11,8 @@ from drift_kernels.checks import number, one_of
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.spec import PolicySpec
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+KERNEL_BACKENDS = ("cpu", "triton", "cuda")  # modules of drift_kernels.backends with row kernels
+BACKENDS = ("auto", "reference", *KERNEL_BACKENDS)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from drift_kernels import autograd, distill_driver
 from drift_kernels.autograd import HEAD, HEAD_SIZE, REST, REST_SIZE, TOKENS, Rest
 from drift_kernels.calls import Call, DistillCall
-from drift_kernels.divergences import Lessons, Teacher
+from drift_kernels.divergences import DistillTokens, Teacher
 from drift_kernels.formulas import Tokens
 from drift_kernels.tensors import compute_dtype
 
 _TEACHER = ", ".join(f"Tensor? teacher_{field.name}" for field in fields(Teacher))
-_LESSONS = ", ".join(f"Tensor? lesson_{field.name}" for field in fields(Lessons))
+_LESSONS = ", ".join(f"Tensor? lesson_{field.name}" for field in fields(DistillTokens))
 torch.library.define(
     "drift_kernels::distill",
     f"({HEAD}, {REST}, {TOKENS}, {_TEACHER}, {_LESSONS}, Tensor normalizer, str call) -> (Tensor, {autograd.GRADS}, Tensor)",
@@ -24,14 +24,14 @@ torch.library.define(
 torch.library.define("drift_kernels::top_k", f"({HEAD}, {REST}, int k, str call) -> (Tensor, Tensor, Tensor)")
 
 
-def _split(args: tuple) -> tuple[tuple, Tokens, Teacher, Lessons]:
+def _split(args: tuple) -> tuple[tuple, Tokens, Teacher, DistillTokens]:
     """Head and rest, and the three bundles, of what an op was given."""
-    sizes = (HEAD_SIZE + REST_SIZE, len(fields(Tokens)), len(fields(Teacher)), len(fields(Lessons)))
+    sizes = (HEAD_SIZE + REST_SIZE, len(fields(Tokens)), len(fields(Teacher)), len(fields(DistillTokens)))
     parts, start = [], 0
     for size in sizes:
         parts.append(args[start : start + size])
         start += size
-    return tuple(parts[0]), Tokens(*parts[1]), Teacher(*parts[2]), Lessons(*parts[3])
+    return tuple(parts[0]), Tokens(*parts[1]), Teacher(*parts[2]), DistillTokens(*parts[3])
 
 
 @torch.library.impl("drift_kernels::distill", ("CPU", "CUDA"))
@@ -80,13 +80,12 @@ class DistillLoss(torch.autograd.Function):
         rest: Rest,
         tokens: Tokens,
         teacher: Teacher,
-        lessons: Lessons,
+        lessons: DistillTokens,
         call: DistillCall,
     ):
         head = (hidden, weight, bias, a, b)
-        if (
-            call.student.accumulate_scale is not None
-        ):  # writes into weight.grad: not an op that a graph may move or repeat
+        # Writing into weight.grad is not an op that a graph may move or repeat.
+        if call.student.accumulate_scale is not None:
             x = autograd.inputs((*head, *rest.flat()), call.student, tokens, weight.grad)
             loss, grads, outputs = distill_driver.fused(x, teacher, lessons, call, normalizer)
             made = autograd.given(replace(grads, weight=None), loss)

@@ -20,7 +20,7 @@ from drift_kernels.backends import reference
 from drift_kernels.calls import Call, DistillCall, KernelConfig
 from drift_kernels.distill_autograd import DistillLoss
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
-from drift_kernels.divergences import Lessons
+from drift_kernels.divergences import DistillTokens
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
     OUTPUTS,
@@ -94,7 +94,7 @@ def distill_loss(
     mask = flat.mask(ignore_index)
     if normalizer is None:
         normalizer = ops.or_one(mask.sum(), flat)
-    lessons = Lessons(weights)
+    lessons = DistillTokens(weights)
     loss, values = _run(flat, teacher, Tokens(old=old), lessons, call, spec, None, names, normalizer)
     result = LossOutput(loss, ops.unflatten({name: values[name] for name in names}, flat))
     result.metrics = {"divergence": _divergence(values, mask, lessons)}
@@ -278,7 +278,7 @@ def _check_importance(spec: DistillSpec, old: Tensor | None) -> None:
         raise ValueError(f"importance_clip={spec.importance_clip} needs old_logprobs")
 
 
-def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taught: Tensor | None) -> Lessons:
+def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taught: Tensor | None) -> DistillTokens:
     given = flat.per_entry("distill_weights", weights)
     if not isinstance(coef, (int, float)) or not math.isfinite(coef):
         raise ValueError(
@@ -293,7 +293,7 @@ def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taug
                 f"has_teacher must be bool of the targets' shape {tuple(flat.shape)}; got {tuple(taught.shape)} {taught.dtype}"
             )
         taught = taught.reshape(-1)
-    return Lessons(given, taught)
+    return DistillTokens(given, taught)
 
 
 def _continues(flat: Flat, taught: Tensor, turn_ids: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -323,7 +323,7 @@ def _mean(name: str, value: float | Tensor | None, flat: Flat) -> Tensor | None:
     return torch.full((), float(value), dtype=flat.dtype, device=flat.hidden.device)
 
 
-def _divergence(values: dict[str, Tensor], mask: Tensor, lessons: Lessons) -> tuple[Tensor, Tensor]:
+def _divergence(values: dict[str, Tensor], mask: Tensor, lessons: DistillTokens) -> tuple[Tensor, Tensor]:
     counts = mask if lessons.taught is None else mask & lessons.taught
     if lessons.weights is not None:
         counts = counts & (lessons.weights != 0)
@@ -334,7 +334,7 @@ def _run(
     flat: Flat,
     teacher: AnyTeacher,
     tokens: Tokens,
-    lessons: Lessons,
+    lessons: DistillTokens,
     student: Call,
     spec: DistillSpec,
     explore: ExplorationSpec | None,
@@ -355,7 +355,12 @@ def _run(
 
 
 def _reference(
-    flat: Flat, teacher: divergences.Teacher, tokens: Tokens, lessons: Lessons, call: DistillCall, denominator: Tensor
+    flat: Flat,
+    teacher: divergences.Teacher,
+    tokens: Tokens,
+    lessons: DistillTokens,
+    call: DistillCall,
+    denominator: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     options = call.student
     x = Inputs(flat.hidden, flat.weight, flat.bias, flat.targets, None, flat.active, flat.temperature, tokens)

@@ -42,7 +42,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class DistillTokens:
     """Per-token data of a distillation [N] in the compute dtype; None where not given."""
 
     weights: Tensor | None = None  # of the divergence; None = 1
@@ -57,10 +57,10 @@ class Lessons:
         lists = (self.weights, self.taught, self.continues, self.rebellious)
         return (*lists, self.mean_difference, self.mean_entropy)
 
-    def pick(self, index: Tensor | slice) -> Lessons:
+    def pick(self, index: Tensor | slice) -> DistillTokens:
         """The tokens at `index`; the means stay."""
         lists = (self.weights, self.taught, self.continues, self.rebellious)
-        picked = Lessons(*(None if v is None else v[index] for v in lists))
+        picked = DistillTokens(*(None if v is None else v[index] for v in lists))
         return replace(picked, mean_difference=self.mean_difference, mean_entropy=self.mean_entropy)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels.distill_spec import ExplorationSpec
-from drift_kernels.divergences import Lessons
+from drift_kernels.divergences import DistillTokens
 
 LEAST_DIFFERENCE = 1e-3  # a mean of noise must not open every gate
 
@@ -16,7 +16,7 @@ NAMES = ("difference", "rhythm", "gate", "rebellious", "taught_entropy")
 
 
 @dataclass(frozen=True)
-class Side:
+class TokenStats:
     """What is seen of the student, or of the teacher."""
 
     logprobs: Tensor  # of the targets
@@ -24,18 +24,18 @@ class Side:
     before: Tensor  # entropy of the row before, read where it belongs to the same turn
 
     @staticmethod
-    def of(stats: dict[str, Tensor], last: Tensor) -> Side:
+    def of(stats: dict[str, Tensor], last: Tensor) -> TokenStats:
         """From statistics by name, and the entropy [1] before the first row."""
-        return Side(stats["logprobs"], stats["entropy"], torch.cat((last, stats["entropy"]))[:-1])
+        return TokenStats(stats["logprobs"], stats["entropy"], torch.cat((last, stats["entropy"]))[:-1])
 
 
-def collapse(side: Side, continues: Tensor) -> Tensor:
+def collapse(side: TokenStats, continues: Tensor) -> Tensor:
     """How far the entropy has fallen since the row before, 0 at a turn's first row."""
     return torch.where(continues, (side.before - side.entropy).clamp(min=0), 0.0)
 
 
 def explore(
-    student: Side, teacher: Side, lessons: Lessons, spec: ExplorationSpec
+    student: TokenStats, teacher: TokenStats, lessons: DistillTokens, spec: ExplorationSpec
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Factors on the divergence and on the policy's token loss, and by `NAMES` what they were made from.
 

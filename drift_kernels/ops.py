@@ -17,7 +17,6 @@ from drift_kernels import backends, formulas
 from drift_kernels.autograd import FusedLoss, Head, LinearLogprobs, PointwiseLoss, Rest
 from drift_kernels.backends import reference
 from drift_kernels.calls import Call, HeadOptions, KernelConfig
-from drift_kernels.driver import without_saved_hooks
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import (
     OUTPUTS,
@@ -38,6 +37,7 @@ from drift_kernels.inputs import (
 from drift_kernels.plan import check_finite, check_targets, check_temperature, counting
 from drift_kernels.spec import PolicySpec
 from drift_kernels.tensors import LoRAHead
+from drift_kernels.token_terms import without_saved_hooks
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 

@@ -1,7 +1,7 @@
-"""Which rows count. What nothing reads is dropped before the first GEMM: most of a multi-turn batch.
+"""The rows that count. Rows that nothing reads are dropped before the first GEMM: most of a multi-turn batch.
 
-T hidden rows; N entries (targets), N = T unless `rows` says that several entries share a hidden row. A `Plan` keeps the
-entries that something reads, and the hidden rows that carry them.
+T hidden rows; N entries (targets), N = T unless several entries share a hidden row (`rows`). A `Plan` keeps the entries that
+something reads, and their hidden rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from drift_kernels.calls import Call
 from drift_kernels.formulas import Tokens
 
-KAPPA = 1.5  # of the chunk-size model, as `python -m bench.chunks` measures it
+KAPPA = 1.5  # constant of the chunk-size model, as `python -m bench.chunks` measures it
 # A caller who asks for one of these reads every unmasked row.
 DENSE_OUTPUTS = frozenset({"logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs", "kl", "ratio"})
 
@@ -26,45 +26,69 @@ class Plan:
     """Entries and hidden rows that take part, in order."""
 
     count: int  # R, hidden rows that take part
-    index: Tensor | None  # [R] int64, which hidden rows; None = all T of them
-    entries: Tensor | None  # [M] int64, which entries; None = all N of them
-    row_ptr: Tensor | None  # [R + 1] int64, entries of each kept row (CSR); None = one each
+    index: Tensor | None  # [R] int64, indices of these hidden rows; None: all T
+    entries: Tensor | None  # [M] int64, indices of the entries; None: all N
+    row_ptr: Tensor | None  # [R + 1] int64, entries of each kept row (CSR); None: one each
     edges: Tensor | None = None  # row_ptr on the CPU
 
-    @overload
-    def pick(self, values: Tensor) -> Tensor: ...
-    @overload
-    def pick(self, values: None) -> None: ...
-    @overload
-    def pick(self, values: Tensor | None) -> Tensor | None: ...
+    @staticmethod
+    def of(mask: Tensor, rows: Tensor | None) -> Plan:
+        """The plan for the entries in `mask` [N]; `rows` [N] int64 sorted, or None if entry i reads hidden row i.
 
-    def pick(self, values: Tensor | None) -> Tensor | None:
-        """Of [N] values those of the kept entries [M]."""
+        One read from a GPU.
+        """
+        if rows is None:
+            entries = mask.nonzero().squeeze(1)
+            everything = entries.numel() == mask.numel()
+            return (
+                Plan(entries.numel(), None, None, None) if everything else Plan(entries.numel(), entries, entries, None)
+            )
+        device, total = rows.device, mask.numel()
+        if device.type != "cpu":
+            mask, rows = torch.stack((mask.to(torch.int64), rows)).cpu()
+            mask = mask != 0
+        entries = mask.nonzero().squeeze(1)
+        index, counts = torch.unique_consecutive(rows[entries], return_counts=True)
+        row_ptr = torch.zeros(index.numel() + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=row_ptr[1:])
+        kept = None if entries.numel() == total else entries.to(device, non_blocking=True)
+        on_device = [values.to(device, non_blocking=True) for values in (index, row_ptr)]
+        return Plan(index.numel(), on_device[0], kept, on_device[1], row_ptr)
+
+    @overload
+    def take_entries(self, values: Tensor) -> Tensor: ...
+    @overload
+    def take_entries(self, values: None) -> None: ...
+    @overload
+    def take_entries(self, values: Tensor | None) -> Tensor | None: ...
+
+    def take_entries(self, values: Tensor | None) -> Tensor | None:
+        """The kept entries [M] of [N] values."""
         return values if values is None or self.entries is None else values[self.entries]
 
     def entries_of(self, start: int, stop: int) -> tuple[int, int]:
-        """[first, last) of the kept entries that belong to rows [start, stop) of the plan."""
+        """[first, last) of the kept entries, for rows [start, stop) of the plan."""
         if self.edges is None:
             return start, stop
         return int(self.edges[start]), int(self.edges[stop])
 
-    def pick_rows(self, values: Tensor | None) -> Tensor | None:
-        """Of [T] values those of the kept hidden rows [R]."""
+    def take_rows(self, values: Tensor | None) -> Tensor | None:
+        """The kept hidden rows [R] of [T] values."""
         return values if values is None or self.index is None else values[self.index]
 
 
 def unmasked(targets: Tensor, active: Tensor | None, ignore_index: int) -> Tensor:
-    """Which entries have a target and lie in `active` [N] bool."""
+    """[N] bool: the entry has a target and lies in `active`."""
     mask = targets != ignore_index
     return mask if active is None else mask & torch.zeros_like(mask).index_fill(0, active, True)
 
 
 def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call) -> Tensor:
-    """Which entries anything reads [N] bool.
+    """[N] bool: something reads the entry.
 
     An entry is read unless its target is ignored, it lies outside `active`, or both hold: no requested output reads it,
-    and its loss is zero whatever its log-prob (weight 0; advantage 0 without another term). Where a loss reads
-    other tokens, an entry is read for as long as any of those counts.
+    and its loss is zero whatever its log-prob (weight 0; advantage 0 without another term). If a loss reads other tokens,
+    an entry is read as long as any of those counts.
     """
     mask, spec = unmasked(targets, active, call.head.ignore_index), call.spec
     if DENSE_OUTPUTS.intersection(call.outputs) or spec.scope == "batch":
@@ -88,33 +112,10 @@ def _of_a_sequence(some: Tensor, tokens: Tokens) -> Tensor:
     return alive.index_put_((tokens.segments[some],), some.new_ones(()))[tokens.segments]
 
 
-def plan(mask: Tensor, rows: Tensor | None) -> Plan:
-    """The plan for the entries in `mask` [N]; `rows` [N] int64 sorted, or None where entry i is of hidden row i.
-
-    One read from a GPU.
-    """
-    total = mask.numel()
-    if rows is None:
-        entries = mask.nonzero().squeeze(1)
-        everything = entries.numel() == total
-        return Plan(entries.numel(), None, None, None) if everything else Plan(entries.numel(), entries, entries, None)
-    device = rows.device
-    if device.type != "cpu":
-        mask, rows = torch.stack((mask.to(torch.int64), rows)).cpu()
-        mask = mask != 0
-    entries = mask.nonzero().squeeze(1)
-    index, counts = torch.unique_consecutive(rows[entries], return_counts=True)
-    row_ptr = torch.zeros(index.numel() + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=row_ptr[1:])
-    kept = None if entries.numel() == total else entries.to(device, non_blocking=True)
-    on_device = [values.to(device, non_blocking=True) for values in (index, row_ptr)]
-    return Plan(index.numel(), on_device[0], kept, on_device[1], row_ptr)
-
-
 def can_use_active_as_plan(rows: Tensor | None, call: Call, backend: str) -> bool:
-    """Whether `active` is the plan, so that a GPU is not waited for. It is not where
+    """Whether `active` is the plan, so that a GPU is not waited for. It is not if
 
-    - the backend is "cpu": looking costs nothing there, and entries that are masked after all are dropped;
+    - the backend is "cpu": reading values costs nothing there, and masked entries of `active` are dropped;
     - entries share hidden rows: how many rows there are must be read;
     - the loss reads several tokens: a masked one among them would count.
     """
@@ -138,14 +139,14 @@ def check_temperature(kept: Tensor | None) -> None:
 
 def check_finite(tokens: Tokens) -> None:
     """ValueError naming the first of `tokens` (of the entries that count) that holds a NaN or an infinity."""
-    given = {
+    values = {
         "advantages": tokens.advantages,
         "old_logprobs": tokens.old,
         "ref_logprobs": tokens.ref,
         "rollout_logprobs": tokens.rollout,
         "token_weights": tokens.weights,
     }
-    for name, value in given.items():
+    for name, value in values.items():
         if value is not None and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
@@ -162,18 +163,20 @@ def chunk_rows(count: int, width: int, limit: int) -> int:
     return max(1, min(limit, int((KAPPA * count * width) ** 0.5)))
 
 
-def chunks(count: int, largest: int) -> list[tuple[int, int]]:
+def even_spans(count: int, largest: int) -> list[tuple[int, int]]:
     """[0, count) cut into the fewest spans of at most `largest` rows, all about equally long."""
     pieces = -(-count // max(largest, 1))
     edges = [count * i // pieces for i in range(pieces + 1)] if pieces else [0]
     return list(pairwise(edges))
 
 
-def whole(segments: Tensor | None, count: int, aim: int, largest: int, *, shared: bool) -> list[tuple[int, int]]:
-    """[0, count) rows cut into spans of about `aim` rows that no sequence crosses; beyond `largest` only a sequence goes.
+def sequence_spans(
+    segments: Tensor | None, count: int, aim: int, largest: int, *, shared: bool
+) -> list[tuple[int, int]]:
+    """[0, count) rows cut into spans of about `aim` rows that no sequence crosses; only one sequence may exceed `largest`.
 
-    `segments` [count] names the sequence of each row. Without it, where it is not in order, or where rows are `shared` by
-    sequences, there is one span.
+    `segments` [count] names the sequence of each row. Without it, if it is not in order, or if sequences share rows
+    (`shared`), there is one span.
     """
     if not count:
         return []

@@ -215,8 +215,8 @@ def block_of_rows(use: str, count: int, width: int, dtype: torch.dtype) -> Tenso
     return memory.empty(use, (count, row_stride(width, dtype)), dtype)[:, :width]
 
 
-class HeadBlock:
-    """Products of hidden rows by a head beside the one that is trained, in a block of their own."""
+class CpuBlock:
+    """`pieces.LogitsBlock` on a CPU."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, lora: LoRAHead | None, dtype: torch.dtype, workspace: int

@@ -21,7 +21,8 @@ KERNELS = [
     "inputs",
     "teachers",
 ]
-KERNELS += ["backends", "memory", "products", "pieces", "staging", "driver", "distill_driver"]
+KERNELS += ["backends", "memory", "products", "pieces", "cpu_sweep", "gpu_sweep", "sweeps"]
+KERNELS += ["token_terms", "driver", "distill_driver"]
 KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation"]
 KERNELS += ["packs", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other

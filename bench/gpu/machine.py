@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -196,15 +196,16 @@ WRITING = ("row_stats", "grad_logits", "fused_policy", "fused_distill", "grad_bu
 @cache
 def _out_of_place() -> SimpleNamespace:
     """The CPU's row kernels as a GPU backend's: gradients into `out`, products left as they are."""
-    cpu: ModuleType = backends.load("cpu")
+    cpu = backends.load("cpu")
 
     def beside(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(logits: Tensor, *arguments: Any, out: Tensor | None = None, **options: Any) -> Any:
             own = logits.clone()
-            found = kernel(own, *arguments, **options)
-            if out is not None:
-                out.copy_(own)
-            return found
+            if out is None:
+                return kernel(own, *arguments, **options)
+            result = kernel(own, *arguments, out=own, **options)
+            out.copy_(own)
+            return result
 
         return run
 

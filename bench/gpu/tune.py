@@ -24,9 +24,10 @@ from bench.gpu.machine import Machine
 from bench.gpu.measure import BrokenError, Say, line
 from drift_kernels import PolicySpec
 from drift_kernels.backends import cuda, tuning
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.calls import HeadOptions
-from drift_kernels.staging import SCORED_ROWS, STAGED_ROWS, aligned
+from drift_kernels.formulas import Tokens
+from drift_kernels.gpu_sweep import SCORED_ROWS, STAGED_ROWS, aligned
 
 VOCABULARY, WIDTH, TOP_K = 151_936, 4096, 100
 GAIN = 0.98  # of the rule's time, at most
@@ -127,17 +128,15 @@ class Rows:
         if kernel == "row_stats":
             return self.kernels.row_stats(self.logits, self.chunk, ("logprobs", "lse"))["lse"]
         if kernel == "grad_logits":
-            self.kernels.grad_logits(self.logits, self.chunk, self.ones, self.lse, raw=True, out=self.out)
+            self.kernels.grad_logits(self.logits, self.chunk, Coefs(self.lse, self.ones), raw=True, out=self.out)
         else:
-            given = (PolicySpec(), self.ones, self.old, None, self.ones)
-            self.kernels.fused_policy(self.logits, self.chunk, *given, ("loss",), gradient=True, out=self.out)
+            tokens = Tokens(self.ones, self.old, None, self.ones)
+            self.kernels.fused_policy(self.logits, self.chunk, PolicySpec(), tokens, ("loss",), out=self.out)
         return self.out
 
     def _fused_distill(self) -> Tensor:
-        teacher = (self.teacher, self.chunk, self.teacher_lse)
-        self.kernels.fused_distill(
-            self.logits, self.chunk, None, *teacher, self.ones, 0.5, self.lse, gradient=True, out=self.out
-        )
+        teacher = TeacherChunk(self.teacher, self.chunk, self.teacher_lse)
+        self.kernels.fused_distill(self.logits, self.chunk, Coefs(self.lse), teacher, self.ones, 0.5, out=self.out)
         return self.out
 
     def _top_k(self) -> Tensor:
@@ -148,8 +147,8 @@ class Rows:
         return torch.cat((logprobs, rest[:, None]), 1)
 
     def _grad_buckets(self) -> Tensor:
-        given = (self.ids, self.rest, self.dlogprobs, self.ones, self.lse)
-        self.kernels.grad_buckets(self.logits, self.chunk, None, *given, out=self.out)
+        slopes = BucketSlopes(self.ids, self.dlogprobs, self.rest, self.ones)
+        self.kernels.grad_buckets(self.logits, self.chunk, Coefs(self.lse), None, slopes, out=self.out)
         return self.out
 
     def _score(self) -> Tensor:

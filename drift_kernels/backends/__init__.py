@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from types import ModuleType
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-NAMES = ("cpu", "triton", "cuda")
-MODULES = {name: f"drift_kernels.backends.{name}" for name in NAMES}
+from drift_kernels.backends.contract import RowKernels
+from drift_kernels.calls import KERNEL_BACKENDS
+
+if TYPE_CHECKING:
+    from drift_kernels.backends import cpu, cuda, triton
+
+    CHECKED: tuple[RowKernels, ...] = (cpu, cuda, triton)  # the type checker holds them to the contract
+
+AUTO = {"cpu": "cpu", "cuda": "triton"}  # the backend of each device
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name with None where it can run, else the reason why it cannot."""
-    return {"reference": None, **{name: _reason(name) for name in NAMES}}
+    """Every backend's name, with None if it can run, else the reason."""
+    return {"reference": None, **{name: _reason(name) for name in KERNEL_BACKENDS}}
 
 
 def _reason(name: str) -> str | None:
-    if name == "triton":
-        return _triton_reason()
+    return REASONS[name]()
+
+
+# Constant for the life of a process, which keeps imports out of compiled graphs: torch.compiler.assume_constant_result does
+# the same, but imports the compiler, and triton with it.
+_reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _cpu_reason() -> str | None:
     try:
-        module = importlib.import_module(MODULES[name])
+        importlib.import_module("drift_kernels._cpu")
     except ImportError as error:
         return f"the compiled extension does not import ({error}); build it with: pip install -e ."
-    return module.unavailable() if hasattr(module, "unavailable") else None
+    return None
 
 
-# The same for the life of a process, which keeps imports out of compiled graphs: all that torch.compiler.assume_constant_result
-# does, but that one imports the compiler, and triton with it.
-_reason._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+def _cuda_reason() -> str | None:
+    return _cpu_reason() or importlib.import_module("drift_kernels.backends.cuda").unavailable()
 
 
 def _triton_reason() -> str | None:
@@ -43,6 +57,9 @@ def _triton_reason() -> str | None:
     return None
 
 
+REASONS: dict[str, Callable[[], str | None]] = {"cpu": _cpu_reason, "triton": _triton_reason, "cuda": _cuda_reason}
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors. Loads Triton."""
     triton = importlib.import_module("triton")
@@ -50,10 +67,10 @@ def interpreted() -> bool:
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """The backend's name for `device`; "auto" picks by device. Raises RuntimeError with the reason where it cannot run."""
+    """The backend's name for `device`; "auto" picks by device. Raises RuntimeError with the reason if it cannot run."""
     if name == "reference":
         return name
-    wanted = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "") if name == "auto" else name
+    wanted = AUTO.get(device.type, "") if name == "auto" else name
     if not wanted:
         raise RuntimeError(
             f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU"
@@ -68,6 +85,6 @@ def resolve(name: str, device: torch.device) -> str:
     return wanted
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> RowKernels:
     """The module of row kernels called `name`."""
-    return importlib.import_module(MODULES[name])
+    return cast("RowKernels", importlib.import_module(f"drift_kernels.backends.{name}"))

@@ -11,28 +11,9 @@ from torch import Tensor
 
 from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 from drift_kernels.backends import structs
-from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS, Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
-
-__all__ = [  # with what drivers read of every backend
-    "ENTRY_OUTPUTS",
-    "ROW_OUTPUTS",
-    "Chunk",
-    "bucket_logprobs",
-    "compact",
-    "fused_distill",
-    "fused_policy",
-    "gemm_nn",
-    "gemm_nt",
-    "gemm_scratch_bytes",
-    "gemm_tn",
-    "grad_buckets",
-    "grad_logits",
-    "has_bf16_gemm",
-    "has_gemm",
-    "row_stats",
-    "top_k",
-]
 
 CPU = torch.device("cpu")
 GEMM_ALIGNMENT = 64  # bytes, of the scratch
@@ -45,121 +26,88 @@ def _address(tensor: Tensor | None) -> int:
 def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
     """Products [C, V] become logits in place; returns the statistics in `want`, per row or per entry."""
     stats, outputs = structs.stats(logits, chunk, want)
-    _cpu.row_stats(structs.rows(logits, chunk), stats, logits.dtype == torch.float64)
+    _cpu.row_stats(structs.logit_rows(logits, chunk), stats, logits.dtype == torch.float64)
     return outputs
 
 
-def grad_logits(
-    logits: Tensor,
-    chunk: Chunk,
-    coefs: Tensor | None,
-    lse: Tensor,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
-    *,
-    raw: bool,
-) -> Tensor:
-    """Products (raw) or logits [C, V] become d(loss)/d(product) in place; returns which rows are not all zero [C] uint8.
+def _rows(logits: Tensor, chunk: Chunk, out: Tensor | None):
+    """The rows as kernels take them; ValueError if gradients were to go anywhere but over the logits."""
+    if out is not None and (out.data_ptr(), out.stride()) != (logits.data_ptr(), logits.stride()):
+        raise ValueError("this backend writes gradients over the logits: out must be the logits")
+    return structs.logit_rows(logits, chunk)
 
-    `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse).
-    """
-    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    _cpu.grad_logits(structs.rows(logits, chunk), c, raw, live.data_ptr(), logits.dtype == torch.float64)
+
+def _flags(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.uint8)
+
+
+def grad_logits(logits: Tensor, chunk: Chunk, coefs: Coefs, *, raw: bool, out: Tensor) -> Tensor:
+    """Products (raw) or logits [C, V] become d(loss)/d(product) in place; returns which rows are not all zero [C] uint8."""
+    rows, live = _rows(logits, chunk, out), _flags(logits)
+    _cpu.grad_logits(rows, structs.coefs(coefs), raw, live.data_ptr(), logits.dtype == torch.float64)
     return live
 
 
 def fused_policy(
-    logits: Tensor,
-    chunk: Chunk,
-    spec: PolicySpec,
-    advantages: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-    want: tuple[str, ...],
-    *,
-    gradient: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics, policy loss and, with `gradient`, d(loss)/d(product) in place; returns outputs and live rows [C]."""
+    logits: Tensor, chunk: Chunk, spec: PolicySpec, tokens: Tokens, want: tuple[str, ...], *, out: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Statistics, policy loss and, with `out`, d(loss)/d(product) in place; returns outputs and live rows [C]."""
+    rows, live = _rows(logits, chunk, out), _flags(logits)
     stats, outputs = structs.stats(logits, chunk, want)
-    policy, more = structs.policy(logits, chunk, spec, advantages, old, ref, weights, want, gradient)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    _cpu.fused_policy(structs.rows(logits, chunk), stats, policy, live.data_ptr(), logits.dtype == torch.float64)
-    return outputs | more, live
+    policy, terms = structs.policy(logits, chunk, spec, tokens, want, out is not None)
+    _cpu.fused_policy(rows, stats, policy, live.data_ptr(), logits.dtype == torch.float64)
+    return outputs | terms, None if out is None else live
 
 
-def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
-    """The k largest of logits [C, V], largest first [n, k] int64; row i of `taught` [C] says which of n it is, −1 none."""
+def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: int) -> Tensor:
+    """Ids [n, k] int64 of the k largest of logits [C, V], largest first; `teacher_rows` as `TeacherChunk.rows`."""
     ids = torch.empty((n, k), dtype=torch.int64)
-    double = logits.dtype == torch.float64
-    _cpu.top_k(structs.rows(logits, chunk), _address(taught), structs.buckets(ids), double)
+    rows, double = structs.logit_rows(logits, chunk), logits.dtype == torch.float64
+    _cpu.top_k(rows, _address(teacher_rows), structs.buckets(ids), double)
     return ids
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by logits [C, V]."""
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
-    b = structs.buckets(ids, logprobs, others)
-    _cpu.bucket_logprobs(structs.rows(logits, chunk), _address(taught), _address(lse), b, logits.dtype == torch.float64)
+    rows, b = structs.logit_rows(logits, chunk), structs.buckets(ids, logprobs, others)
+    _cpu.bucket_logprobs(rows, _address(teacher_rows), _address(lse), b, logits.dtype == torch.float64)
     return logprobs, others
 
 
 def fused_distill(
     logits: Tensor,
     chunk: Chunk,
-    taught: Tensor | None,
-    teacher: Tensor,
-    teacher_chunk: Chunk,
-    teacher_lse: Tensor,
+    coefs: Coefs,
+    teacher: TeacherChunk,
     weights: Tensor,
     alpha: float,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
     *,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Divergences [n] of logits [C, V] from the teacher's [n, V], and with `gradient` d(loss)/d(product) in place.
-
-    `teacher_chunk` goes unread: the teacher's are logits by now, where other backends have products still. `weights` [C] are
-    the divergences', the coefficients what other terms add (see `grad_logits`). Returns live rows [C] too.
-    """
-    t, divergence = structs.teacher(teacher, teacher_lse, weights, alpha, gradient)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    double = logits.dtype == torch.float64
-    _cpu.fused_distill(structs.rows(logits, chunk), c, _address(taught), t, live.data_ptr(), double)
-    return divergence, live
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergences [n] of logits [C, V] from the teacher's [n, V], and with `out` d(loss)/d(product) in place; live rows."""
+    rows, live = _rows(logits, chunk, out), _flags(logits)
+    t, divergence = structs.teacher(teacher, weights, alpha, out is not None)
+    which, double = _address(teacher.rows), logits.dtype == torch.float64
+    _cpu.fused_distill(rows, structs.coefs(coefs), which, t, live.data_ptr(), double)
+    return divergence, None if out is None else live
 
 
 def grad_buckets(
-    logits: Tensor,
-    chunk: Chunk,
-    taught: Tensor | None,
-    ids: Tensor,
-    rest: Tensor | None,
-    dlogprobs: Tensor,
-    drest: Tensor | None,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
+    logits: Tensor, chunk: Chunk, coefs: Coefs, teacher_rows: Tensor | None, slopes: BucketSlopes, *, out: Tensor
 ) -> Tensor:
-    """Logits [C, V] become d(loss)/d(product), by the derivatives of what `bucket_logprobs` gave; returns live rows [C]."""
-    b = structs.buckets(ids, None, rest, dlogprobs, drest)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8)
-    c = structs.coefs(CPU, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    double = logits.dtype == torch.float64
-    _cpu.grad_buckets(structs.rows(logits, chunk), c, _address(taught), b, live.data_ptr(), double)
+    """Logits [C, V] become d(loss)/d(product), by derivatives of the results of `bucket_logprobs`; returns live rows [C]."""
+    rows, live = _rows(logits, chunk, out), _flags(logits)
+    b, double = structs.bucket_slopes(slopes), logits.dtype == torch.float64
+    _cpu.grad_buckets(rows, structs.coefs(coefs), _address(teacher_rows), b, live.data_ptr(), double)
     return live
+
+
+def score(hidden: Tensor, weight: Tensor, chunk: Chunk, want: tuple[str, ...]) -> None:
+    """None: scores are made of logits here."""
 
 
 def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:

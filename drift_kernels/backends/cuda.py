@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends import structs
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.backends.cuda_library import library
-from drift_kernels.backends.params import Chunk
 from drift_kernels.backends.partials import SUMS, Partials
 from drift_kernels.backends.tuning import VARIABLE, tuning
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 OUT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -104,8 +105,10 @@ def _device_and_stream(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-def _output(logits: Tensor, out: Tensor) -> tuple[int, int, int]:
-    """Address, stride and type of `out`; ValueError unless gradients of `logits` can be written there."""
+def _output(logits: Tensor, out: Tensor | None) -> tuple[int, int, int]:
+    """Address, stride and type of `out`, zeros for None; ValueError unless gradients of `logits` can be written there."""
+    if out is None:
+        return 0, 0, 0
     if out.dtype not in OUT_TYPES:
         raise TypeError(f"out is {out.dtype}; gradients are float32, bfloat16 or float16")
     if out.shape != logits.shape or out.device != logits.device or (out.shape[1] > 1 and out.stride(1) != 1):
@@ -128,7 +131,7 @@ def _end(t: Tensor) -> int:
 def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
     """The statistics in `want` of products [C, V], per row or per entry. The products are left as they are."""
     device, stream = _place(logits)
-    rows, (stats, outputs) = structs.rows(logits, chunk), structs.stats(logits, chunk, want)
+    rows, (stats, outputs) = structs.logit_rows(logits, chunk), structs.stats(logits, chunk, want)
     how = choose(logits.shape[1], False, *_limits(device))
     library()("row_stats", device, stream, rows.address, stats.address, how.threads, how.cluster)
     return outputs
@@ -141,7 +144,7 @@ def partial_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...], first: in
     """
     device, stream = _place(logits)
     local = replace(chunk, targets=chunk.targets - first)  # named, so that it lives until the launch
-    rows = structs.rows(logits, local)
+    rows = structs.logit_rows(logits, local)
     part = Partials(logits.new_empty((SUMS, logits.shape[0])), logits.new_empty(chunk.targets.numel()))
     how = choose(logits.shape[1], False, *_limits(device))
     where = (part.sums.data_ptr(), part.at_target.data_ptr())
@@ -149,68 +152,46 @@ def partial_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...], first: in
     return part
 
 
-def grad_logits(
-    logits: Tensor,
-    chunk: Chunk,
-    coefs: Tensor | None,
-    lse: Tensor,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
-    *,
-    raw: bool,
-    out: Tensor,
-) -> Tensor:
+def _flags(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device)
+
+
+def grad_logits(logits: Tensor, chunk: Chunk, coefs: Coefs, *, raw: bool, out: Tensor) -> Tensor:
     """d(loss)/d(product) of products (raw) or logits [C, V] into `out` [C, V]; returns which rows are not all zero [C] uint8.
 
-    `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse). `out` is
-    fp32, bf16 or fp16. After `row_stats` logits are raw still.
+    `out` is fp32, bf16 or fp16. After `row_stats` logits are raw still.
     """
     device, stream = _place(logits)
-    where, stride, out_type = _output(logits, out)
-    rows = structs.rows(logits, chunk)
-    c = structs.coefs(logits.device, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device)
+    address, stride, out_type = _output(logits, out)
+    rows, c, live = structs.logit_rows(logits, chunk), structs.coefs(coefs), _flags(logits)
     how = choose(logits.shape[1], False, *_limits(device))
-    arguments = (rows.address, c.address, raw, where, stride, out_type, live.data_ptr(), how.threads, how.cluster)
+    arguments = (rows.address, c.address, raw, address, stride, out_type, live.data_ptr(), how.threads, how.cluster)
     library()("grad_logits", device, stream, *arguments)
     return live
 
 
 def fused_policy(
-    logits: Tensor,
-    chunk: Chunk,
-    spec: PolicySpec,
-    advantages: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-    want: tuple[str, ...],
-    *,
-    gradient: bool,
-    out: Tensor | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics and policy loss of products [C, V] and, with `gradient`, d(loss)/d(product) into `out` [C, V].
+    logits: Tensor, chunk: Chunk, spec: PolicySpec, tokens: Tokens, want: tuple[str, ...], *, out: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Statistics and policy loss of products [C, V] and, with `out` [C, V], d(loss)/d(product) into it.
 
     Returns outputs and which rows are not all zero [C] uint8. The products are left as they are.
     """
     device, stream = _place(logits)
-    if gradient and out is None:
-        raise ValueError("gradient=True needs out, where gradients are written")
-    where, stride, out_type = _output(logits, out) if gradient and out is not None else (0, 0, 0)
-    rows, (stats, outputs) = structs.rows(logits, chunk), structs.stats(logits, chunk, want)
-    policy, more = structs.policy(logits, chunk, spec, advantages, old, ref, weights, want, gradient)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device)
-    how = choose(logits.shape[1], gradient, *_limits(device))
-    arguments = (rows.address, stats.address, policy.address, where, stride, out_type, live.data_ptr())
+    address, stride, out_type = _output(logits, out)
+    rows, (stats, outputs) = structs.logit_rows(logits, chunk), structs.stats(logits, chunk, want)
+    policy, terms = structs.policy(logits, chunk, spec, tokens, want, out is not None)
+    live = _flags(logits)
+    how = choose(logits.shape[1], out is not None, *_limits(device))
+    arguments = (rows.address, stats.address, policy.address, address, stride, out_type, live.data_ptr())
     library()("fused_policy", device, stream, *arguments, how.threads, how.cluster, how.on_chip)
-    return outputs | more, live
+    return outputs | terms, None if out is None else live
 
 
-def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
+def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: int) -> Tensor:
     """The k largest logits of products [C, V], largest first and the lower of equal ones before: ids [n, k] int64.
 
-    Row i of `taught` [C] says which of n it is, −1 none; None = its own. A NaN counts as −∞. ValueError where k does not fit
+    `teacher_rows` as `TeacherChunk.rows`. A NaN counts as −∞. ValueError where k does not fit
     into a block's shared memory.
     """
     device, stream = _place(logits)
@@ -224,14 +205,14 @@ def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -
         largest = (1 << (shared // 8).bit_length() - 1) - tile
         raise ValueError(f"k={k} does not fit into {shared} bytes of shared memory; this backend takes k ≤ {largest}")
     ids = torch.empty((n, k), dtype=torch.int64, device=logits.device)
-    rows, b = _taught_rows(logits, chunk), structs.buckets(ids)
-    which = structs.address(taught, logits.device)
+    rows, b = _single_rows(logits, chunk), structs.buckets(ids)
+    which = structs.address(teacher_rows, logits.device)
     library()("top_k", device, stream, rows.address, which, b.address, room, how.threads)
     return ids
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V] and their lse [C].
 
@@ -240,87 +221,66 @@ def bucket_logprobs(
     device, stream = _place(logits)
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
-    rows, b = _taught_rows(logits, chunk), structs.buckets(ids, logprobs, others)
-    given = (structs.address(taught, logits.device), structs.address(lse, logits.device))
+    rows, b = _single_rows(logits, chunk), structs.buckets(ids, logprobs, others)
+    which = (structs.address(teacher_rows, logits.device), structs.address(lse, logits.device))
     threads = choose(logits.shape[1], False, *_limits(device)).threads
-    library()("bucket_logprobs", device, stream, rows.address, *given, b.address, threads)
+    library()("bucket_logprobs", device, stream, rows.address, *which, b.address, threads)
     return logprobs, others
 
 
 def fused_distill(
     logits: Tensor,
     chunk: Chunk,
-    taught: Tensor | None,
-    teacher: Tensor,
-    teacher_chunk: Chunk,
-    teacher_lse: Tensor,
+    coefs: Coefs,
+    teacher: TeacherChunk,
     weights: Tensor,
     alpha: float,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
     *,
-    gradient: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergences [n] of products [C, V] from the teacher's [n, V], and with `gradient` d(loss)/d(product) into `out` [C, V].
+    """Divergences [n] of products [C, V] from the teacher's [n, V], and with `out` [C, V] d(loss)/d(product) into it.
 
-    `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns with the divergences
+    `weights` [C] are those of the divergences, `coefs` the derivatives of other terms. Returns with the divergences
     which rows are not all zero [C] uint8, None without a gradient.
     """
     device, stream = _place(logits)
-    _place(teacher)
-    if teacher.shape[1] != logits.shape[1] or teacher.device != logits.device:
+    _place(teacher.logits)
+    if teacher.logits.shape[1] != logits.shape[1] or teacher.logits.device != logits.device:
         raise ValueError(
-            f"teacher's logits {tuple(teacher.shape)} on {teacher.device} need the student's vocabulary and device, "
-            f"{logits.shape[1]} on {logits.device}"
+            f"teacher's logits {tuple(teacher.logits.shape)} on {teacher.logits.device} need the student's vocabulary and "
+            f"device, {logits.shape[1]} on {logits.device}"
         )
-    if gradient and out is None:
-        raise ValueError("gradient=True needs out, where gradients are written")
-    where, stride, out_type = _output(logits, out) if gradient and out is not None else (0, 0, 0)
-    rows, its = _taught_rows(logits, chunk), structs.rows(teacher, teacher_chunk)
-    t, divergence = structs.teacher(teacher, teacher_lse, weights, alpha, gradient)
-    c = structs.coefs(logits.device, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device) if gradient else None
-    how = choose(logits.shape[1], gradient, *_limits(device), True)
-    arguments = (rows.address, c.address, structs.address(taught, logits.device), its.address, t.address, where, stride)
-    written = (out_type, 0 if live is None else live.data_ptr())
-    library()("fused_distill", device, stream, *arguments, *written, how.threads, how.cluster, how.on_chip)
+    address, stride, out_type = _output(logits, out)
+    rows, teacher_rows = _single_rows(logits, chunk), structs.logit_rows(teacher.logits, teacher.chunk)
+    t, divergence = structs.teacher(teacher, weights, alpha, out is not None)
+    c, which = structs.coefs(coefs), structs.address(teacher.rows, logits.device)
+    live = None if out is None else _flags(logits)
+    how = choose(logits.shape[1], out is not None, *_limits(device), True)
+    arguments = (rows.address, c.address, which, teacher_rows.address, t.address, address, stride, out_type)
+    flags = 0 if live is None else live.data_ptr()
+    library()("fused_distill", device, stream, *arguments, flags, how.threads, how.cluster, how.on_chip)
     return divergence, live
 
 
 def grad_buckets(
-    logits: Tensor,
-    chunk: Chunk,
-    taught: Tensor | None,
-    ids: Tensor,
-    rest: Tensor | None,
-    dlogprobs: Tensor,
-    drest: Tensor | None,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
-    *,
-    out: Tensor,
+    logits: Tensor, chunk: Chunk, coefs: Coefs, teacher_rows: Tensor | None, slopes: BucketSlopes, *, out: Tensor
 ) -> Tensor:
-    """d(loss)/d(product) of products [C, V] into `out`, by the derivatives of what `bucket_logprobs` gave; live rows [C]."""
+    """d(loss)/d(product) of products [C, V] into `out`, by derivatives of the results of `bucket_logprobs`; live rows [C]."""
     device, stream = _place(logits)
-    where, stride, out_type = _output(logits, out)
-    rows, b = _taught_rows(logits, chunk), structs.buckets(ids, None, rest, dlogprobs, drest)
-    c = structs.coefs(logits.device, coefs, lse, entropy_coefs, entropy, lse_coefs)
-    live = torch.empty(logits.shape[0], dtype=torch.uint8, device=logits.device)
-    arguments = (rows.address, c.address, structs.address(taught, logits.device), b.address, where, stride, out_type)
-    threads = choose(logits.shape[1], False, *_limits(device)).threads
-    library()("grad_buckets", device, stream, *arguments, live.data_ptr(), threads)
+    address, stride, out_type = _output(logits, out)
+    rows, b, c = _single_rows(logits, chunk), structs.bucket_slopes(slopes), structs.coefs(coefs)
+    live, which = _flags(logits), structs.address(teacher_rows, logits.device)
+    arguments = (rows.address, c.address, which, b.address, address, stride, out_type, live.data_ptr())
+    library()("grad_buckets", device, stream, *arguments, choose(logits.shape[1], False, *_limits(device)).threads)
     return live
 
 
-def _taught_rows(logits: Tensor, chunk: Chunk):
+def score(hidden: Tensor, weight: Tensor, chunk: Chunk, want: tuple[str, ...]) -> None:
+    """None: scores are made of logits here."""
+
+
+def _single_rows(logits: Tensor, chunk: Chunk):
     """Rows of one target each; ValueError for several."""
     if chunk.row_ptr is not None:
         raise ValueError("distillation takes one target a row; row_ptr must be None")
-    return structs.rows(logits, chunk)
+    return structs.logit_rows(logits, chunk)

@@ -1,12 +1,7 @@
-"""What row kernels take besides logits, the same for every backend. C rows of V logits, M entries."""
+"""Names and numbers that row kernels take, the same for every backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import ratio_bounds
 from drift_kernels.spec import NUMBERS, OBJECTIVES, PARAMETERS, PolicySpec
 
@@ -14,21 +9,10 @@ ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits",
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
-# fields of PolicySpec that only some objectives read, of those objectives that the kernels have
+# Fields of PolicySpec that only some objectives read, of those objectives that the kernels have
 POINTWISE = tuple(
     name for name, (_, owners) in PARAMETERS.items() if any(OBJECTIVES[o].number is not None for o in owners)
 )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What row kernels read of some rows besides their logits. Every tensor is contiguous and of the logits' dtype."""
-
-    targets: Tensor  # [M] int64
-    row_ptr: Tensor | None  # [C + 1] int64, None = one entry a row
-    inv_temperature: Tensor | None  # [C], None = the head's own
-    bias: Tensor | None  # [V]
-    head: HeadOptions
 
 
 def _parameters(spec: PolicySpec) -> dict[str, float]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
-from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, Chunk, policy_numbers
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
+from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, policy_numbers
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 
@@ -22,7 +24,7 @@ def address(tensor: Tensor | None, device: torch.device) -> int:
     return tensor.data_ptr()
 
 
-def rows(logits: Tensor, chunk: Chunk):
+def logit_rows(logits: Tensor, chunk: Chunk):
     """Rows of logits [C, V] with their entries."""
     r, device = _cpu.Rows(), logits.device
     r.logits, r.rows, r.vocab, r.stride = logits.data_ptr(), *logits.shape, logits.stride(0)
@@ -44,38 +46,21 @@ def stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]):
     return s, outputs
 
 
-def coefs(
-    device: torch.device,
-    logprobs: Tensor | None,
-    lse: Tensor,
-    entropy_coefs: Tensor | None,
-    entropy: Tensor | None,
-    lse_coefs: Tensor | None,
-):
-    """Coefficients of log-probs [M], entropies and log-sum-exps [C], with the rows' own lse and entropy [C]."""
-    c = _cpu.Coefs()
-    c.logprobs, c.lse = address(logprobs, device), address(lse, device)
-    c.entropy, c.row_entropy = address(entropy_coefs, device), address(entropy, device)
-    c.row_lse = address(lse_coefs, device)
+def coefs(coefs: Coefs):
+    """The derivatives by statistics, and these."""
+    c, device = _cpu.Coefs(), coefs.lse.device
+    c.logprobs, c.lse = address(coefs.dlogprobs, device), address(coefs.lse, device)
+    c.entropy, c.row_entropy = address(coefs.dentropy, device), address(coefs.entropy, device)
+    c.row_lse = address(coefs.dlse, device)
     return c
 
 
-def policy(
-    logits: Tensor,
-    chunk: Chunk,
-    spec: PolicySpec,
-    advantages: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-    want: tuple[str, ...],
-    gradient: bool,
-):
+def policy(logits: Tensor, chunk: Chunk, spec: PolicySpec, tokens: Tokens, want: tuple[str, ...], gradient: bool):
     """A policy loss with room for its outputs in `want`, and the tensors by name."""
     p, outputs, device = _cpu.Policy(), {}, logits.device
     p.params, p.gradient = policy_params(spec), gradient
-    p.advantages, p.old, p.ref = address(advantages, device), address(old, device), address(ref, device)
-    p.weights = address(weights, device)
+    p.advantages, p.old = address(tokens.advantages, device), address(tokens.old, device)
+    p.ref, p.weights = address(tokens.ref, device), address(tokens.weights, device)
     for name in POLICY_OUTPUTS:
         if name in want:
             outputs[name] = logits.new_empty(chunk.targets.numel())
@@ -83,27 +68,27 @@ def policy(
     return p, outputs
 
 
-def teacher(logits: Tensor, lse: Tensor, weights: Tensor, alpha: float, gradient: bool):
-    """A teacher's logits [n, V] with their lse [n], the weights [C] of its divergences, and room for these [n]."""
-    t, device = _cpu.Teacher(), logits.device
-    divergence = logits.new_empty(logits.shape[0])
-    t.logits, t.stride, t.lse, t.alpha = logits.data_ptr(), logits.stride(0), address(lse, device), alpha
+def teacher(rows: TeacherChunk, weights: Tensor, alpha: float, gradient: bool):
+    """A teacher's rows with the weights [C] of its divergences, and room for these [n]."""
+    t, logits = _cpu.Teacher(), rows.logits
+    divergence, device = logits.new_empty(logits.shape[0]), logits.device
+    t.logits, t.stride, t.lse, t.alpha = logits.data_ptr(), logits.stride(0), address(rows.lse, device), alpha
     t.weights, t.divergence, t.gradient = address(weights, device), divergence.data_ptr(), gradient
     return t, divergence
 
 
-def buckets(
-    ids: Tensor,
-    logprobs: Tensor | None = None,
-    rest: Tensor | None = None,
-    dlogprobs: Tensor | None = None,
-    drest: Tensor | None = None,
-):
-    """Tokens `ids` [n, k] with their log-probs [n, k], that of all others [n], and the derivatives by both."""
+def buckets(ids: Tensor, logprobs: Tensor | None = None, rest: Tensor | None = None):
+    """Tokens `ids` [n, k] with room for their log-probs [n, k] and that of all others [n]."""
     b, device = _cpu.Buckets(), ids.device
     b.ids, b.k = address(ids, device), ids.shape[1]
     b.logprobs, b.rest = address(logprobs, device), address(rest, device)
-    b.dlogprobs, b.drest = address(dlogprobs, device), address(drest, device)
+    return b
+
+
+def bucket_slopes(slopes: BucketSlopes):
+    """Tokens with the derivatives by their log-probs, and by that of all others."""
+    b, device = buckets(slopes.ids, None, slopes.rest), slopes.ids.device
+    b.dlogprobs, b.drest = address(slopes.dlogprobs, device), address(slopes.drest, device)
     return b
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 import drift_kernels as dk
-from drift_kernels import staging
+from drift_kernels import gpu_sweep
 from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
 
 REFERENCE = dk.KernelConfig(backend="reference")
@@ -31,7 +31,7 @@ STARTS = [0, 9, 10, 40, T]  # of sequences
 
 def config(backend, dtype=torch.float32, vocabulary=V, width=D, **options):
     """A workspace of ten rows of logits and a gradient buffer of forty."""
-    size, padded = dtype.itemsize, staging.padded(vocabulary)
+    size, padded = dtype.itemsize, gpu_sweep.padded(vocabulary)
     logits, gradient = 4 * padded + width * size, size * padded + width * (size + 4)
     return dk.KernelConfig(backend=backend, workspace_bytes=BLOCK * (logits + 4 * gradient), **options)
 

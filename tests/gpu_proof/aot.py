@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from drift_kernels.backends import triton as backend
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.backends.triton import launch, scorer
 from drift_kernels.calls import HeadOptions
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}  # compiled for sm_80, sm_90a, sm_100a
@@ -174,16 +175,14 @@ def row_variants() -> dict[str, Callable[[], object]]:
     one, per_row, capped = meta(C), meta(2 * C), HeadOptions(softcap=30.0, logit_scale=0.5)
 
     def policy(logits, made, spec, want, out, entries):
-        return backend.fused_policy(
-            logits, made, spec, entries, entries, entries, entries, want, gradient=out is not None, out=out
-        )
+        return backend.fused_policy(logits, made, spec, Tokens(entries, entries, entries, entries), want, out=out)
 
     return {
         "stats": lambda: backend.row_stats(x, chunk(C, V), ("logprobs", "lse")),
         "stats, all, odd V": lambda: backend.row_stats(y, chunk(C, odd, bias=True, head=capped), EVERYTHING[:6]),
-        "gradient": lambda: backend.grad_logits(x, chunk(C, V), one, one, raw=True, out=out),
+        "gradient": lambda: backend.grad_logits(x, chunk(C, V), Coefs(one, one), raw=True, out=out),
         "gradient, all, odd V": lambda: backend.grad_logits(
-            y, chunk(C, odd, bias=True, several=True, head=capped), per_row, one, one, one, raw=True, out=half
+            y, chunk(C, odd, bias=True, several=True, head=capped), Coefs(one, per_row, one, one), raw=True, out=half
         ),
         "policy": lambda: policy(x, chunk(C, V), PolicySpec(), ("loss", "clipped"), out, one),
         "policy, no gradient": lambda: policy(x, chunk(C, V), PolicySpec(), ("loss",), None, one),
@@ -204,7 +203,7 @@ def distill_variants() -> dict[str, Callable[[], object]]:
 
     def distill(alpha, gradient=True):
         return backend.fused_distill(
-            x, plain, None, x, plain, one, one, alpha, one, gradient=gradient, out=out if gradient else None
+            x, plain, Coefs(one), TeacherChunk(x, plain, one), one, alpha, out=out if gradient else None
         )
 
     return {
@@ -213,15 +212,15 @@ def distill_variants() -> dict[str, Callable[[], object]]:
         "JSD": lambda: distill(0.5),
         "JSD, no gradient": lambda: distill(0.5, gradient=False),
         "JSD, all, odd V": lambda: backend.fused_distill(
-            y, full, taught, y, full, one, one, 0.5, one, one, one, one, one, gradient=True, out=half
+            y, full, Coefs(one, one, one, one, one), TeacherChunk(y, full, one, taught), one, 0.5, out=half
         ),
         "top k": lambda: backend.top_k(x, plain, None, C, k),
         "top k, all, odd V": lambda: backend.top_k(y, full, taught, C, k),
         "bucket log-probs": lambda: backend.bucket_logprobs(x, plain, None, one, ids, True),
         "bucket log-probs, all, odd V": lambda: backend.bucket_logprobs(y, full, taught, one, ids, True),
-        "buckets": lambda: backend.grad_buckets(x, plain, None, ids, one, few, one, one, out=out),
+        "buckets": lambda: backend.grad_buckets(x, plain, Coefs(one), None, BucketSlopes(ids, few, one, one), out=out),
         "buckets, all, odd V": lambda: backend.grad_buckets(
-            y, full, taught, ids, one, few, one, one, one, one, one, one, out=half
+            y, full, Coefs(one, one, one, one, one), taught, BucketSlopes(ids, few, one, one), out=half
         ),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import Chunk
 from drift_kernels.calls import HeadOptions
 
 HEADS = {  # student's, teacher's

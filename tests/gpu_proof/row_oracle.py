@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels.backends import reference
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import Chunk
 from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec

@@ -12,7 +12,7 @@ from test_cuda_values import LAUNCHES, check, gradient_of, gradients
 from torch import Tensor
 
 from drift_kernels.backends import cpu, cuda
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.calls import HeadOptions
 
 INF, NAN = float("inf"), float("nan")
@@ -38,11 +38,8 @@ def rows_for(V: int) -> int:
 def fused(case: Pair, alpha: float, out: Tensor | None, x: Tensor | None = None, y: Tensor | None = None):
     student = case.student.x if x is None else x
     teacher = case.teacher.x if y is None else y
-    given = (teacher, case.teacher.chunk, case.teacher.lse(), case.weights, alpha)
-    gradient = out is not None
-    return cuda.fused_distill(
-        student, case.student.chunk, case.taught, *given, *case.others(), gradient=gradient, out=out
-    )
+    rows = TeacherChunk(teacher, case.teacher.chunk, case.teacher.lse(), case.taught)
+    return cuda.fused_distill(student, case.student.chunk, Coefs(*case.others()), rows, case.weights, alpha, out=out)
 
 
 @pytest.mark.parametrize("head", ["plain", "temperature", "everything"])
@@ -83,7 +80,8 @@ def test_fused_distill(library, monkeypatch, V, alpha, head):
 def test_every_row_has_a_teacher_or_none_has(library, monkeypatch, alpha):
     case, taught = Pair(5, 201, "everything", some=False), torch.full((5,), -1)
     x, chunk, out = case.student.x, case.student.chunk, torch.empty(5, 201)
-    nobody = (torch.empty(0, 201), case.teacher.chunk, torch.empty(0), case.weights, alpha, *case.others())
+    nobody = TeacherChunk(torch.empty(0, 201), case.teacher.chunk, torch.empty(0), taught)
+    coefs = Coefs(*case.others())
 
     def values(dtype):
         wide = x.to(dtype)
@@ -98,7 +96,7 @@ def test_every_row_has_a_teacher_or_none_has(library, monkeypatch, alpha):
                 found, _ = fused(case, alpha, out)
                 check("divergence", found, own[0], exact[0], 3.0)
                 check("gradient", out, own[1], exact[1], case.scale)
-                found, live = cuda.fused_distill(x, chunk, taught, *nobody, gradient=True, out=out)
+                found, live = cuda.fused_distill(x, chunk, coefs, nobody, case.weights, alpha, out=out)
                 assert found.shape == (0,)
                 assert live is not None
                 assert live.tolist() == [1, 0, 1, 0, 1]
@@ -131,16 +129,14 @@ def test_edges_are_where_the_cpu_kernels_have_them(library, monkeypatch, alpha):
     lse, teacher_lse, weights = s.logsumexp(-1), t.logsumexp(-1), torch.rand(8) + 0.5
     others = (torch.randn(8), torch.randn(8), torch.rand(8), torch.randn(8))
     theirs = s.clone()
-    expected, live = cpu.fused_distill(
-        theirs, chunk, None, t, chunk, teacher_lse, weights, alpha, lse, *others, gradient=True
-    )
+    rest = (Coefs(lse, *others), TeacherChunk(t, chunk, teacher_lse), weights, alpha)
+    expected, live = cpu.fused_distill(theirs, chunk, *rest, out=theirs)
     with running(library, monkeypatch):
         for launch in LAUNCHES.values():
             with monkeypatch.context() as patch:
                 launches(patch, **launch)
                 out = torch.empty(8, 70)
-                given = (chunk, None, t, chunk, teacher_lse, weights, alpha, lse, *others)
-                values, alive = cuda.fused_distill(s, *given, gradient=True, out=out)
+                values, alive = cuda.fused_distill(s, chunk, *rest, out=out)
             assert alive is not None
             assert torch.equal(alive, live)
             torch.testing.assert_close(values, expected, rtol=1e-5, atol=2e-6, equal_nan=True)
@@ -165,7 +161,8 @@ def test_results_repeat_bitwise_in_every_order_of_warps_and_lanes(library, monke
             logprobs, rest = cuda.bucket_logprobs(x, chunk, case.taught, lse, ids, True)
             assert live is not None
             assert rest is not None
-            alive = cuda.grad_buckets(x, chunk, case.taught, ids, rest, dlogprobs, drest, lse, *coefs, out=other)
+            slopes = BucketSlopes(ids, dlogprobs, rest, drest)
+            alive = cuda.grad_buckets(x, chunk, Coefs(lse, *coefs), case.taught, slopes, out=other)
             halves = (t.contiguous().view(torch.int16) for t in (out, other))
             words = (t.view(torch.int32) for t in (values, logprobs, rest))
             found.append([*halves, *words, live, alive, cuda.top_k(x, chunk, case.taught, len(ids), 300)])
@@ -193,7 +190,7 @@ def test_rows_begin_beyond_two_to_the_31(library, monkeypatch):
         assert torch.equal(values, expected)
         found, of_near = (cuda.top_k(some, case.student.chunk, None, 2, 9) for some in (x, case.student.x))
         assert torch.equal(found, of_near)
-        given = (case.student.chunk, None, ids, None, torch.randn(2, 2), None, case.student.lse())
+        given = (case.student.chunk, Coefs(case.student.lse()), None, BucketSlopes(ids, torch.randn(2, 2)))
         cuda.grad_buckets(x, *given, out=out)
         cuda.grad_buckets(case.student.x, *given, out=near)
         assert torch.equal(out, near)
@@ -299,7 +296,8 @@ def test_buckets(library, monkeypatch, V, head):
                     again, none = cuda.bucket_logprobs(moved, case.student.chunk, case.taught, lse, ids, False)
                     assert rest is not None
                     assert none is None
-                    given = (case.student.chunk, case.taught, ids, rest, dlogprobs, drest, lse, *coefs)
+                    slopes = BucketSlopes(ids, dlogprobs, rest, drest)
+                    given = (case.student.chunk, Coefs(lse, *coefs), case.taught, slopes)
                     out = gradients(case, lambda out, g=given, m=moved: cuda.grad_buckets(m, *g, out=out), 2 * i + j)
                     live = cuda.grad_buckets(moved, *given, out=out)
                 assert torch.equal(moved, x), "products must be left as they are"
@@ -329,9 +327,9 @@ def test_a_small_rest_does_not_cancel(library, monkeypatch):
         assert rest is not None
         torch.testing.assert_close(rest.double(), expected, rtol=1e-6, atol=0)
         drest, out, theirs = torch.tensor([1.0, -1.0, 1e-3, 1.0]), torch.empty(4, 70), x.clone()
-        given = (chunk, None, ids, rest, torch.zeros(4, 3), drest, x.logsumexp(-1))
+        given = (chunk, Coefs(x.logsumexp(-1)), None, BucketSlopes(ids, torch.zeros(4, 3), rest, drest))
         cuda.grad_buckets(x, *given, out=out)
-    cpu.grad_buckets(theirs, *given)
+    cpu.grad_buckets(theirs, *given, out=theirs)
     torch.testing.assert_close(out, theirs, rtol=1e-5, atol=1e-7)
 
 
@@ -344,7 +342,7 @@ def test_an_id_outside_the_vocabulary_is_nan_and_touches_nothing(library, monkey
         assert rest is not None
         assert logprobs.isnan().tolist() == [[False, True], [True, False]]
         assert rest.isnan().all()
-        given = (case.student.chunk, None, ids, rest, logprobs, rest, case.student.lse())
+        given = (case.student.chunk, Coefs(case.student.lse()), None, BucketSlopes(ids, logprobs, rest, rest))
         cuda.grad_buckets(x, *given, out=out)
     assert out.isnan().all()
 
@@ -358,20 +356,19 @@ def test_what_the_binding_refuses(library, monkeypatch):
     several = Chunk(chunk.targets, torch.arange(4), None, None, chunk.head)
     ids, out = torch.zeros(3, 1, dtype=torch.int64), torch.empty(3, 5000)
 
-    buckets = (None, ids, None, torch.zeros(3, 1), None, lse)
+    buckets = (Coefs(lse), None, BucketSlopes(ids, torch.zeros(3, 1)))
 
-    def run(x=x, chunk=chunk, taught=None, teacher=teacher, alpha=0.5, gradient=True, out=out):
-        its = (teacher, case.teacher.chunk, lse, case.weights, alpha, lse)
-        return cuda.fused_distill(x, chunk, taught, *its, gradient=gradient, out=out)
+    def run(x=x, chunk=chunk, rows=None, teacher=teacher, alpha=0.5, out=out):
+        teacher_rows = TeacherChunk(teacher, case.teacher.chunk, lse, rows)
+        return cuda.fused_distill(x, chunk, Coefs(lse), teacher_rows, case.weights, alpha, out=out)
 
     with running(library, monkeypatch) as choose:
         for error, says, call in (
-            (ValueError, "needs out", lambda: run(out=None)),
             (ValueError, "need the student's vocabulary", lambda: run(teacher=teacher[:, :40])),
             (TypeError, "float64; this backend takes float32", lambda: run(teacher=teacher.double())),
             (ValueError, "one target a row", lambda: run(chunk=several)),
             (ValueError, "out overlaps the logits", lambda: run(out=x)),
-            (ValueError, "cannot be read as it is", lambda: run(taught=torch.zeros(6, dtype=torch.int64)[::2])),
+            (ValueError, "cannot be read as it is", lambda: run(rows=torch.zeros(6, dtype=torch.int64)[::2])),
             (RuntimeError, "fused_distill: cudaErrorInvalidValue", lambda: run(alpha=1.5)),
             (ValueError, "k=0 of a vocabulary of 5000", lambda: cuda.top_k(x, chunk, None, 3, 0)),
             (ValueError, "k=5001 of a vocabulary of 5000", lambda: cuda.top_k(x, chunk, None, 3, 5001)),

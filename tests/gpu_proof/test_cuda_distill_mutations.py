@@ -14,7 +14,7 @@ from emulate import ORDERS, launches, padded, running
 from test_cuda_values import check, gradient_of, padding_is_nan
 
 from drift_kernels.backends import cuda
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs
 from drift_kernels.calls import HeadOptions
 
 LAUNCHES = [
@@ -208,7 +208,8 @@ def verify_buckets(library: Path, monkeypatch) -> None:
             check("log-probs", logprobs, own[0], exact[0], 10.0)
             check("rest", rest, own[1], exact[1], 10.0)
             out = padded(case.C, case.V, torch.float32, 3, 1)
-            given = (case.student.chunk, case.taught, ids, exact[1].float(), dlogprobs, drest, lse, *coefs)
+            slopes = BucketSlopes(ids, dlogprobs, exact[1].float(), drest)
+            given = (case.student.chunk, Coefs(lse, *coefs), case.taught, slopes)
             cuda.grad_buckets(moved, *given, out=out)
             check("gradient", out, dx_own, dx, case.scale)
             assert padding_is_nan(out), "padding was written, or a column was not"

@@ -17,6 +17,7 @@ from drift_kernels.backends import cuda
 from drift_kernels.backends.cuda import Launch
 from drift_kernels.backends.tuning import VARIABLE
 from drift_kernels.backends.tuning import _read as tuning_file
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 A100_SHARED = 166_912
@@ -131,7 +132,7 @@ def test_what_the_binding_refuses(tmp_path, monkeypatch):
     with running(build(tmp_path, level="-O0"), monkeypatch) as choose:
         for error, says, x, out in refused:
             with pytest.raises(error, match=says):
-                cuda.fused_policy(x, case.chunk, spec, None, None, None, None, ("loss",), gradient=True, out=out)
+                cuda.fused_policy(x, case.chunk, spec, Tokens(), ("loss",), out=out)
         monkeypatch.setattr(cuda, "choose", lambda *a: Launch(512, 16, False))
         with pytest.raises(RuntimeError, match=r"row_stats: cudaErrorInvalidValue .*DRIFT_TUNING"):
             cuda.row_stats(case.x, case.chunk, ("lse",))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from drift_kernels import formulas
 from drift_kernels.backends import cpu, cuda, partials
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import Chunk, Coefs
 from drift_kernels.calls import HeadOptions
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 from drift_kernels.testing import off_the_edges, within_budget
 
@@ -116,8 +117,8 @@ class Case:
     def fused(self, spec: PolicySpec, out: Tensor | None, x: Tensor | None = None, old: bool = True):
         x = self.x.clone() if x is None else x
         old_logprobs = self.old if old else None
-        data = (self.advantages, old_logprobs, self.ref, self.weights)
-        return cuda.fused_policy(x, self.chunk, spec, *data, STATS + POLICY, gradient=out is not None, out=out)
+        tokens = Tokens(self.advantages, old_logprobs, self.ref, self.weights)
+        return cuda.fused_policy(x, self.chunk, spec, tokens, STATS + POLICY, out=out)
 
 
 def gradient_of(f, x: Tensor) -> Tensor:
@@ -180,14 +181,14 @@ def test_a_share_of_the_columns_gives_its_share_of_the_gradient(library, monkeyp
     whole, shares = torch.empty(5, 1001), torch.empty(5, 1001)
     with running(library, monkeypatch):
         found = cuda.row_stats(case.x, case.chunk, ("lse", "entropy"))
-        given = (case.advantages, found["lse"], torch.ones(5), found["entropy"])
-        cuda.grad_logits(case.x, case.chunk, *given, raw=True, out=whole)
+        coefs = Coefs(found["lse"], case.advantages, torch.ones(5), found["entropy"])
+        cuda.grad_logits(case.x, case.chunk, coefs, raw=True, out=whole)
         for first, last in ((0, 300), (300, 301), (301, 1001)):
             here = (case.y >= first) & (case.y < last)
             elsewhere = torch.where(case.y < 0, case.y, last - first)  # beyond the share, and not masked
             bias = None if case.bias is None else case.bias[first:last].contiguous()
             chunk = replace(case.chunk, targets=torch.where(here, case.y - first, elsewhere), bias=bias)
-            cuda.grad_logits(case.x[:, first:last], chunk, *given, raw=True, out=shares[:, first:last])
+            cuda.grad_logits(case.x[:, first:last], chunk, coefs, raw=True, out=shares[:, first:last])
     torch.testing.assert_close(shares, whole)
 
 
@@ -280,14 +281,12 @@ def test_grad_logits(library, monkeypatch, head, raw):
             x = padded(case.C, V, torch.float32, 2, 1)
             x[:] = case.x if raw else case.logits(case.x.double()).float()
             before, chunk, live = x.clone(), case.chunk, torch.empty(0)
-            rows = (stats["lse"], entropy_coefs, stats["entropy"], lse_coefs)
+            terms = Coefs(stats["lse"], coefs, entropy_coefs, stats["entropy"], lse_coefs)
             for k, launch in enumerate(({}, {"threads": 64, "cluster": 4})):
                 with monkeypatch.context() as patch:
                     launches(patch, **launch)
-                    out = gradients(
-                        case, lambda out, a=(x, chunk, coefs, *rows): cuda.grad_logits(*a, raw=raw, out=out), k
-                    )
-                    live = cuda.grad_logits(x, chunk, coefs, *rows, raw=raw, out=out)
+                    out = gradients(case, lambda out, a=(x, chunk, terms): cuda.grad_logits(*a, raw=raw, out=out), k)
+                    live = cuda.grad_logits(x, chunk, terms, raw=raw, out=out)
                 check("gradient", out, own, exact, case.scale)
                 assert torch.equal(x, before)
                 expected = torch.zeros(case.C, dtype=torch.bool)
@@ -301,8 +300,8 @@ def test_every_spec_gives_the_numbers_of_the_cpu_kernels(library, monkeypatch, n
     spec, case = SPECS[name], Case(8, 257, "everything", "csr", seed=5)
     for old in (True, False):
         theirs = case.x.clone()
-        data = (case.advantages, case.old if old else None, case.ref, case.weights)
-        expected, live_expected = cpu.fused_policy(theirs, case.chunk, spec, *data, STATS + POLICY, gradient=True)
+        tokens = Tokens(case.advantages, case.old if old else None, case.ref, case.weights)
+        expected, live_expected = cpu.fused_policy(theirs, case.chunk, spec, tokens, STATS + POLICY, out=theirs)
         theirs[live_expected == 0] = 0
         with running(library, monkeypatch):
             out = torch.full_like(case.x, float("nan"))
@@ -344,12 +343,10 @@ def test_what_is_not_finite_shows_where_the_cpu_kernels_show_it(library, monkeyp
             with monkeypatch.context() as patch:
                 launches(patch, **launch)
                 theirs, out = x.clone(), torch.empty(6, 70)
-                data = (case.advantages, None, None, None)
+                tokens = Tokens(case.advantages)
                 names = STATS + POLICY
-                expected, _ = cpu.fused_policy(theirs, case.chunk, PolicySpec(), *data, names, gradient=True)
-                outputs, _ = cuda.fused_policy(
-                    x.clone(), case.chunk, PolicySpec(), *data, names, gradient=True, out=out
-                )
+                expected, _ = cpu.fused_policy(theirs, case.chunk, PolicySpec(), tokens, names, out=theirs)
+                outputs, _ = cuda.fused_policy(x.clone(), case.chunk, PolicySpec(), tokens, names, out=out)
             for name in ("logprobs", "lse", "entropy", "loss"):
                 torch.testing.assert_close(outputs[name], expected[name], equal_nan=True)
             rows = [0, 4, 5]  # the others are NaN, or undefined
@@ -382,9 +379,7 @@ def test_a_sure_row_has_an_exactly_zero_gradient(library, monkeypatch):
     case.x[0, 11], case.y, out = 200.0, torch.tensor([11]), torch.full((1, 40), float("nan"))
     case.advantages = torch.tensor([0.37])
     with running(library, monkeypatch):
-        cuda.fused_policy(
-            case.x, case.chunk, PolicySpec(), case.advantages, None, None, None, ("loss",), gradient=True, out=out
-        )
+        cuda.fused_policy(case.x, case.chunk, PolicySpec(), Tokens(case.advantages), ("loss",), out=out)
     assert (out == 0).all()
 
 

@@ -8,6 +8,7 @@ from row_oracle import make_rows, padded
 from teacher_oracle import bucketed, distilled, logits, make_pair, without_a_target
 
 from drift_kernels.backends import triton as backend
+from drift_kernels.backends.contract import BucketSlopes, Coefs, TeacherChunk
 from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import within_budget
 
@@ -59,10 +60,11 @@ def check_distill(pair, alpha, dtype=torch.float32):
     before = x.clone(), y.clone()
     its = backend.row_stats(y, pair.teacher.chunk, ("lse",))["lse"]
     lse, *others = arguments(pair)
-    given = (x, pair.student.chunk, pair.taught, y, pair.teacher.chunk, its, pair.weights, alpha, lse)
+    teacher = TeacherChunk(y, pair.teacher.chunk, its, pair.taught)
     out = buffer(pair, dtype)
-    values, live = backend.fused_distill(*given, *others, gradient=True, out=out)
-    alone, nothing = backend.fused_distill(*given, gradient=False)
+    coefs = Coefs(lse, *others)
+    values, live = backend.fused_distill(x, pair.student.chunk, coefs, teacher, pair.weights, alpha, out=out)
+    alone, nothing = backend.fused_distill(x, pair.student.chunk, Coefs(lse), teacher, pair.weights, alpha)
     assert nothing is None
     assert torch.equal(alone, values)
     own, exact = (distilled(pair, alpha, d) for d in (torch.float32, torch.float64))
@@ -136,10 +138,10 @@ def test_equal_rows_have_neither_divergence_nor_gradient(alpha):
     pair.teacher.chunk = pair.student.chunk
     lse = backend.row_stats(pair.student.x, pair.student.chunk, ("lse",))["lse"]
     out = pair.student.out(torch.float32)
+    teacher = TeacherChunk(pair.teacher.x, pair.student.chunk, lse)
     values, _ = backend.fused_distill(
-        pair.student.x, pair.student.chunk, None, pair.teacher.x, pair.student.chunk, lse, pair.weights, alpha, lse,
-        gradient=True, out=out,
-    )  # fmt: skip
+        pair.student.x, pair.student.chunk, Coefs(lse), teacher, pair.weights, alpha, out=out
+    )
     assert float(values.abs().max()) < 1e-6
     assert float(out.abs().max()) < 1e-6
 
@@ -154,8 +156,10 @@ def test_a_nan_shows_in_its_row_alone_and_only_where_the_teacher_counts(alpha, c
     its = backend.row_stats(pair.teacher.x, pair.teacher.chunk, ("lse",))["lse"]
     lse, *others = arguments(pair)
     out = pair.student.out(torch.bfloat16)
-    given = (pair.student.x, pair.student.chunk, pair.taught, pair.teacher.x, pair.teacher.chunk, its, pair.weights)
-    values, live = backend.fused_distill(*given, alpha, lse, *others, gradient=True, out=out)
+    teacher = TeacherChunk(pair.teacher.x, pair.teacher.chunk, its, pair.taught)
+    values, live = backend.fused_distill(
+        pair.student.x, pair.student.chunk, Coefs(lse, *others), teacher, pair.weights, alpha, out=out
+    )
     assert values.isnan().tolist() == [j in named.values() for j in range(len(values))]
     assert out.isnan().any(1).tolist() == [row == 0 for row in range(6)]
     assert live[3] == 0
@@ -236,7 +240,8 @@ def check_buckets(pair, ids, tail=True, dtype=torch.float32, drest=None, dlogpro
         assert torch.equal(rest.isfinite(), finite)
         close("rest", rest[finite], own[1][finite], exact[1][finite], scale=scale)
     out = buffer(pair, dtype)
-    live = backend.grad_buckets(x, chunk, pair.taught, ids, rest, dlogprobs, drest, lse, *others, out=out)
+    slopes = BucketSlopes(ids, dlogprobs, rest, drest)
+    live = backend.grad_buckets(x, chunk, Coefs(lse, *others), pair.taught, slopes, out=out)
     close("gradient", out, own[2].to(dtype), exact[2], dtype, scale=max(1.0, float(exact[2].abs().max())))
     assert outside_is_untouched(out)
     trained = torch.zeros(x.shape[0], dtype=torch.bool)
@@ -322,18 +327,19 @@ def test_what_it_cannot_read_raises():
     x, y, chunk, its = pair.student.x, pair.teacher.x, pair.student.chunk, pair.teacher.chunk
     one = torch.ones(2)
     with pytest.raises(TypeError, match="float32"):
-        backend.fused_distill(x, chunk, None, y.double(), its, one, one, 0.5, one, gradient=False)
+        backend.fused_distill(x, chunk, Coefs(one), TeacherChunk(y.double(), its, one), one, 0.5)
+    narrow = TeacherChunk(padded(2, 99, torch.float32), its, one)
     with pytest.raises(ValueError, match="99 columns"):
-        backend.fused_distill(x, chunk, None, padded(2, 99, torch.float32), its, one, one, 0.5, one, gradient=False)
-    with pytest.raises(ValueError, match="needs out"):
-        backend.fused_distill(x, chunk, None, y, its, one, one, 0.5, one, gradient=True)
+        backend.fused_distill(x, chunk, Coefs(one), narrow, one, 0.5)
     with pytest.raises(ValueError, match="weights"):
-        backend.fused_distill(x, chunk, None, y, its, one, torch.ones(4)[::2], 0.5, one, gradient=False)
+        backend.fused_distill(x, chunk, Coefs(one), TeacherChunk(y, its, one), torch.ones(4)[::2], 0.5)
     several = make_rows(4, 100, several=True)
     with pytest.raises(ValueError, match="row_ptr"):
         backend.top_k(several.x, several.chunk, None, 4, 1)
     ids = torch.zeros(2, 1, dtype=torch.int64)
+    slopes = BucketSlopes(ids, one[:, None], None, one)
     with pytest.raises(ValueError, match="drest needs rest"):
-        backend.grad_buckets(x, chunk, None, ids, None, one[:, None], one, one, out=x.clone())
+        backend.grad_buckets(x, chunk, Coefs(one), None, slopes, out=x.clone())
+    slopes = BucketSlopes(ids, one[:, None], one, one)
     with pytest.raises(ValueError, match="entropy"):
-        backend.grad_buckets(x, chunk, None, ids, one, one[:, None], one, one, None, one, out=x.clone())
+        backend.grad_buckets(x, chunk, Coefs(one, None, one), None, slopes, out=x.clone())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import plan, staging
+from drift_kernels import cpu_sweep, gpu_sweep
+from drift_kernels.plan import Plan
 from drift_kernels.testing import gradients, make_case, within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +28,7 @@ EXPLORED = {
 
 def config(dtype=torch.float32, **options):
     """A workspace of ten rows of logits, with a teacher's beside them, and a gradient buffer of forty."""
-    size, width = dtype.itemsize, staging.padded(V)
+    size, width = dtype.itemsize, gpu_sweep.padded(V)
     block = BLOCK * (8 * width + (2 * D + 3) * size + 900)
     return dk.KernelConfig(
         backend="triton", workspace_bytes=block + 4 * BLOCK * (size * width + D * (size + 4)), **options
@@ -157,8 +158,8 @@ def test_outputs_and_metrics(active):
 def test_active_rows_are_taken_without_looking(mode, monkeypatch):
     """No plan is made, targets and ids go unread; what nothing reads may hold any number, and a teacher's rows NaN."""
     case, looked = make_case(T, D, V, seed=7, dtype=torch.float32), []
-    monkeypatch.setattr(plan, "plan", lambda *args: looked.append(args))
-    monkeypatch.setattr(plan, "check_targets", lambda *args: looked.append(args))
+    monkeypatch.setattr(Plan, "of", lambda *args: looked.append(args))
+    monkeypatch.setattr(cpu_sweep, "check_targets", lambda *args: looked.append(args))
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *args: looked.append(args))
     op = hybrid(case, mode, torch.float32, ACTIVE)
     whole = gradients(lambda h, w, b: op(h, w, b, config()), case.leaves(torch.float32))

@@ -15,16 +15,16 @@ from row_oracle import make_rows
 from teacher_oracle import make_pair
 
 import drift_kernels as dk
-from drift_kernels import distill_autograd, driver, staging
+from drift_kernels import distill_autograd, gpu_sweep, sweeps
 from drift_kernels.backends import triton as backend
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import Chunk
 from drift_kernels.backends.triton import scorer
 from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import make_case
 
 PACKAGE = Path(backend.__file__).parent
 ROOM = "drift_kernels.backends.triton."
-DRIVERS = ("staging", "distill_driver")
+DRIVERS = ("gpu_sweep", "distill_driver")
 
 
 def everything():
@@ -170,11 +170,11 @@ MUTATIONS = [
     ("buckets", "P_kept - d * share", "P_kept + d * share", kept),
     ("buckets", "P_kept += d", "P_kept += 0.0 * d", buckets),
     ("buckets", "log_s + H)", "log_s - H)", buckets),
-    ("distill_driver", "policy_weights.masked_fill(unread, 0.0)", "policy_weights", hybrid),
+    ("distill_driver", "policy_weights.masked_fill(self.unread, 0.0)", "policy_weights", hybrid),
     ("distill_driver", "x.active.sort().values", "x.active", hybrid),
-    ("staging", "add=self.weight_started", "add=False", staged),
-    ("staging", "grads.bias += dlogits", "grads.bias = dlogits", staged),
-    ("staging", "index_copy_(0, where, dhidden)", "index_copy_(0, where.flip(0), dhidden)", staged),
+    ("gpu_sweep", "add=self.weight_started", "add=False", staged),
+    ("gpu_sweep", "grads.bias += dlogits", "grads.bias = dlogits", staged),
+    ("gpu_sweep", "index_copy_(0, index, dhidden)", "index_copy_(0, index.flip(0), dhidden)", staged),
 ]  # fmt: skip
 
 
@@ -191,13 +191,13 @@ def load(name, text, folder, monkeypatch):
 
 def mutate(room, old, new, folder, monkeypatch):
     """Puts the mutated room, and those that import it, in the backend's place."""
-    homes = {"partials": PACKAGE.parent, **dict.fromkeys(DRIVERS, Path(staging.__file__).parent)}
+    homes = {"partials": PACKAGE.parent, **dict.fromkeys(DRIVERS, Path(gpu_sweep.__file__).parent)}
     path = homes.get(room, PACKAGE) / f"{room}.py"
     text = path.read_text()
     assert text.count(old) >= 1, f"{room}.py has no {old!r} any more: mutate what it has now"
     mutant = load(room, text.replace(old, new), folder, monkeypatch)
-    if room == "staging":
-        monkeypatch.setattr(driver, "Staging", mutant.Staging)
+    if room == "gpu_sweep":
+        monkeypatch.setattr(sweeps, "GpuSweep", mutant.GpuSweep)
     if room == "distill_driver":
         monkeypatch.setattr(distill_autograd, "distill_driver", mutant)
     if room in DRIVERS:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import driver, plan, staging
+from drift_kernels import cpu_sweep, gpu_sweep, sweeps
+from drift_kernels.plan import Plan
 from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,7 +18,7 @@ POLICY_OUTPUTS = (*OUTPUTS, "ratio", "kl", "clipped")
 
 def config(dtype: torch.dtype = torch.float32, **options) -> dk.KernelConfig:
     """A workspace of ten rows of logits and a gradient buffer of forty."""
-    size, width = dtype.itemsize, staging.padded(V)
+    size, width = dtype.itemsize, gpu_sweep.padded(V)
     row = size * width + D * (size + 4)
     return dk.KernelConfig(
         backend="triton", workspace_bytes=BLOCK * (4 * width + D * size) + 4 * BLOCK * row, **options
@@ -206,8 +207,8 @@ def test_active_rows_are_taken_without_reading_the_targets(entries, monkeypatch)
     active = (case.targets >= 0).nonzero().squeeze(1)[::2]
     active = torch.cat([active, torch.tensor([t for t in range(T) if case.targets[t] < 0][:5])]).sort().values
     planned = []
-    monkeypatch.setattr(plan, "plan", lambda *args: planned.append(args))
-    monkeypatch.setattr(plan, "check_targets", lambda *args: planned.append(args))
+    monkeypatch.setattr(Plan, "of", lambda *args: planned.append(args))
+    monkeypatch.setattr(cpu_sweep, "check_targets", lambda *args: planned.append(args))
     h, w, b = case.leaves(torch.float32)
     out = dk.policy_loss(h, w, case.targets, case.advantages, active=active, bias=b, outputs=OUTPUTS, config=config())
     grads = torch.autograd.grad(out.loss, (h, w, b))
@@ -308,8 +309,10 @@ def test_the_registered_op_passes_opcheck():
 @pytest.mark.parametrize("need_grad", [False, True])
 def test_block_and_buffer_fit_the_workspace(workspace, itemsize, need_grad):
     V, D = 151_936, 4096
-    staged, room = staging.capacity(workspace, V, D, itemsize, need_grad)
-    used = staged * (4 * staging.padded(V) + D * itemsize) + room * (itemsize * staging.padded(V) + D * (itemsize + 4))
+    staged, room = gpu_sweep.capacity(workspace, V, D, itemsize, need_grad)
+    used = staged * (4 * gpu_sweep.padded(V) + D * itemsize) + room * (
+        itemsize * gpu_sweep.padded(V) + D * (itemsize + 4)
+    )
     assert staged >= 1
     assert used <= workspace or staged == 1
     if workspace == 1 << 30 and need_grad and itemsize == 2:
@@ -320,15 +323,15 @@ def test_block_and_buffer_fit_the_workspace(workspace, itemsize, need_grad):
 def test_products_run_once_a_buffer(monkeypatch):
     """T rows through a buffer of forty: dweight is added to as often as that takes, and no more."""
     case, calls = make_case(T, D, V, seed=16, masked=0.0), []
-    original = staging.multiply
+    original = gpu_sweep.multiply
     monkeypatch.setattr(
-        staging, "multiply", lambda a, b, out, **k: calls.append((*a.shape, k)) or original(a, b, out, **k)
+        gpu_sweep, "multiply", lambda a, b, out, **k: calls.append((*a.shape, k)) or original(a, b, out, **k)
     )
     h, w, b = case.leaves(torch.float32)
     dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=config()).loss.backward()
     weight = [shape for shape in calls if shape[0] == V]
     assert [shape[1] for shape in weight] == [40, 40, 10]
-    assert driver.Staging is staging.Staging
+    assert sweeps.GpuSweep is gpu_sweep.GpuSweep
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,8 +9,10 @@ import torch
 from row_oracle import exact, linear, make_rows, outside_is_untouched, per_entry, policy
 
 from drift_kernels.backends import triton as backend
+from drift_kernels.backends.contract import Coefs
 from drift_kernels.backends.params import POLICY_OUTPUTS, ROW_OUTPUTS
 from drift_kernels.calls import HeadOptions
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 from drift_kernels.testing import within_budget
 
@@ -60,7 +62,7 @@ def check_statistics(rows, found, names=STATISTICS):
 
 def check_policy(rows, spec, dtype=torch.float32):
     out, want = rows.out(dtype), (*STATISTICS, *POLICY_OUTPUTS)
-    found, live = backend.fused_policy(rows.x, rows.chunk, spec, *rows.entries.values(), want, gradient=True, out=out)
+    found, live = backend.fused_policy(rows.x, rows.chunk, spec, Tokens(**rows.entries), want, out=out)
     own, own_gradient = policy(rows, spec, torch.float32)
     wanted, gradient = policy(rows, spec, torch.float64)
     scale = max(1.0, math.log(rows.x.shape[1]), float(rows.x.abs().max()))
@@ -132,7 +134,7 @@ def test_gradient_from_coefficients(head, given, dtype):
     out = rows.out(dtype)
     entropy = None if entropy_coefs is None else stats["entropy"]
     live = backend.grad_logits(
-        rows.x, rows.chunk, coefs, stats["lse"], entropy_coefs, entropy, lse_coefs, raw=True, out=out
+        rows.x, rows.chunk, Coefs(stats["lse"], coefs, entropy_coefs, entropy, lse_coefs), raw=True, out=out
     )
     own, wanted = (linear(rows, coefs, entropy_coefs, lse_coefs, d) for d in (torch.float32, torch.float64))
     close("gradient", out, own.to(dtype), wanted, dtype, scale=max(1.0, float(wanted.abs().max())))
@@ -145,9 +147,9 @@ def test_gradient_of_logits_equals_that_of_products():
     lse = backend.row_stats(rows.x, rows.chunk, ("lse",))["lse"]
     coefs = torch.ones(4)
     from_products, from_logits = rows.out(torch.float32), rows.out(torch.float32)
-    backend.grad_logits(rows.x, rows.chunk, coefs, lse, raw=True, out=from_products)
+    backend.grad_logits(rows.x, rows.chunk, Coefs(lse, coefs), raw=True, out=from_products)
     z = 0.6**-1 * 3.0 * torch.tanh(1.3 * (rows.x + rows.chunk.bias) / 3.0)
-    backend.grad_logits(z, rows.chunk, coefs, lse, raw=False, out=from_logits)
+    backend.grad_logits(z, rows.chunk, Coefs(lse, coefs), raw=False, out=from_logits)
     torch.testing.assert_close(from_products, from_logits, rtol=1e-4, atol=1e-6)
 
 
@@ -167,8 +169,8 @@ def test_a_share_of_the_columns_gives_its_share_of_the_gradient():
     stats = backend.merge(backend.stack(parts), chunk.targets, None, 301, ("lse", "entropy"))
     out = rows.out(torch.float32)
     for (x, share), (first, last) in zip(shares, pairwise(cuts)):
-        given = (coefs, stats["lse"], entropy_coefs, stats["entropy"], lse_coefs)
-        backend.grad_logits(x, share, *given, raw=True, out=out[:, first:last])
+        terms = Coefs(stats["lse"], coefs, entropy_coefs, stats["entropy"], lse_coefs)
+        backend.grad_logits(x, share, terms, raw=True, out=out[:, first:last])
     own, wanted = (linear(rows, coefs, entropy_coefs, lse_coefs, d) for d in (torch.float32, torch.float64))
     close("gradient", out, own, wanted, scale=max(1.0, float(wanted.abs().max())))
     assert outside_is_untouched(out)
@@ -180,9 +182,7 @@ def test_a_sure_target_has_no_gradient_and_log_probability_zero():
     rows.x[:, 17] = 200.0
     out = rows.out(torch.float32)
     spec = PolicySpec(objective="reinforce")
-    found, _ = backend.fused_policy(
-        rows.x, rows.chunk, spec, None, None, None, None, ("logprobs",), gradient=True, out=out
-    )
+    found, _ = backend.fused_policy(rows.x, rows.chunk, spec, Tokens(), ("logprobs",), out=out)
     assert bool((found["logprobs"] == 0).all())
     assert bool((out == 0).all())
 
@@ -194,9 +194,7 @@ def test_a_nan_or_an_infinity_shows(value, column):
     rows.chunk.targets[:] = 5
     rows.x[0, column] = value
     out = rows.out(torch.bfloat16)
-    found, _ = backend.fused_policy(
-        rows.x, rows.chunk, PolicySpec(), None, None, None, None, ("logprobs", "loss"), gradient=True, out=out
-    )
+    found, _ = backend.fused_policy(rows.x, rows.chunk, PolicySpec(), Tokens(), ("logprobs", "loss"), out=out)
     assert bool(found["logprobs"][0].isnan())
     assert bool(out[0].isnan().any())
     assert bool(found["logprobs"][1].isfinite())
@@ -226,9 +224,7 @@ def test_rows_that_nothing_trains_are_zero_whatever_they_hold():
     rows.entries["advantages"][2] = 1
     rows.entries["old"] = None
     out = rows.out(torch.bfloat16)
-    _, live = backend.fused_policy(
-        rows.x, rows.chunk, PolicySpec(), *rows.entries.values(), ("loss",), gradient=True, out=out
-    )
+    _, live = backend.fused_policy(rows.x, rows.chunk, PolicySpec(), Tokens(**rows.entries), ("loss",), out=out)
     assert live.tolist() == [0, 0, 1]
     assert bool((out[:2] == 0).all())
     assert bool((out[2] != 0).any())
@@ -245,9 +241,7 @@ def test_what_it_cannot_read_raises():
     with pytest.raises(TypeError, match="float32"):
         backend.row_stats(rows.x.double(), rows.chunk, ("lse",))
     with pytest.raises(ValueError, match="out"):
-        backend.grad_logits(rows.x, rows.chunk, None, torch.zeros(2), raw=True, out=torch.zeros(2, 99))
+        backend.grad_logits(rows.x, rows.chunk, Coefs(torch.zeros(2)), raw=True, out=torch.zeros(2, 99))
     strided = torch.zeros(4)[::2]
     with pytest.raises(ValueError, match="weights"):
-        backend.fused_policy(rows.x, rows.chunk, PolicySpec(), None, None, None, strided, ("loss",), gradient=False)
-    with pytest.raises(ValueError, match="needs out"):
-        backend.fused_policy(rows.x, rows.chunk, PolicySpec(), None, None, None, None, ("loss",), gradient=True)
+        backend.fused_policy(rows.x, rows.chunk, PolicySpec(), Tokens(weights=strided), ("loss",))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import drift_kernels as dk
 from drift_kernels import distill_driver, driver
 from drift_kernels.calls import Call, DistillCall, HeadOptions
-from drift_kernels.divergences import Lessons, Teacher
+from drift_kernels.divergences import DistillTokens, Teacher
 from drift_kernels.formulas import Tokens
 from drift_kernels.tensors import Inputs
 
@@ -122,7 +122,7 @@ def lessons_and_teacher(dtype, kind, lora=False):
     stored = Teacher(ids=make(T, 100, kind=torch.int64), logprobs=make(T, 100))
     teacher = {"head": heads, "ids": stored, "sampled": Teacher(sampled=make(T))}[kind]
     flags = [make(T, kind=torch.bool) for _ in range(2)]
-    return Lessons(make(T), *flags, make(T), make(), make()), teacher
+    return DistillTokens(make(T), *flags, make(T), make(), make()), teacher
 
 
 @pytest.mark.parametrize(("mode", "dtype"), list(zip(TEACHERS, DTYPES * 2)))

@@ -9,7 +9,8 @@ from row_oracle import exact, make_rows, per_entry
 
 from drift_kernels.backends import reference
 from drift_kernels.backends import triton as backend
-from drift_kernels.backends.params import ROW_OUTPUTS, Chunk
+from drift_kernels.backends.contract import Chunk
+from drift_kernels.backends.params import ROW_OUTPUTS
 from drift_kernels.backends.triton import launch, scorer
 from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import make_case, within_budget

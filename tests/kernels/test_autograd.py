@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import drift_kernels as dk
-from drift_kernels import driver
+from drift_kernels import cpu_sweep
 from drift_kernels.testing import make_case
 
 CASE = make_case(30, 9, 61, seed=1)
@@ -96,7 +96,7 @@ def test_no_grad_costs_no_gradient(op, monkeypatch):
     def refuse(*_):
         raise AssertionError("a gradient was made")
 
-    monkeypatch.setattr(driver.Sweep, "add_gradients", refuse)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "add_gradients", refuse)
     leaves = CASE.leaves(torch.float64)
     with torch.no_grad():
         loss = op(*leaves)
@@ -109,13 +109,13 @@ def test_no_grad_costs_no_gradient(op, monkeypatch):
 
 def test_rows_that_nothing_reads_are_not_computed(monkeypatch):
     computed = []
-    original = driver.Sweep.__init__
+    original = cpu_sweep.CpuSweep.__init__
 
     def spy(self, x, call, plan, *beside):
         original(self, x, call, plan, *beside)
         computed.append(plan.count)
 
-    monkeypatch.setattr(driver.Sweep, "__init__", spy)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "__init__", spy)
     unmasked = CASE.targets >= 0
     weighted = unmasked & (CASE.token_weights != 0)
     paid = weighted & (CASE.advantages != 0)

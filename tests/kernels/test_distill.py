@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drift_kernels as dk
-from drift_kernels import driver
+from drift_kernels import cpu_sweep
 from drift_kernels.testing import gradients, make_case, within_budget
 
 
@@ -257,13 +257,13 @@ def test_chunks_splits_and_order_do_not_matter(mode, workspace, cut, order):
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_weight_zero_are_not_computed(mode, monkeypatch):
     computed = []
-    original = driver.Sweep.__init__
+    original = cpu_sweep.CpuSweep.__init__
 
     def spy(self, x, call, plan, *rest):
         original(self, x, call, plan, *rest)
         computed.append(plan.count)
 
-    monkeypatch.setattr(driver.Sweep, "__init__", spy)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "__init__", spy)
     teacher, spec = MODES[mode]
     unmasked = CASE.targets >= 0
     args = (CASE.hidden, CASE.weight, teacher, WEIGHTS)

@@ -17,7 +17,7 @@ from distill_cases import (
 )
 
 import drift_kernels as dk
-from drift_kernels import driver
+from drift_kernels import cpu_sweep
 from drift_kernels.testing import make_case
 
 
@@ -58,7 +58,7 @@ def test_no_grad_costs_no_gradient(mode, monkeypatch):
     def refuse(*_):
         raise AssertionError("a gradient was made")
 
-    monkeypatch.setattr(driver.Sweep, "add_gradients", refuse)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "add_gradients", refuse)
     op, leaves = loss_of(*MODES[mode]), CASE.leaves(torch.float64)
     with torch.no_grad():
         loss = op(*leaves)

@@ -34,8 +34,8 @@ from self_distill_cases import (
 )
 
 import drift_kernels as dk
-from drift_kernels.divergences import Lessons
-from drift_kernels.exploration import Side, explore
+from drift_kernels.divergences import DistillTokens
+from drift_kernels.exploration import TokenStats, explore
 
 
 def written_out(mean_difference, mean_entropy, spec):
@@ -126,8 +126,11 @@ def test_a_mean_of_noise_opens_no_gate():
     """The mean difference counts as 1e-3 at least."""
     nothing, one = torch.zeros(3), torch.ones(3, dtype=torch.bool)
     entropy = torch.tensor([1.0, 0.999, 0.9989])
-    student, teacher = Side.of({"logprobs": nothing, "entropy": entropy}, nothing[:1]), Side(nothing, nothing, nothing)
-    lessons = Lessons(taught=one, continues=torch.tensor([False, True, True]), mean_difference=torch.tensor(1e-9))
+    student, teacher = (
+        TokenStats.of({"logprobs": nothing, "entropy": entropy}, nothing[:1]),
+        TokenStats(nothing, nothing, nothing),
+    )
+    lessons = DistillTokens(taught=one, continues=torch.tensor([False, True, True]), mean_difference=torch.tensor(1e-9))
     rhythm, _, seen = explore(student, teacher, lessons, dk.ExplorationSpec())
     torch.testing.assert_close(seen["difference"], torch.tensor([0.0, 1e-3, 1e-4]), rtol=1e-2, atol=0)
     torch.testing.assert_close(rhythm, 2 - (-seen["difference"] / 1e-3).exp())

@@ -11,8 +11,9 @@ import torch
 import drift_kernels as dk
 from drift_kernels import divergences
 from drift_kernels.backends import cpu
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.calls import HeadOptions
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 FAR = 2**32 + 21
@@ -86,7 +87,7 @@ def test_a_policy_loss_and_its_gradient(dtype):
     one = ONE.to(dtype)
 
     def call(z):
-        return cpu.fused_policy(z, CHUNK, PolicySpec(), one, None, None, one, ("loss",), gradient=True)
+        return cpu.fused_policy(z, CHUNK, PolicySpec(), Tokens(one, weights=one), ("loss",), out=z)
 
     def exact(z):
         logp = of_targets(z.log_softmax(-1))
@@ -106,7 +107,7 @@ def test_gradients_by_coefficients(raw, dtype):
     entropy, lse = entropy_of(log_p).to(dtype), capped(LOGITS).logsumexp(-1).to(dtype)
 
     def call(z):
-        return cpu.grad_logits(z, CHUNK, coefs, lse, 2 * coefs, entropy, 3 * coefs, raw=raw)
+        return cpu.grad_logits(z, CHUNK, Coefs(lse, coefs, 2 * coefs, entropy, 3 * coefs), raw=raw, out=z)
 
     def exact(z):
         log_p = z.log_softmax(-1)
@@ -120,11 +121,13 @@ def test_gradients_by_coefficients(raw, dtype):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_a_divergence_and_its_gradient(alpha, dtype):
     """Both logits far apart, and a row without a teacher between."""
-    taught, weights = torch.tensor([0, -1, 1]), ONE.to(dtype)
+    teacher_rows, weights = torch.tensor([0, -1, 1]), ONE.to(dtype)
     lse, teacher_lse = (z.logsumexp(-1).to(dtype) for z in (capped(LOGITS), TEACHER[:2]))
 
     def call(z, t):
-        return cpu.fused_distill(z, CHUNK, taught, t, CHUNK, teacher_lse, weights, alpha, lse, gradient=True)
+        return cpu.fused_distill(
+            z, CHUNK, Coefs(lse), TeacherChunk(t, CHUNK, teacher_lse, teacher_rows), weights, alpha, out=z
+        )
 
     def exact(z):
         return divergences.divergence(z[[0, 2]].log_softmax(-1), TEACHER[:2].log_softmax(-1), alpha)
@@ -149,7 +152,8 @@ def test_the_likeliest_tokens_and_gradients_by_them(dtype):
         others = log_p.scatter(1, IDS, -1e9).logsumexp(-1)
         return (TEACHER[:, :2] * log_p.gather(1, IDS)).sum(-1) + ONE * others
 
-    _, (grad,) = both(lambda z: cpu.grad_buckets(z, CHUNK, None, IDS, rest, slopes, ONE.to(dtype), lse), z)
+    by_bucket = BucketSlopes(IDS, slopes, rest, ONE.to(dtype))
+    _, (grad,) = both(lambda z: cpu.grad_buckets(z, CHUNK, Coefs(lse), None, by_bucket, out=z), z)
     torch.testing.assert_close(grad, gradient_of(exact).to(dtype))
 
 

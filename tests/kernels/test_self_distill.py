@@ -32,7 +32,7 @@ from self_distill_cases import (
 )
 
 import drift_kernels as dk
-from drift_kernels import distill_driver, driver
+from drift_kernels import cpu_sweep, distill_driver
 from drift_kernels.testing import make_case
 
 PAIRS = [(name, "mixed") for name in POLICIES] + [("everything", name) for name in TEACHERS]
@@ -127,17 +127,17 @@ def test_low_rank_heads_are_the_merged_ones(teacher, backend, dtype, near):
 
 def test_rows_are_computed_where_something_reads_them(monkeypatch):
     students, teachers = [], []
-    sweep, head = driver.Sweep.__init__, distill_driver.TeacherLogits.run
+    sweep, head = cpu_sweep.CpuSweep.__init__, distill_driver.TeacherLogits.run
 
     def spy(self, x, call, plan, *rest):
         sweep(self, x, call, plan, *rest)
         students.append(plan.count)
 
-    def spy_teacher(self, taught, targets):
-        teachers[-1] += len(targets)
-        return head(self, taught, targets)
+    def spy_teacher(self, sweep, index, targets):
+        teachers[-1] += len(index.teacher)
+        return head(self, sweep, index, targets)
 
-    monkeypatch.setattr(driver.Sweep, "__init__", spy)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "__init__", spy)
     monkeypatch.setattr(distill_driver.TeacherLogits, "run", spy_teacher)
 
     def rows_of(**options):
@@ -204,7 +204,7 @@ def test_autograd_contract(monkeypatch):
     def refuse(*_):
         raise AssertionError("a gradient was made")
 
-    monkeypatch.setattr(driver.Sweep, "add_gradients", refuse)
+    monkeypatch.setattr(cpu_sweep.CpuSweep, "add_gradients", refuse)
     with torch.no_grad():
         torch.testing.assert_close(hybrid(*leaves, **explored), loss)
 

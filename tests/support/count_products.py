@@ -25,7 +25,7 @@ def watch_products(monkeypatch):
     for kind in (products.Native, products.Widened):
         for method in ("logits", "dhidden", "dweight"):
             watch(kind, method, {method: 1})
-    watch(products.HeadBlock, "products", {"teacher": 1, "logits": -1})
+    watch(products.CpuBlock, "products", {"teacher": 1, "logits": -1})
     return seen
 
 

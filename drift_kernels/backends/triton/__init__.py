@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, Chunk, policy_numbers
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
+from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, policy_numbers
 from drift_kernels.backends.partials import SUMS, Partials, merge, stack, sweeps
 from drift_kernels.backends.triton import buckets, distill
 from drift_kernels.backends.triton import rows as kernels
 from drift_kernels.backends.triton.launch import Launch, row_launch, run
 from drift_kernels.backends.triton.scorer import score
+from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 __all__ = [
@@ -74,11 +76,11 @@ def head_arguments(logits: Tensor, chunk: Chunk) -> dict[str, Any]:
 
 def _outputs(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """Room for what is wanted, and the same by kernel argument with None for the rest."""
-    made = {}
+    outputs = {}
     for name in (*STATISTICS, *POLICY_OUTPUTS):
         if name in want:
-            made[name] = logits.new_empty(logits.shape[0] if name in ROW_OUTPUTS else chunk.targets.numel())
-    return made, {argument: made.get(name) for name, argument in STATISTICS.items()}
+            outputs[name] = logits.new_empty(logits.shape[0] if name in ROW_OUTPUTS else chunk.targets.numel())
+    return outputs, {argument: outputs.get(name) for name, argument in STATISTICS.items()}
 
 
 def programs(logits: Tensor, launch: Launch) -> tuple[int]:
@@ -88,9 +90,9 @@ def programs(logits: Tensor, launch: Launch) -> tuple[int]:
 
 def row_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
     """The statistics in `want` of products [C, V], per row or per entry."""
-    made, statistics = _outputs(logits, chunk, want)
+    outputs, statistics = _outputs(logits, chunk, want)
     _measure(logits, chunk, {**statistics, **sweeps(want), "partials": None, "at_target": None})
-    return made
+    return outputs
 
 
 def partial_stats(logits: Tensor, chunk: Chunk, want: tuple[str, ...], first: int = 0) -> Partials:
@@ -112,7 +114,10 @@ def _measure(logits: Tensor, chunk: Chunk, arguments: dict[str, Any]) -> None:
     run(kernels.row_stats_kernel, programs(logits, launch), logits, launch, arguments)
 
 
-def _gradient_arguments(logits: Tensor, out: Tensor) -> dict[str, Any]:
+def _gradient_arguments(logits: Tensor, out: Tensor | None) -> dict[str, Any]:
+    """Where the gradient goes and room for the flags of live rows, by kernel argument; None for each without `out`."""
+    if out is None:
+        return dict.fromkeys(("out", "out_stride", "live"))
     if (
         out.shape != logits.shape
         or out.dtype not in GRADIENT_DTYPES
@@ -127,97 +132,81 @@ def _gradient_arguments(logits: Tensor, out: Tensor) -> dict[str, Any]:
     return {"out": out, "out_stride": out.stride(0), "live": live}
 
 
-def grad_logits(
-    logits: Tensor,
-    chunk: Chunk,
-    coefs: Tensor | None,
-    lse: Tensor,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
-    *,
-    raw: bool,
-    out: Tensor,
-) -> Tensor:
+def _coef_arguments(coefs: Coefs, device: torch.device) -> dict[str, Tensor | None]:
+    """The derivatives by statistics, and these, by kernel argument."""
+    if coefs.dentropy is not None and coefs.entropy is None:
+        raise ValueError("coefs.dentropy needs coefs.entropy, the rows' entropy")
+    arguments = {
+        "coefs": coefs.dlogprobs,
+        "lse_coefs": coefs.dlse,
+        "lse": coefs.lse,
+        "entropy_coefs": coefs.dentropy,
+        "entropy": coefs.entropy,
+    }
+    for name, tensor in arguments.items():
+        _readable(name, tensor, device)
+    return arguments
+
+
+def grad_logits(logits: Tensor, chunk: Chunk, coefs: Coefs, *, raw: bool, out: Tensor) -> Tensor:
     """Products (raw) or logits [C, V] to d(loss)/d(product) in `out` [C, V] fp32, bf16 or fp16.
 
-    `coefs` [M], `entropy_coefs` and `lse_coefs` [C] are d(loss)/d(log-prob), d(loss)/d(entropy) and d(loss)/d(lse); rows
-    without any are zeros. Returns which rows are not [C] uint8.
+    Rows without any coefficient are zeros. Returns which rows are not [C] uint8.
     """
-    given = _other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs)
     launch = row_launch("grad_logits", logits)
-    arguments = {**head_arguments(logits, chunk), **given, **_gradient_arguments(logits, out)}
-    arguments |= {"RAW": raw, "ROWS": launch.rows, "BLOCK": launch.block}
+    arguments = {**head_arguments(logits, chunk), **_coef_arguments(coefs, logits.device)}
+    arguments |= {**_gradient_arguments(logits, out), "RAW": raw, "ROWS": launch.rows, "BLOCK": launch.block}
     run(kernels.grad_logits_kernel, programs(logits, launch), logits, launch, arguments)
     return arguments["live"]
 
 
 def fused_policy(
-    logits: Tensor,
-    chunk: Chunk,
-    spec: PolicySpec,
-    advantages: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-    want: tuple[str, ...],
-    *,
-    gradient: bool,
-    out: Tensor | None = None,
+    logits: Tensor, chunk: Chunk, spec: PolicySpec, tokens: Tokens, want: tuple[str, ...], *, out: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Statistics and policy loss of products [C, V] and, with `gradient`, d(loss)/d(product) in `out`.
+    """Statistics and policy loss of products [C, V] and, with `out`, d(loss)/d(product) there.
 
-    Returns the outputs in `want` and which rows are not zero [C] uint8. One launch; two where a row has several targets,
+    Returns the outputs in `want` and which rows are not zero [C] uint8. One launch; two if a row has several targets,
     since a row's coefficients must all be known before its gradient.
     """
-    entries = {"advantages": advantages, "old": old, "ref": ref, "weights": weights}
+    entries = {name: getattr(tokens, name) for name in ("advantages", "old", "ref", "weights")}
     for name, tensor in entries.items():
         _readable(name, tensor, logits.device)
     launch, shared = row_launch("fused_policy", logits), chunk.row_ptr is not None
-    made, statistics = _outputs(logits, chunk, want)
-    entropy_term = spec.entropy_coef != 0
+    outputs, statistics = _outputs(logits, chunk, want)
+    written, entropy_term = _gradient_arguments(logits, out), spec.entropy_coef != 0
     later: dict[str, Tensor | None] = dict.fromkeys(("coefs", "lse_coefs", "entropy_coefs"))
-    if gradient and shared:
+    if out is not None and shared:
         later["coefs"] = logits.new_empty(chunk.targets.numel())
         later["lse_coefs"] = logits.new_empty(logits.shape[0]) if spec.z_loss_coef else None
         later["entropy_coefs"] = logits.new_empty(logits.shape[0]) if entropy_term else None
         for argument in ("lse", "entropy")[: 1 + entropy_term]:
             if statistics[argument] is None:
                 statistics[argument] = logits.new_empty(logits.shape[0])
-    numbers = policy_numbers(spec)
+    numbers, sums = policy_numbers(spec), sweeps(want)
     kinds = {name.upper(): numbers.pop(name) for name in ("objective", "kl_value", "kl_grad", "kl_unbiased")}
-    written: dict[str, Any] = dict.fromkeys(("out", "out_stride", "live"))
-    if gradient:
-        if out is None:
-            raise ValueError("gradient=True needs out, the [C, V] buffer to write to")
-        written = _gradient_arguments(logits, out)
-    needs = sweeps(want)
     arguments = {
         **head_arguments(logits, chunk),
         **statistics,
         **entries,
-        **{name: made.get(name) for name in POLICY_OUTPUTS},
+        **{name: outputs.get(name) for name in POLICY_OUTPUTS},
         **numbers,
         **later,
         **written,
         **kinds,
-        "ENTROPY": needs["ENTROPY"] or entropy_term,
-        "EXTRA": needs["EXTRA"],
-        "GRADIENT": gradient and not shared,
+        "ENTROPY": sums["ENTROPY"] or entropy_term,
+        "EXTRA": sums["EXTRA"],
+        "GRADIENT": out is not None and not shared,
         "WITH_ENTROPY_TERM": entropy_term,
         "ENTRIES": ENTRIES if shared else 1,
         "ROWS": launch.rows,
         "BLOCK": launch.block,
     }
     run(kernels.fused_policy_kernel, programs(logits, launch), logits, launch, arguments)
-    if not gradient or not shared:
-        return made, written["live"]
-    lse, entropy = statistics["lse"], statistics["entropy"]
-    assert lse is not None
-    assert out is not None
-    given = (later["coefs"], lse, later["entropy_coefs"], entropy, later["lse_coefs"])
-    live = grad_logits(logits, chunk, *given, raw=True, out=out)
-    return made, live
+    lse = statistics["lse"]
+    if out is None or not shared or lse is None:
+        return outputs, written["live"]
+    coefs = Coefs(lse, later["coefs"], later["entropy_coefs"], statistics["entropy"], later["lse_coefs"])
+    return outputs, grad_logits(logits, chunk, coefs, raw=True, out=out)
 
 
 def _one_each(logits: Tensor, chunk: Chunk, *without: str) -> dict[str, Any]:
@@ -228,86 +217,55 @@ def _one_each(logits: Tensor, chunk: Chunk, *without: str) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in ("row_ptr", "rows", *without)}
 
 
-def _other_terms(
-    device: torch.device,
-    lse: Tensor,
-    coefs: Tensor | None,
-    entropy_coefs: Tensor | None,
-    entropy: Tensor | None,
-    lse_coefs: Tensor | None,
-) -> dict[str, Tensor | None]:
-    """What other terms of a loss ask of a gradient, by kernel argument."""
-    if entropy_coefs is not None and entropy is None:
-        raise ValueError("entropy_coefs needs the rows' entropy")
-    given = {"coefs": coefs, "lse_coefs": lse_coefs, "lse": lse, "entropy_coefs": entropy_coefs, "entropy": entropy}
-    for name, tensor in given.items():
-        _readable(name, tensor, device)
-    return given
-
-
 def fused_distill(
     logits: Tensor,
     chunk: Chunk,
-    taught: Tensor | None,
-    teacher: Tensor,
-    teacher_chunk: Chunk,
-    teacher_lse: Tensor,
+    coefs: Coefs,
+    teacher: TeacherChunk,
     weights: Tensor,
     alpha: float,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
     *,
-    gradient: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergences [n] of products [C, V] from the teacher's products [n, V], and with `gradient` d(loss)/d(product) in `out`.
+    """Divergences [n] of products [C, V] from the teacher's products [n, V], and with `out` d(loss)/d(product) there.
 
-    `taught` [C] int64 says which of n a row's teacher is, −1 none, None all in order; rows of n that nobody names stay
-    unwritten. `weights` [C] are the divergences', the coefficients what other terms add (see `grad_logits`). Returns live
-    rows [C] too.
+    Teacher rows that no row names stay unwritten. `weights` [C] are those of the divergences, `coefs` the derivatives of
+    other terms. Returns live rows [C] too.
     """
-    given = {"taught": taught, "y_lse": teacher_lse, "weights": weights}
-    for name, tensor in given.items():
+    rows = {"taught": teacher.rows, "y_lse": teacher.lse, "weights": weights}
+    for name, tensor in rows.items():
         _readable(name, tensor, logits.device)
-    its = _one_each(teacher, teacher_chunk, "V", "targets")
-    if teacher.shape[1] != logits.shape[1]:
-        raise ValueError(f"the teacher's {teacher.shape[1]} columns must be the student's {logits.shape[1]}")
-    written: dict[str, Any] = dict.fromkeys(("out", "out_stride", "live"))
-    if gradient:
-        if out is None:
-            raise ValueError("gradient=True needs out, the [C, V] buffer to write to")
-        written = _gradient_arguments(logits, out)
+    teacher_arguments = _one_each(teacher.logits, teacher.chunk, "V", "targets")
+    if teacher.logits.shape[1] != logits.shape[1]:
+        raise ValueError(f"the teacher's {teacher.logits.shape[1]} columns must be the student's {logits.shape[1]}")
     kind = distill.FORWARD if alpha == 0 else distill.REVERSE if alpha == 1 else distill.MIXED
-    launch, divergence = row_launch("fused_distill", logits), logits.new_empty(teacher.shape[0])
+    launch, divergence = row_launch("fused_distill", logits), logits.new_empty(teacher.logits.shape[0])
     arguments = {
         **_one_each(logits, chunk),
-        **_other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs),
-        **{"y" if name == "x" else f"y_{name}": value for name, value in its.items()},
-        **given,
+        **_coef_arguments(coefs, logits.device),
+        **{"y" if name == "x" else f"y_{name}": value for name, value in teacher_arguments.items()},
+        **rows,
         "alpha": float(alpha),
         "divergence": divergence,
-        **written,
+        **_gradient_arguments(logits, out),
         "KIND": kind.value,
-        "GRADIENT": gradient,
+        "GRADIENT": out is not None,
         "BLOCK": launch.block,
     }
     run(distill.fused_distill_kernel, (logits.shape[0],), logits, launch, arguments)
-    return divergence, written["live"]
+    return divergence, arguments["live"]
 
 
-def top_k(logits: Tensor, chunk: Chunk, taught: Tensor | None, n: int, k: int) -> Tensor:
+def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: int) -> Tensor:
     """Ids [n, k] int64 of the k largest logits of products [C, V], largest first, of equal ones the lower id first.
 
     A kernel finds the k of each row; they are sorted by a key that no two share, so that the order hangs on no library's.
-    `taught` as in `fused_distill`; rows of n that nobody names hold some ids of the vocabulary.
+    `teacher_rows` as `TeacherChunk.rows`; teacher rows that no row names hold some ids of the vocabulary.
     """
-    _readable("taught", taught, logits.device)
+    _readable("teacher_rows", teacher_rows, logits.device)
     launch = row_launch("top_k", logits)
     keys = torch.zeros((n, k), dtype=torch.int64, device=logits.device)
-    arguments = {**_one_each(logits, chunk, "targets"), "taught": taught, "keys": keys, "k": k}
+    arguments = {**_one_each(logits, chunk, "targets"), "taught": teacher_rows, "keys": keys, "k": k}
     arguments |= {"BLOCK": launch.block}
     run(buckets.top_k_kernel, (logits.shape[0],), logits, launch, arguments)
     return logits.shape[1] - 1 - (keys.sort(-1, descending=True).values & 0xFFFFFFFF)
@@ -322,13 +280,13 @@ def _by_block(ids: Tensor, V: int, block: int) -> tuple[Tensor, Tensor, dict[str
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, taught: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V].
 
-    `taught` as in `fused_distill`. An id outside the vocabulary has a log-prob of NaN; ids of a row are distinct.
+    `teacher_rows` as `TeacherChunk.rows`. An id outside the vocabulary has a log-prob of NaN; ids of a row are distinct.
     """
-    for name, tensor in (("taught", taught), ("lse", lse), ("ids", ids)):
+    for name, tensor in (("teacher_rows", teacher_rows), ("lse", lse), ("ids", ids)):
         _readable(name, tensor, logits.device)
     launch, (n, k) = row_launch("bucket_logprobs", logits), ids.shape
     logprobs, others = logits.new_empty((n, k)), logits.new_empty(n) if rest else None
@@ -337,7 +295,7 @@ def bucket_logprobs(
         search = _by_block(ids, logits.shape[1], launch.block)[2]
     arguments = {
         **_one_each(logits, chunk, "targets"),
-        "taught": taught,
+        "taught": teacher_rows,
         "lse": lse,
         "ids": ids,
         "k": k,
@@ -352,40 +310,25 @@ def bucket_logprobs(
 
 
 def grad_buckets(
-    logits: Tensor,
-    chunk: Chunk,
-    taught: Tensor | None,
-    ids: Tensor,
-    rest: Tensor | None,
-    dlogprobs: Tensor,
-    drest: Tensor | None,
-    lse: Tensor,
-    coefs: Tensor | None = None,
-    entropy_coefs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    lse_coefs: Tensor | None = None,
-    *,
-    out: Tensor,
+    logits: Tensor, chunk: Chunk, coefs: Coefs, teacher_rows: Tensor | None, slopes: BucketSlopes, *, out: Tensor
 ) -> Tensor:
-    """Products [C, V] to d(loss)/d(product) in `out`, by the derivatives of what `bucket_logprobs` gave.
-
-    Further coefficients as in `grad_logits`. Returns live rows [C].
-    """
-    if drest is not None and rest is None:
+    """Products [C, V] to d(loss)/d(product) in `out`, by derivatives of the results of `bucket_logprobs`; live rows [C]."""
+    if slopes.drest is not None and slopes.rest is None:
         raise ValueError("drest needs rest, the log-probs that it is the derivative by")
-    for name, tensor in (("taught", taught), ("ids", ids), ("rest", rest), ("dlogprobs", dlogprobs), ("drest", drest)):
-        _readable(name, tensor, logits.device)
+    for name in ("ids", "rest", "dlogprobs", "drest"):
+        _readable(name, getattr(slopes, name), logits.device)
+    _readable("teacher_rows", teacher_rows, logits.device)
     launch = row_launch("grad_buckets", logits)
-    _, order, search = _by_block(ids, logits.shape[1], launch.block)
+    _, order, search = _by_block(slopes.ids, logits.shape[1], launch.block)
     arguments = {
         **_one_each(logits, chunk),
-        **_other_terms(logits.device, lse, coefs, entropy_coefs, entropy, lse_coefs),
-        "taught": taught,
-        "k": ids.shape[1],
+        **_coef_arguments(coefs, logits.device),
+        "taught": teacher_rows,
+        "k": slopes.ids.shape[1],
         **search,
-        "dlogprobs": dlogprobs.gather(1, order),
-        "rest": rest,
-        "drest": drest,
+        "dlogprobs": slopes.dlogprobs.gather(1, order),
+        "rest": slopes.rest,
+        "drest": slopes.drest,
         **_gradient_arguments(logits, out),
         "ENTRIES": IDS,
         "BLOCK": launch.block,

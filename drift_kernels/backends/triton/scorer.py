@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from drift_kernels.backends.params import Chunk
+from drift_kernels.backends.contract import Chunk
 from drift_kernels.backends.partials import SUMS, Partials, merge, sweeps
 from drift_kernels.backends.triton.launch import Launch, capability, run, score_launch
 from drift_kernels.backends.triton.online import LOWEST, logit
