@@ -1,4 +1,4 @@
-"""The whole op path on the Triton backend in the interpreter: staging, kernels, products, autograd, against float64."""
+"""The whole op path on the Triton backend in the interpreter: the GPU pass, kernels, products, autograd, against float64."""
 
 import math
 
