@@ -11,33 +11,38 @@ from drift.tasks.base import (
     TaskError,
     canonical,
     normalise,
-    parse_answer,
     problem_id,
-    rules,
     split_of,
-    with_rules,
 )
+from drift.tasks.framing import framed, opening
 from drift.tasks.jsonl import JsonlTask
+from drift.tasks.parsing import PARSERS, spoken
+from drift.tasks.parsing import lenient as parse_answer
 from drift.tasks.reasoning import ReasoningGymTask
+from drift.tasks.scorers import Failed, Verdict
 
 if TYPE_CHECKING:
     from drift.config import TaskConfig
 
 __all__ = [
+    "PARSERS",
     "SPLITS",
+    "Failed",
     "JsonlTask",
     "ReasoningGymTask",
     "Split",
     "Task",
     "TaskError",
+    "Verdict",
     "canonical",
+    "framed",
     "load_task",
     "normalise",
+    "opening",
     "parse_answer",
     "problem_id",
-    "rules",
+    "spoken",
     "split_of",
-    "with_rules",
 ]
 
 

@@ -1,10 +1,11 @@
 """Problems with checkable answers: reasoning-gym generators and JSONL files, in three splits that share nothing.
 
-A problem's split is decided by the hash of its canonical key, so two problems with the same key can never lie in two
-splits, whatever the sizes asked for and whatever index they were drawn at. The key is the question with every chain of
-+, - and * over plain numbers put in one order (`canonical`): 3 + 12, 12 + 3 and 12 - -3 are one problem. Questions
-that generators word in several ways around one `expression` are compared by that expression alone, and those about an
-unordered pair of numbers (gcd, lcm) by the sorted numbers. Each split also draws from an index range of its own.
+A problem is its exact text, after Unicode normalisation, and its answer (`problem_id`). A looser key decides its split and
+nothing else: by the key's hash, two problems with one key can never lie in two splits, whatever the sizes asked for and
+whatever index they were drawn at. The key is the question with every chain of +, - and * over plain numbers put in one
+order (`canonical`), so that 3 + 12, 12 + 3 and 12 - -3 stay together. Questions that generators word in several ways
+around one `expression` are compared by that expression alone, and those about an unordered pair of numbers (gcd, lcm) by
+the sorted numbers. Each split also draws from an index range of its own.
 
 Left out: other symmetries (a renamed variable, a rotated maze); a task that has them needs its own key.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, Protocol
 
+from drift.scoring.sandbox import Failed
 from drift.types import Problem
 
 Split = Literal["warm", "train", "eval"]
@@ -27,6 +29,9 @@ NUMBER = r"\d+(?:\.\d+)?"
 _RUN = re.compile(r"(?:[\d\s+*/^()-]|\.(?=\d))+")  # a stretch of arithmetic
 _CHAIN = re.compile(rf"-?{NUMBER}(?:\s*[+*-]\s*-?{NUMBER})+")
 _TERM = re.compile(rf"([+*-]?)\s*(-?)\s*({NUMBER})")
+
+
+Verdict = bool | float | Failed
 
 
 class TaskError(ValueError):
@@ -46,33 +51,13 @@ class Task(Protocol):
         """Whether `answer` (the text between the answer tags) is right."""
         ...
 
-    def verify_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
-        """`verify` for each (problem, answer)."""
+    def verify_many(self, pairs: Sequence[tuple[Problem, str]]) -> Sequence[Verdict]:
+        """A reward for each (problem, answer), 1 or more being right; `Failed` when the scorer has none to give."""
         ...
 
     def close(self) -> None:
         """Let go of worker processes, if there are any."""
         ...
-
-
-def parse_answer(text: str, tag: str = "answer") -> str | None:
-    """The text between the last `<tag>` and `</tag>` after any `</think>`, stripped; None if missing or empty."""
-    said = text.rsplit("</think>", 1)[-1]
-    opening, closing = re.escape(f"<{tag}>"), re.escape(f"</{tag}>")
-    found = re.findall(rf"{opening}((?:(?!{opening}).)*?){closing}", said, flags=re.DOTALL)
-    return (found[-1].strip() or None) if found else None
-
-
-def rules(tag: str = "answer") -> str:
-    """What a model that was not trained on the format is told about it."""
-    return (
-        f"Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
-    )
-
-
-def with_rules(problems: Sequence[Problem], tag: str) -> list[Problem]:
-    """The problems as they are put to a model that was not trained on the format."""
-    return [replace(problem, prompt=f"{problem.prompt}\n\n{rules(tag)}") for problem in problems]
 
 
 def normalise(text: str) -> str:
@@ -105,9 +90,14 @@ def _ordered(chain: str) -> str:
     return " ".join(sorted(("+" if sign > 0 else "-") + "*".join(sorted(factors)) for sign, factors in terms))
 
 
-def problem_id(key: str) -> str:
-    """Sixteen hex digits of the canonical key's SHA-256."""
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+def problem_id(text: str, answer: str, copy: int = 0) -> str:
+    """A problem's name: 16 hex digits for its text, 8 for its answer, and the copy's number if it is not the first.
+
+    Both are compared as Unicode's NFC form without outer white space. Problems that share the first part ask the same, and
+    answers differ.
+    """
+    parts = [hashlib.sha256(unicodedata.normalize("NFC", part.strip()).encode()).hexdigest() for part in (text, answer)]
+    return f"{parts[0][:16]}-{parts[1][:8]}" + (f"-{copy}" if copy else "")
 
 
 def split_of(key: str) -> Split:

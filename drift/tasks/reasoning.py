@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from drift.tasks.base import NUMBER, SPLITS, Split, TaskError, canonical, problem_id, split_of
+from drift.tasks.scorers import Verdict, load_scorer
 from drift.types import Problem
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ _UNORDERED = ("gcd", "lcm")  # generators whose numbers may be given in any orde
 
 
 class ReasoningGymTask:
-    """Any reasoning-gym generator, by name and options; right means that its scorer pays exactly 1.
+    """Any reasoning-gym generator, by name and options; right means that its scorer pays exactly 1, if `task.scorer` is null.
 
-    A problem's metadata is the generator's whole entry, which is what its scorer reads.
-    `scorer_errors` counts answers on which the generator's own scorer raised; they count as wrong.
+    A problem's metadata is the generator's whole entry, which is what its scorer reads, in a worker without rights.
+    Raises TaskError for a scorer that evaluates answers when the system cannot take a worker's rights away.
     """
 
     def __init__(self, config: TaskConfig) -> None:
@@ -30,8 +31,8 @@ class ReasoningGymTask:
             raise TaskError(f"task.name={config.name!r} is no reasoning-gym generator; there are: {sorted(DATASETS)}")
         self.config = config
         self.answer_tag = config.answer_tag
-        self.scorer_errors = 0
-        self._scorer = self._generator("train", size=1)
+        self._generator("train", size=1)  # options that do not suit it are named now
+        self.scorer = load_scorer(config)
         self._cache: dict[str, list[Problem]] = {}
 
     def _generator(self, split: Split, size: int) -> Any:
@@ -63,7 +64,7 @@ class ReasoningGymTask:
 
     def _draw(self, split: Split, count: int) -> list[Problem]:
         draws = min(4000 + 16 * count, _INDEX_RANGE)  # a split gets at least three draws in ten
-        generator, found = self._generator(split, draws), dict[str, Problem]()
+        generator, found = self._generator(split, draws), dict[tuple[str, str], Problem]()
         last_new, patience = 0, 2000 + 4 * count  # draws without a new problem before the well counts as dry
         for index in range(draws):
             if len(found) == count:
@@ -71,10 +72,10 @@ class ReasoningGymTask:
             if index - last_new > patience:
                 break
             entry = generator[index]
-            key = self._key(entry)
-            if split_of(key) == split and key not in found:
+            key, answer = self._key(entry), str(entry["answer"])
+            if split_of(key) == split and (key, answer) not in found:
                 last_new = index
-                found[key] = Problem(problem_id(key), entry["question"], str(entry["answer"]), entry)
+                found[key, answer] = Problem(problem_id(entry["question"], answer), entry["question"], answer, entry)
         raise TaskError(
             f"task.{split}_problems={count}: the generator {self.config.name!r} with options {self.config.options!r} "
             f"has only {len(found)} distinct problems for this split (symmetric forms count once); widen its options "
@@ -82,18 +83,13 @@ class ReasoningGymTask:
         )
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether the generator's scorer pays exactly 1.0 for the stripped answer."""
-        try:
-            return self._scorer.score_answer(answer.strip(), problem.metadata) == 1.0
-        except (
-            Exception
-        ):  # scorers are third-party code that meets any text a model can write: a raise is a wrong answer
-            self.scorer_errors += 1
-            return False
+        """Whether the scorer finds the answer right."""
+        return float(self.verify_many([(problem, answer)])[0]) >= 1
 
-    def verify_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[bool]:
-        """`verify` for each pair, one after another."""
-        return [self.verify(problem, answer) for problem, answer in pairs]
+    def verify_many(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """The scorer's reward for each pair."""
+        return self.scorer.score(pairs)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Ends the scorer's workers."""
+        self.scorer.close()
