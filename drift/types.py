@@ -16,10 +16,11 @@ import torch
 class Problem:
     """One question with a checkable answer."""
 
-    id: str  # stable: hash of the question
+    id: str  # stable: hashes of the question and of the answer
     prompt: str  # text of the first user message
     answer: str  # what the verifier compares with
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever the task's own scorer needs
+    system: str | None = None  # text of a system message before it
 
 
 @dataclass(slots=True)

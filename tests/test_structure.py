@@ -27,7 +27,7 @@ KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "tes
 KERNELS += ["packs", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
     {"files", "interrupts"},
-    {"config", "types", "track"},
+    {"config", "types", "track", "scoring"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},
     {"model"},
     {"engines", "training"},

@@ -15,6 +15,10 @@ from drift.config.online import OnlineConfig
 from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
 
 FOLDER = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+FORMAT_RULE = (
+    "Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
+)
 PATTERNS = {  # what text that does not fit one should do
     FOLDER: "be letters, digits, '_', '-' and '.', since it names a folder",
 }
@@ -56,14 +60,38 @@ class ModelConfig(Section):
         return self
 
 
+SCORERS = ("exact", "math", "choice", "numeric", "tools")  # of `task.scorer`, besides module:function
+
+
 class TaskConfig(Section):
-    """Where problems and their verifier come from."""
+    """Where problems come from, how they are put to the model, and how its answers are read and scored."""
 
     kind: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
     name: str = "chain_sum"  # of the reasoning-gym generator
     options: dict[str, Any] = {}  # the generator's own
     path: str | None = None  # of the JSONL file
+    duplicates: Literal["merge", "keep"] = (
+        "merge"  # rows of one text and answer: one problem, or each a group of its own
+    )
+    system: str | None = None  # a system message; null sends none. A row's own "system" replaces it
+    instruction: str | None = None  # text before each problem; null adds none
+    format_rule: str | None = (
+        None  # text after each problem; null adds none. By default FORMAT_RULE when model.path is set
+    )
+    prefill: str | None = None  # text that every assistant turn begins with, as prompt, such as <think>
     answer_tag: str = "answer"
+    parser: Literal["strict", "lenient"] = (
+        "lenient"  # strict: <think>…</think><answer>…</answer>; lenient: the last answer outside thinking
+    )
+    cut_answers: Literal["count", "drop"] = (
+        "count"  # a whole answer in a turn that max_new_tokens cut later: read, or unparsed
+    )
+    scorer: str | None = (
+        None  # exact, math, choice, numeric, tools, or module:function; null is the generator's own, or math
+    )
+    tolerance: Share = 0.04  # relative, of scorer numeric, when the right number is not whole
+    unsafe_scorers: Literal["refuse", "allow"] = "refuse"  # generators that evaluate answers, when there is no sandbox
+    max_failed: Share = 0.05  # of all checks may fail (no verdict); more end the run, as does a batch of nothing else
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0  # what torch takes
     warm_problems: Count = 2000
     train_problems: Positive = 192
@@ -75,6 +103,12 @@ class TaskConfig(Section):
             raise ValueError("path should name the JSONL file, since kind is jsonl")
         if self.kind != "jsonl" and self.path is not None:
             raise ValueError(f"path is {self.path!r}, which only kind jsonl reads; set kind=jsonl, or leave path out")
+        return self
+
+    @model_validator(mode="after")
+    def _scorer_is_known(self) -> TaskConfig:
+        if self.scorer is not None and self.scorer not in SCORERS and not re.fullmatch(FUNCTION, self.scorer):
+            raise ValueError(f"scorer {self.scorer!r} must be one of {', '.join(SCORERS)}, module:function, or null")
         return self
 
 
@@ -131,7 +165,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 512
-    feedback: Literal["simple", "full"] = "simple"
+    feedback: Literal["simple", "full"] = "simple"  # to a wrong answer; eval.feedback is a setting of its own
     history: Literal["keep", "template"] = "keep"
     batch_size: Positive = 512
     format_penalty: Annotated[float, Field(le=0)] = -0.1  # a turn whose answer cannot be parsed
@@ -237,6 +271,7 @@ class EvalConfig(Section):
     """Greedy multi-turn evaluation (A6), and samples of one turn (B9)."""
 
     turns: Positive = 5
+    feedback: Literal["simple", "full"] = "simple"  # to a wrong answer; the published runs sample with full
     samples: Count = 0  # one-turn samples a problem, for mean@n and pass@n; 0 draws none
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0  # of those samples; multi@k is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # likewise; the online method publishes 0.6 and 0.95
@@ -358,6 +393,15 @@ class Config(Section):
                 "started; leave one of them out"
             )
         return {**data, "warm_start": {"enabled": False, **warm_start}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_rule_is_for_others_than_the_tiny_model(cls, data: Any) -> Any:
+        model, task = (data.get(key, {}) for key in ("model", "task")) if isinstance(data, dict) else ((), ())
+        if not isinstance(model, dict) or not isinstance(task, dict) or model.get("path") is None:
+            return data
+        rule = FORMAT_RULE.format(tag=task.get("answer_tag", "answer"))
+        return {**data, "task": {"format_rule": rule, **task}}
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Config:

@@ -1,4 +1,4 @@
-"""multi@k (A6): the share of problems solved within k turns, greedy, with the feedback loop that rollouts use.
+"""multi@k (A6): the share of problems solved within k turns, greedy, with the feedback of `eval.feedback`.
 
 The correction rate of turn t is the share of the problems still unsolved before it that are solved in it.
 With `eval.samples` also mean@n and pass@n: of n one-turn samples a problem at `eval.temperature` and `eval.top_p`, the
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from drift.config import EvalConfig
 from drift.engines import Engine
 from drift.model.policy import Policy
-from drift.rollouts.rollout import Episode, play
+from drift.rollouts.failures import Failures
+from drift.rollouts.rollout import Episode, framing, play
 from drift.tasks import Task
 from drift.track import Track
 from drift.types import Problem
@@ -36,6 +37,7 @@ class Evaluation:
     temperature: float = 1.0  # of the samples, as is top_p
     top_p: float = 1.0
     right: list[int] = field(default_factory=list)  # [problems], how many of them; empty without samples
+    failed_checks: int = 0  # checks without a verdict, which count as wrong
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict; shares under their published names, such as multi_at_5, mean_at_16 and pass_at_16."""
@@ -69,7 +71,6 @@ def evaluate(
     task: Task,
     problems: Sequence[Problem],
     config: EvalConfig,
-    feedback: Literal["simple", "full"] = "simple",
     *,
     history: Literal["keep", "template"] = "keep",
     tool: str | None = None,
@@ -78,21 +79,21 @@ def evaluate(
 ) -> Evaluation:
     """Plays each problem once, greedily, for up to `config.turns` turns, and samples `config.samples` one-turn answers.
 
-    Raises ValueError for no problems.
+    Wrong answers get `config.feedback`. Raises ValueError for no problems, CheckError when too many checks have no verdict.
     """
     if not problems:
         raise ValueError("problems is empty; an evaluation needs at least one")
-    track = track or Track(None, progress=False)
+    track, failures = track or Track(None, progress=False), Failures(framing(task).max_failed)
 
     def played(
         name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float, top_p: float = 1.0
     ) -> list[Episode]:
-        how = _How(turns, config.max_new_tokens, feedback, history, tool, tool_calls, temperature, top_p)
+        how = _How(turns, config.max_new_tokens, config.feedback, history, tool, tool_calls, temperature, top_p)
         episodes = []
         with track.progress(name, len(jobs)) as bar:
             for first in range(0, len(jobs), config.batch_size):
                 chunk = jobs[first : first + config.batch_size]
-                episodes += play(policy, engine, task, chunk, how, seed=[0, first], bar=bar)
+                episodes += play(policy, engine, task, chunk, how, seed=[0, first], bar=bar, failures=failures)
         return episodes
 
     episodes = played("evaluate", [(problem, 0) for problem in problems], config.turns, 0.0)
@@ -108,7 +109,15 @@ def evaluate(
     ]
     how = (config.samples, config.temperature, config.top_p)
     return Evaluation(
-        by_turn[-1], by_turn[0], by_turn, _corrected(solved_at, config.turns), solved_at, examples, *how, right
+        by_turn[-1],
+        by_turn[0],
+        by_turn,
+        _corrected(solved_at, config.turns),
+        solved_at,
+        examples,
+        *how,
+        right,
+        failures.failed,
     )
 
 

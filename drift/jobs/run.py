@@ -131,7 +131,7 @@ class _Job:
 
     def _online(self, seed: int, folder: Path) -> None:
         name, inside = f"seed-{seed}/{folder.name}", folder / "checkpoints"
-        problems = stages.asked(self.config, self.task, "train")
+        problems = self.task.problems("train")
         options: dict[str, Any] = {"seed": seed, "track": self.track, "checkpoint_dir": inside, "prefix": name}
         options["rollouts"] = folder / "rollouts.jsonl"
         options["examples_path"] = folder / "examples.jsonl"

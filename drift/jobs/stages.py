@@ -24,12 +24,12 @@ from drift.model.policy import Policy, load_policy
 from drift.model.rows import check_ids
 from drift.returns import weigh_for_training
 from drift.rollouts.rollout import collect
-from drift.tasks import Split, Task, load_task, with_rules
+from drift.tasks import Task, load_task
 from drift.track import Track
 from drift.training import distributed
 from drift.training.offpolicy import log_ratios
 from drift.training.trainer import TrainStats, train
-from drift.types import Problem, Trajectory
+from drift.types import Trajectory
 
 
 def load(config: Config, path: str | None) -> Policy:
@@ -39,19 +39,11 @@ def load(config: Config, path: str | None) -> Policy:
     return load_policy(model, device=distributed.device(), seed=config.task.seed)
 
 
-def asked(config: Config, task: Task, split: Split) -> list[Problem]:
-    """The problems as they are put to the model; one that was not warm-started on the format is told it."""
-    problems = task.problems(split)
-    if config.model.path is None:
-        return problems
-    return with_rules(problems, task.answer_tag)
-
-
 def sample_into(
     config: Config, policy: Policy, task: Task, path: Path, seed: Sequence[int], track: Track, prefix: str = "rollout"
 ) -> int:
     """Appends `rollout.n` trajectories of every training problem to `path`; returns how many were new."""
-    problems = asked(config, task, "train")
+    problems = task.problems("train")
     with open_engine(config.engine, policy, config.rollout.batch_size) as engine:
         return collect(policy, engine, task, problems, config.rollout, path, seed, track, prefix)
 
@@ -73,7 +65,7 @@ def weighted(
 
 def evaluated(config: Config, policy: Policy, task: Task, track: Track) -> Evaluation:
     """multi@k and single-turn accuracy of `policy` on the evaluation problems."""
-    how, problems = config.rollout, asked(config, task, "eval")
+    how, problems = config.rollout, task.problems("eval")
     with open_engine(config.engine, policy, config.eval.batch_size) as engine:
         return evaluate(
             policy,
@@ -81,7 +73,6 @@ def evaluated(config: Config, policy: Policy, task: Task, track: Track) -> Evalu
             task,
             problems,
             config.eval,
-            how.feedback,
             history=how.history,
             tool=how.tool,
             tool_calls=how.tool_calls,

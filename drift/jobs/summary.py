@@ -26,6 +26,7 @@ def summarise(config: Config, folder: Path, seconds: dict[str, float]) -> dict[s
         "seeds": config.seeds,
         "results": results,
         "paired": _paired(results, multi),
+        "failed_checks": _failed(config, folder),
         "settings": _picked(config),
         **({"online": online} if online else _sampled(config, folder)),
         "seconds": seconds | {"total": sum(seconds.values())},
@@ -62,6 +63,21 @@ def _sampled(config: Config, folder: Path) -> dict[str, list[float]]:
         "ess_in_group": [s["ess_mean"] for s in stats],
         "unsolved_groups": [s["unsolved_share"] for s in stats],
         "sampled": [sum(row["t_star"] is not None for row in rows) / len(rows) for rows in sampled],
+    }
+
+
+def _failed(config: Config, folder: Path) -> dict[str, int]:
+    """Checks without a verdict, which count as wrong: in all evaluations, and in all trajectories that were sampled."""
+    trained = ("base", *config.trained)
+    files = [folder / f"seed-{seed}" / f"eval-{arm}.json" for seed in config.seeds for arm in trained]
+    rollouts = [
+        *folder.glob("rollouts*.jsonl"),
+        *folder.glob("seed-*/rollouts*.jsonl"),
+        *folder.glob("seed-*/*/rollouts*.jsonl"),
+    ]
+    return {
+        "evaluations": sum(read_json(file).get("failed_checks", 0) for file in files),
+        "rollouts": sum(row.get("failed_checks", 0) for path in rollouts for row in store.read(path)),
     }
 
 

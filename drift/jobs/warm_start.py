@@ -30,7 +30,7 @@ from drift.model.policy import Policy
 from drift.online.reprompt import Lesson, rewrite
 from drift.packing import pack
 from drift.rollouts.environments import TOOLS
-from drift.rollouts.rollout import default_environment, feedback, play
+from drift.rollouts.rollout import default_environment, default_feedback, play
 from drift.tasks import Task, TaskError
 from drift.track import Track
 from drift.training import checkpoint
@@ -171,7 +171,7 @@ def _dialogue(
         if turn == turns or draw.random() >= config.warm_start.wrong_share:
             break
         given.append(_wrong(problem, given, problems, draw))
-        said = feedback(problem, turn, turns, config.rollout.feedback)
+        said = default_feedback(task, config.rollout)(problem, turn)
         messages += [{"role": "assistant", "content": f"<{tag}>{given[-1]}</{tag}>"}, {"role": "user", "content": said}]
     return [*messages, {"role": "assistant", "content": f"<{tag}>{problem.answer}</{tag}>"}]
 

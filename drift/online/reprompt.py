@@ -26,6 +26,7 @@ from typing import Any, Literal
 from drift.buffer import SuccessBuffer
 from drift.config.online import TeacherConfig
 from drift.model import chat
+from drift.rollouts.feedback import is_bare
 from drift.types import Trajectory, Turn
 
 __all__ = [
@@ -160,6 +161,8 @@ def informative(feedback: str, prompt: str = "") -> bool:
     Sentences that are a bare verdict, an invitation to try again or a turn number are left out, and so is a repeated
     `prompt`; the rest has to hold a letter or a digit.
     """
+    if is_bare(feedback):
+        return False
     rest = feedback.replace(prompt, " ") if prompt else feedback
     sentences = (sentence.strip() for sentence in re.split(r"[.!?,;:\n]+|\s[-–—]\s", rest))
     return any(re.search(r"\w", sentence) and not _VERDICT.fullmatch(sentence) for sentence in sentences)

@@ -20,15 +20,17 @@ Left out: environments that hold state (a shell, a browser): keep it in a dict b
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from drift.rollouts.feedback import Feedback
 from drift.rollouts.tools import ToolError, calculate
-from drift.tasks import Task, parse_answer
+from drift.tasks import Failed, Task, Verdict, parse_answer, spoken
+from drift.tasks.parsing import Parser
 from drift.types import Problem
 
-FEEDBACK = "Incorrect. Please think again."
 TOOLS: dict[str, Callable[[str], str]] = {"calculator": calculate}
 CALCULATOR = "If you like, first have a Python expression calculated: write it inside <tool_call> and </tool_call>."
 Messages = list[dict[str, str]]
@@ -47,6 +49,7 @@ class Step:
     answer: str | None = ""  # as it was read; "" where there is none to compare; None, one that could not be read
     tool_calls: int = 0  # of the turn
     tool_errors: int = 0  # among them
+    failed: str = ""  # why the check has no verdict, such as a traceback; the turn then counts as wrong, and is counted
 
 
 class Turns(Protocol):
@@ -60,6 +63,10 @@ class Turns(Protocol):
     def messages(self) -> Messages: ...  # so far, the turn to answer last
     @property
     def reply(self) -> str: ...  # that turn, as text without the token that ends it
+    @property
+    def opened(self) -> str: ...  # what the template had the turn begin with, <think> or nothing; not part of `reply`
+    @property
+    def cut(self) -> bool: ...  # whether that turn ran into the limit of its length
     @property
     def turn(self) -> int: ...  # the number of this attempt, from 1; turns of tool calls are not counted
     @property
@@ -79,39 +86,56 @@ class Environment(Protocol):
 
 
 class VerifyEnvironment:
-    """The task's verifier: a right answer ends the episode with reward 1, any other gets feedback (A1).
+    """The task's verifier: a right answer ends the episode with its reward, any other gets feedback (A1).
 
-    feedback: simple, or full, which also says which turn of how many it was and repeats the problem. parse: the answer in
-    a reply, given the task's answer tag; None where there is none.
+    feedback: the words for it, or its mode, simple or full. parse: the answer in a reply, given the task's answer tag; None
+    when there is none. cut_answers: whether an answer counts in a turn that was cut by its length later ("count" or "drop").
     """
 
     def __init__(
         self,
         task: Task,
         turns: int,
-        feedback: str = "simple",
-        parse: Callable[[str, str], str | None] = parse_answer,
+        feedback: str | Feedback = "simple",
+        parse: Parser = parse_answer,
+        cut_answers: str = "count",
     ) -> None:
-        self.task, self.turns, self.feedback, self.parse = task, turns, feedback, parse
+        self.task, self.turns, self.parse, self.cut_answers = task, turns, parse, cut_answers
+        if isinstance(feedback, str):
+            feedback = Feedback("full" if feedback == "full" else "simple", turns, tag=task.answer_tag)
+        self.feedback = feedback
 
     def reset(self, problem: Problem) -> Messages:
-        """The problem as a user message."""
-        return [{"role": "user", "content": problem.prompt}]
+        """The problem as a user message, after its system message if it has one."""
+        system = [] if problem.system is None else [{"role": "system", "content": problem.system}]
+        return [*system, {"role": "user", "content": problem.prompt}]
 
     def step(self, episodes: Sequence[Turns]) -> list[Step]:
         """All answers go to the verifier at once."""
-        answers = [self.parse(episode.reply, self.task.answer_tag) for episode in episodes]
+        answers = [self.answer(episode) for episode in episodes]
         parsed = [(episode.problem, answer) for episode, answer in zip(episodes, answers) if answer is not None]
         verdicts = iter(self.task.verify_many(parsed))
         return [
-            Step(reward=1.0, done=True, answer=answer)
-            if answer is not None and next(verdicts)
-            else Step([self._told(episode)], answer=answer)
+            self._judged(episode, answer, False if answer is None else next(verdicts))
             for episode, answer in zip(episodes, answers)
         ]
 
-    def _told(self, episode: Turns) -> dict[str, str]:
-        said = feedback(episode.problem, episode.turn, self.turns, self.feedback)
+    def answer(self, episode: Turns) -> str | None:
+        """The answer in the last turn; None when there is none to read."""
+        if episode.cut and self.cut_answers == "drop":
+            return None
+        return self.parse(episode.opened + episode.reply, self.task.answer_tag)
+
+    def _judged(self, episode: Turns, answer: str | None, verdict: Verdict) -> Step:
+        if isinstance(verdict, Failed):
+            return Step([self._told(episode, answer, 0.0)], answer=answer, failed=verdict.reason)
+        reward = float(verdict)
+        if reward >= 1:
+            return Step(reward=reward, done=True, answer=answer)
+        return Step([self._told(episode, answer, reward)], reward=reward, answer=answer)
+
+    def _told(self, episode: Turns, answer: str | None, reward: float) -> dict[str, str]:
+        said = self.feedback(episode.problem, episode.turn, reward=reward, parsed=answer is not None)
         return {"role": "user", "content": said}
 
 
@@ -127,19 +151,20 @@ class ToolEnvironment(VerifyEnvironment):
         self,
         task: Task,
         turns: int,
-        feedback: str = "simple",
-        parse: Callable[[str, str], str | None] = parse_answer,
+        feedback: str | Feedback = "simple",
+        parse: Parser = parse_answer,
+        cut_answers: str = "count",
         *,
         tool: Callable[[str], str] = calculate,
         calls: int = 8,
         about: str = CALCULATOR,
     ) -> None:
-        super().__init__(task, turns, feedback, parse)
+        super().__init__(task, turns, feedback, parse, cut_answers)
         self.tool, self.calls, self.about = tool, calls, about
 
     def reset(self, problem: Problem) -> Messages:
         """The problem, then what the tool is."""
-        return [{"role": "user", "content": f"{problem.prompt}\n\n{self.about}"}]
+        return super().reset(replace(problem, prompt=f"{problem.prompt}\n\n{self.about}"))
 
     def step(self, episodes: Sequence[Turns]) -> list[Step]:
         """Tool calls are answered here, the rest goes to the verifier at once."""
@@ -148,26 +173,23 @@ class ToolEnvironment(VerifyEnvironment):
         return [self._use(episode, calls) if calls else next(verified) for episode, calls in zip(episodes, called)]
 
     def _called(self, episode: Turns) -> list[str]:
-        if self.parse(episode.reply, self.task.answer_tag) is not None:
+        if self.answer(episode) is not None:
             return []
-        said = episode.reply.rsplit("</think>", 1)[-1]
-        return re.findall(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", said, re.DOTALL)
+        said = spoken(episode.opened + episode.reply)
+        return re.findall(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", said or "", re.DOTALL)
 
     def _use(self, episode: Turns, calls: Sequence[str]) -> Step:
         if episode.tool_calls + len(calls) > self.calls:
             tag = self.task.answer_tag
             text = f"Error: no more than {self.calls} calls. Answer inside <{tag}> and </{tag}>."
             return Step([{"role": "tool", "content": text}], answer=None)
-        messages, errors = [], 0
+        messages, errors, failed = [], 0, ""
         for call in calls:
             try:
                 text = self.tool(call)
             except ToolError as error:
                 text, errors = f"Error: {error}", errors + 1
+            except Exception:  # a tool of somebody's own that meets what a model writes
+                text, errors, failed = "Error: the tool failed.", errors + 1, traceback.format_exc()
             messages.append({"role": "tool", "content": text})
-        return Step(messages, tool_calls=len(calls), tool_errors=errors)
-
-
-def feedback(problem: Problem, turn: int, turns: int, mode: str) -> str:
-    """What a wrong answer in this turn gets; `full` also says which turn it was and repeats the first message (A1)."""
-    return FEEDBACK if mode == "simple" else f"{FEEDBACK} This was turn {turn} of {turns}.\n\n{problem.prompt}"
+        return Step(messages, tool_calls=len(calls), tool_errors=errors, failed=failed)

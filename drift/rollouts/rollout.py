@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,17 @@ from drift import store
 from drift.engines import Engine, Sample, remembering
 from drift.model import chat
 from drift.model.policy import Policy
-from drift.rollouts.environments import FEEDBACK, TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment, feedback
-from drift.tasks import Task, normalise, parse_answer
+from drift.rollouts.environments import TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment
+from drift.rollouts.failures import CheckError, Failures
+from drift.rollouts.feedback import FEEDBACK, Feedback
+from drift.rollouts.resume import forget_corrected
+from drift.tasks import PARSERS, Framing, Task, normalise, parse_answer
+from drift.tasks.parsing import OPEN
 from drift.track import Bar, Track
 from drift.training.meter import Stopwatch
 from drift.types import Problem
 
-__all__ = ["FEEDBACK", "Episode", "Settings", "collect", "default_environment", "feedback", "play"]
+__all__ = ["FEEDBACK", "Episode", "Settings", "collect", "default_environment", "default_feedback", "framing", "play"]
 
 
 class Settings(Protocol):
@@ -63,6 +68,9 @@ class Episode:
     solved_at: int = 0  # the attempt that was right first, 0 for none
     tool_calls: int = 0  # turns of tool calls are no attempts
     tool_errors: int = 0
+    failed: int = 0  # checks of its turns without a verdict
+    opened: str = ""  # what the template has the turn begin with that is being played: <think>, or nothing
+    cut: bool = False  # the last turn ran into max_new_tokens
     ended: bool = False
 
     @property
@@ -75,11 +83,14 @@ class Episode:
         """The number of the attempt that is being made, from 1."""
         return len(self.rewards) + 1
 
-    def prompt(self, prompts: chat.Prompts, history: str) -> list[int]:
-        """Ids of the next turn's prompt."""
+    def prompt(self, prompts: chat.Prompts, history: str, prefill: Sequence[int] = ()) -> list[int]:
+        """Ids of the next turn's prompt, up to and with the prefill."""
         if history == "template" or not self.samples:
-            return prompts.render(self.messages)
-        return prompts.extend(self.samples[-1]["token_ids"], self.messages)
+            ids = prompts.render(self.messages)
+        else:
+            ids = prompts.extend(self.samples[-1]["token_ids"], self.messages)
+        self.opened = OPEN if prompts.policy.tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN) else ""
+        return [*ids, *prefill]
 
     def take(self, prompt: list[int], sample: Sample, said: str, history: str) -> None:
         """Adds a sampled turn. One token sequence grows with `history` keep, one a turn is kept with template."""
@@ -95,6 +106,7 @@ class Episode:
             }
         )
         self.messages.append({"role": "assistant", "content": said})
+        self.cut = not sample.finished
 
     def answered(self, step: Step, turns: int) -> None:
         """Adds what the environment says to the last turn; the attempt number `turns` is the last one.
@@ -113,7 +125,9 @@ class Episode:
                 )
             self.tool_calls += step.tool_calls
             self.tool_errors += step.tool_errors
+            self.failed += bool(step.failed)
         else:
+            self.failed += bool(step.failed)
             self.answers.append(step.answer)
             self.rewards.append(float(step.reward))
             if step.reward >= 1 and not self.solved_at:
@@ -140,6 +154,8 @@ class Episode:
         }
         if self.tool_calls:
             row |= {"tool_calls": self.tool_calls, "tool_errors": self.tool_errors}
+        if self.failed:
+            row["failed_checks"] = self.failed
         return row if len(self.samples) == 1 else {**row, "earlier_turns": self.samples[:-1]}
 
 
@@ -153,23 +169,27 @@ def play(
     seed: Sequence[int],
     bar: Bar | None = None,
     environment: Environment | None = None,
+    failures: Failures | None = None,
 ) -> list[Episode]:
     """Plays every (problem, trajectory index) to its end: its environment's, or `settings.turns` attempts; in order.
 
     seed: numbers that all samples follow from; each trajectory draws for itself, by its problem's identity and its index,
-    whatever is played with it. The bar advances by the trajectories that end. environment: default the
-    one that the settings name. Raises ValueError where it answers what nobody can go on from, and where the chat
-    template does not know tool messages.
+    whatever is played with it. The bar advances by the trajectories that end. environment: default the one that the
+    settings name. failures: counts checks without a verdict; default a count of these episodes alone. Raises CheckError
+    when they are too many or the environment raises, ValueError if it answers what nobody can go on from, and when the
+    chat template does not know tool messages.
     """
     if settings.tool is not None:
         chat.check_role(policy.tokenizer, "tool")
-    environment = environment or default_environment(task, settings)
+    environment, frame = environment or default_environment(task, settings), framing(task)
+    failures = failures or Failures(frame.max_failed)
+    prefill = chat.encode(policy.tokenizer, frame.prefill) if frame.prefill else []
     episodes = [Episode(problem, index, list(environment.reset(problem))) for problem, index in jobs]
     live = episodes
     with remembering(engine):
         for number in range(1, settings.turns + settings.tool_calls + 1):
             asked = chat.Prompts(policy)
-            prompts = [episode.prompt(asked, settings.history) for episode in live]
+            prompts = [episode.prompt(asked, settings.history, prefill) for episode in live]
             samples = engine.generate(
                 prompts,
                 max_new_tokens=settings.max_new_tokens,
@@ -178,12 +198,13 @@ def play(
                 seed=[_seed(seed, episode, number) for episode in live],
             )
             for episode, prompt, sample in zip(live, prompts, samples):
-                episode.take(prompt, sample, chat.decode(policy, sample.token_ids), settings.history)
-            steps = environment.step(live)
+                episode.take(prompt, sample, frame.prefill + chat.decode(policy, sample.token_ids), settings.history)
+            steps = _stepped(environment, live)
             if len(steps) != len(live):
                 raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there should be one each")
             for episode, step in zip(live, steps):
                 episode.answered(step, settings.turns)
+            failures.add([step.failed for step in steps])
             still = [episode for episode in live if not episode.ended]
             if bar is not None:
                 bar.advance(len(live) - len(still))
@@ -204,12 +225,34 @@ def _seed(seed: Sequence[int], episode: Episode, number: int) -> int:
     return int(np.random.SeedSequence([*seed, problem, episode.index, number]).generate_state(1)[0])
 
 
+def _stepped(environment: Environment, live: Sequence[Episode]) -> list[Step]:
+    try:
+        return environment.step(live)
+    except Exception as error:  # code of somebody's own that meets what a model writes
+        raise CheckError(
+            f"{type(environment).__name__}.step failed on a batch of {len(live)} episodes:\n{traceback.format_exc().rstrip()}"
+        ) from error
+
+
+def framing(task: Task) -> Framing:
+    """How the task has problems put and replies read; a task that says nothing adds nothing."""
+    return getattr(task, "framing", Framing())
+
+
+def default_feedback(task: Task, settings: Settings) -> Feedback:
+    """The words that a wrong answer gets under these settings."""
+    rule = framing(task).format_rule
+    return Feedback(settings.feedback, settings.turns, settings.max_new_tokens, task.answer_tag, rule)
+
+
 def default_environment(task: Task, settings: Settings) -> Environment:
     """The verifier with its feedback, and the tool that the settings name."""
+    frame, said = framing(task), default_feedback(task, settings)
+    parse = parse_answer if frame.parser == "lenient" else PARSERS[frame.parser]
     if settings.tool is None:
-        return VerifyEnvironment(task, settings.turns, settings.feedback, parse_answer)
+        return VerifyEnvironment(task, settings.turns, said, parse, frame.cut_answers)
     options: dict[str, Any] = {"tool": TOOLS[settings.tool], "calls": settings.tool_calls}
-    return ToolEnvironment(task, settings.turns, settings.feedback, parse_answer, **options)
+    return ToolEnvironment(task, settings.turns, said, parse, frame.cut_answers, **options)
 
 
 def collect(
@@ -227,12 +270,19 @@ def collect(
     """`config.n` trajectories of each problem, appended to the rollout file `path`; returns how many were new.
 
     config: a `drift.config.RolloutConfig`. Goes on from what is in the file. Raises StoreError where a row of the file
-    is bad, or was sampled by another policy than this one. Metrics of each chunk go to `track` as PREFIX/NAME.
+    is bad, or was sampled by another policy than this one, CheckError when too many checks have no verdict. Rows about a
+    problem whose answer has changed since are sampled and verified again. Metrics of each chunk go to `track` as
+    PREFIX/NAME.
     """
     track = track or Track(None, progress=False)
     who = {"temperature": config.temperature, "top_p": config.top_p, "policy_hash": policy.hash()}
     numbers = [seed] if isinstance(seed, int) else seed
     jobs = [(problem, index) for problem in problems for index in range(config.n)]
+    failures = Failures(framing(task).max_failed)
+    if changed := forget_corrected(path, problems):
+        track.say(
+            f"{path}: {changed} trajectories were checked against answers that have changed; they are sampled again"
+        )
     with store.Writer(path) as writer, track.progress("rollouts", len(jobs)) as bar:
         if writer.done:
             store.check_policy(store.read(path), who["policy_hash"])
@@ -245,6 +295,7 @@ def collect(
                 continue
             watch = Stopwatch()
             options: dict[str, Any] = {"seed": [*numbers, number], "bar": bar, "environment": environment}
+            options["failures"] = failures
             episodes = play(policy, engine, task, chunk, config, **options)
             measured = _metrics(episodes, watch.read())
             if environment is not None or config.tool is not None:
@@ -253,6 +304,8 @@ def collect(
             for episode in episodes:  # after the metrics: a chunk whose rows are all there is not played again
                 if (episode.problem.id, episode.index) in missing:
                     writer.write({**episode.row(config.format_penalty), **who})
+        if failures.failed:
+            track.say(f"{failures.failed} of {failures.checks} checks have no verdict; they count as wrong")
         return len(writer.done) - before
 
 
@@ -263,6 +316,7 @@ def _metrics(episodes: Sequence[Episode], took: dict[str, float]) -> dict[str, f
         "solved_first": sum(episode.solved_at == 1 for episode in episodes) / len(episodes),
         "turns": sum(len(episode.answers) for episode in episodes) / len(episodes),
         "unparsed": sum(episode.answers.count(None) for episode in episodes) / len(episodes),
+        "failed_checks": float(sum(episode.failed for episode in episodes)),
         "tokens_per_second": sampled / took["step_time"],
         **took,
     }

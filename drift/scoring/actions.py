@@ -49,7 +49,9 @@ def same(gold: str, answer: str) -> bool:
     wanted, given = called(gold), called(answer)
     if wanted is None or given is None:
         return False
-    return Counter(name for name, _ in wanted) == Counter(name for name, _ in given) and _merged(wanted) == _merged(given)
+    return Counter(name for name, _ in wanted) == Counter(name for name, _ in given) and _merged(wanted) == _merged(
+        given
+    )
 
 
 def _call(value: Any) -> Call:

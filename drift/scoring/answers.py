@@ -26,7 +26,7 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _LATEX = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\displaystyle(?![A-Za-z])"), ""),
-    (re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])|~"), " "),
+    (re.compile(r"\\[,;:! ]|\\q?quad(?![A-Za-z])"), " "),
     (re.compile(r"\\([$%#&])"), r"\1"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([{}])"), r"\1"),
@@ -53,19 +53,23 @@ _WRAPPED = [
     )
 ]
 _LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\s*:?|:|=)\s*|[#>]+\s+|=\s*",
+    r"(?:(?:so|thus|therefore|hence)\b,?\s*)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\s*:?|:|=)\s*|#+\s+|=\s*",
     re.IGNORECASE,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _FIXED = re.compile(  # digits that are a name: dates, times, versions, phone numbers, ranges, codes
-    r"\d+(?:[-/.:]\d+){2,}|\d+[-:]\d+(?:\s*[ap]\.?m\.?)?|0\d+|\+?\(?\d[\d().-]*(?:\s[\d().-]+)*-[\d().-]*\d", re.IGNORECASE
+    r"\d+(?:[-/.:]\d+){2,}|\d+[-:]\d+(?:\s*[ap]\.?m\.?)?|0\d+|\d+/0+|\+?\(?\d[\d().-]*(?:\s[\d().-]+)*-[\d().-]*\d",
+    re.IGNORECASE,
 )
-_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi infinity inf oo min max gcd lcm det mod"
+_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi infinity inf oo"
+_FUNCTIONS += " min max gcd lcm det mod"
 _NAMES = re.compile(rf"\\[A-Za-z]+|\b(?:{'|'.join(_FUNCTIONS.split())})(?![A-Za-z])")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _JOINED = re.compile(r"\s+(?:and|or)\s+|\s*;\s*|,\s*(?:and|or)\s+", re.IGNORECASE)
 _GIVES = re.compile(r"[A-Za-z](?:_\{?\w\}?)?\s*=\s*(?=[^=])")
-_LETTERS = re.compile(r"[([]?[^\W\d_][)\]]?|[^\W\d_](?:\s[^\W\d_])+|\d+_\{?\d+\}?")  # a letter, several, a numeral's base
+_LETTERS = re.compile(
+    r"[([]?[^\W\d_][)\]]?|[^\W\d_](?:\s[^\W\d_])+|\d+_\{?\d+\}?"
+)  # a letter, several, a numeral's base
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -98,6 +102,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate({0x2044: "/", 0x2212: "-"})
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
+    text = re.sub(r"\s+\^", "^", text)
     for _ in range(12):  # layers of dressing
         before, text = text, text.strip()
         for pattern in _WRAPPED:
@@ -107,9 +112,8 @@ def clean(text: str) -> str:
             text = text[found.end() : -1]
         if found := _LEAD.match(text):
             text = text[found.end() :]
-        if text[-1:] in (".", ",", ";", ":", "。") and text[-2:-1] != text[-1:]:
-            text = text[:-1]
-        elif text[-1:] == "!" and text[-2:-1].isalpha() and len(text) > 2:
+        ends = text[-1:] in (".", ",", ";", ":", "。") and text[-2:-1] != text[-1:]
+        if ends or (text[-1:] == "!" and text[-2:-1].isalpha() and len(text) > 2):  # not 5!, nor 0.33...
             text = text[:-1]
         if text == before:
             break
@@ -124,7 +128,7 @@ def _same(gold: str, answer: str, equal: Equal) -> bool:
     number = numbers.read(_given(gold))
     if number is not None:
         other = numbers.read(_given(answer))
-        return other is not None and not _FIXED.fullmatch(answer.removeprefix("-")) and numbers.same(number, other)
+        return other is not None and numbers.same(number, other)
     if _words(answer):
         return False
     bracket = gold[0] if gold[0] in _BRACKETS and _closing(gold, 0) == len(gold) - 1 else ""
@@ -197,7 +201,7 @@ def _split(text: str) -> list[str]:
             depth += 1
         elif text[i] in ")]}":
             depth -= 1
-        elif depth == 0 and (found := _JOINED.match(text, i)) or (depth == 0 and text[i] == ","):
+        elif (depth == 0 and (found := _JOINED.match(text, i))) or (depth == 0 and text[i] == ","):
             parts.append(text[start:i])
             start = i = found.end() if found else i + 1
             continue

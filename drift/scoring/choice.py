@@ -18,7 +18,9 @@ _OPTION = re.compile(
     r"(?P<rest>\s*[.):]\s+\S.*|\s+[-–—]\s+\S.*|(?<=[)\]])\s+\S.*)?",
     re.IGNORECASE | re.DOTALL,
 )
-_OTHER = re.compile(r"(?:\b(?:and|or|not|neither|nor)\b|[,/&])\s*(?:(?:option|choice)\s+)?[([]?\s*[A-J]\s*[)\]]?(?![A-Za-z'’])")
+_OTHER = re.compile(
+    r"(?:\b(?:and|or|not|neither|nor)\b|[,/&])\s*(?:(?:option|choice)\s+)?[([]?\s*[A-J]\s*[)\]]?(?![A-Za-z'’])"
+)
 
 
 def option(answer: str) -> str | None:

@@ -18,17 +18,16 @@ import sys
 from collections.abc import Sequence
 
 _X86_64 = {
-    **dict(zip("read write close stat fstat lstat poll lseek mmap mprotect munmap brk".split(), [0, 1, *range(3, 13)])),
-    **dict(zip("rt_sigaction rt_sigprocmask rt_sigreturn ioctl pread64".split(), range(13, 18))),
-    **dict(readv=19, writev=20, access=21, select=23, sched_yield=24, mremap=25, madvise=28, dup=32, dup2=33),
-    **dict(nanosleep=35, setitimer=38, getpid=39, clone=56, exit=60, uname=63, fcntl=72, getcwd=79, readlink=89),
-    **dict(gettimeofday=96, getrlimit=97, getrusage=98, sysinfo=99, times=100, getuid=102, getgid=104, geteuid=107),
-    **dict(getegid=108, getppid=110, sigaltstack=131, statfs=137, arch_prctl=158, gettid=186, futex=202),
-    **dict(sched_getaffinity=204, getdents64=217, restart_syscall=219, clock_gettime=228, clock_getres=229),
-    **dict(clock_nanosleep=230, exit_group=231, epoll_wait=232, epoll_ctl=233, tgkill=234, openat=257, newfstatat=262),
-    **dict(readlinkat=267, faccessat=269, pselect6=270, ppoll=271, set_robust_list=273, epoll_create1=291, dup3=292),
-    **dict(prlimit64=302, getcpu=309, seccomp=317, getrandom=318, membarrier=324, statx=332, rseq=334),
-    **dict(clone3=435, faccessat2=439),
+    **dict(read=0, write=1, close=3, stat=4, fstat=5, lstat=6, poll=7, lseek=8, mmap=9, mprotect=10, munmap=11, brk=12),
+    **dict(rt_sigaction=13, rt_sigprocmask=14, rt_sigreturn=15, ioctl=16, pread64=17, readv=19, writev=20, access=21),
+    **dict(select=23, sched_yield=24, mremap=25, madvise=28, dup=32, dup2=33, nanosleep=35, setitimer=38, getpid=39),
+    **dict(clone=56, exit=60, uname=63, fcntl=72, getcwd=79, readlink=89, gettimeofday=96, getrlimit=97, getrusage=98),
+    **dict(sysinfo=99, times=100, getuid=102, getgid=104, geteuid=107, getegid=108, getppid=110, sigaltstack=131),
+    **dict(statfs=137, arch_prctl=158, gettid=186, futex=202, sched_getaffinity=204, getdents64=217),
+    **dict(restart_syscall=219, clock_gettime=228, clock_getres=229, clock_nanosleep=230, exit_group=231),
+    **dict(epoll_wait=232, epoll_ctl=233, tgkill=234, openat=257, newfstatat=262, readlinkat=267, faccessat=269),
+    **dict(pselect6=270, ppoll=271, set_robust_list=273, epoll_create1=291, dup3=292, prlimit64=302, getcpu=309),
+    **dict(seccomp=317, getrandom=318, membarrier=324, statx=332, rseq=334, clone3=435, faccessat2=439),
 }
 _AARCH64 = {
     **dict(getcwd=17, epoll_create1=20, epoll_ctl=21, epoll_pwait=22, dup=23, dup3=24, fcntl=25, ioctl=29, statfs=43),
@@ -74,7 +73,9 @@ def confined() -> bool:
 
     for path in ("/tmp", os.getcwd()):
         try:
-            os.close(os.open(os.path.join(path, f".confined-{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.close(
+                os.open(os.path.join(path, f".confined-{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            )
         except OSError:
             continue
         os.unlink(os.path.join(path, f".confined-{os.getpid()}"))
@@ -151,8 +152,12 @@ def _filter(machine: int, numbers: dict[str, int], process: int) -> list[tuple[i
         "clone3": [(_RETURN, 0, 0, _ENOSYS)],  # its flags lie in memory; the C library falls back to clone
         "tgkill": [argument(0), (_EQUAL, 1, 0, process), (_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)],
         "prlimit64": [argument(0), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)],
-        "ioctl": [argument(1), *((_EQUAL, len(_TERMINAL) - i, 0, code) for i, code in enumerate(_TERMINAL))]
-        + [(_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)],
+        "ioctl": [
+            argument(1),
+            *((_EQUAL, len(_TERMINAL) - i, 0, code) for i, code in enumerate(_TERMINAL)),
+            (_RETURN, 0, 0, _EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+        ],
     }
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     for name, number in numbers.items():

@@ -33,6 +33,7 @@ EVALUATES = frozenset(  # generators whose scorers have a parser of Python read 
         "string_insertion",
     }
 )
+AS_TEXT = frozenset({"game_of_life_halting"})  # scorers that take any text for true; the gold answer is asked for too
 LONGEST = 10_000  # characters of an expression
 POWER = 10_000  # bits that a power of numbers may have
 _NODES = (ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Load)
@@ -53,10 +54,10 @@ class Judge(Protocol):
 class MathJudge:
     """`drift.scoring.answers.right` with math-verify for what only algebra can tell."""
 
-    folders: list[str] = []
     may_raise = True
 
     def __init__(self) -> None:
+        self.folders: list[str] = []
         from latex2sympy2_extended import NormalizationConfig  # noqa: F401  imported before rights are given up
         from math_verify import LatexExtractionConfig, parse, verify
 
@@ -93,6 +94,8 @@ class GymJudge:
     def score(self, answer: str, gold: str, problem: dict[str, Any]) -> float:
         """problem: {"name", "options", "entry"}; the entry is what the generator made."""
         scorer = _scorer(problem["name"], repr(sorted(problem["options"].items())), _Once(problem["options"]))
+        if problem["name"] in AS_TEXT and not answers.exact(gold, answer):
+            return 0.0
         return float(scorer.score_answer(answer, problem["entry"]) == 1.0)
 
 
@@ -167,7 +170,23 @@ def check_expression(text: str) -> None:
 
 
 _CONSTANTS = {"pi", "oo", "theta", "alpha", "beta", "gamma"}
-_FUNCTIONS = set("sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt Abs abs".split())
+_FUNCTIONS = {
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+}
+_FUNCTIONS |= {"atanh", "exp", "log", "ln", "sqrt", "Abs", "abs"}
 
 
 def _tree(text: str) -> ast.Expression:

@@ -18,6 +18,7 @@ import selectors
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ class _Worker:
             env=_environment(),
             start_new_session=True,  # a Ctrl-C at the terminal is for the parent
         )
+        self.kill = weakref.finalize(
+            self, _end, self.process
+        )  # by hand, or with the object, or at the end of the program
         started = self._said(setup, START)
         if started is None or not started["ready"]:
             self.kill()
@@ -87,7 +91,8 @@ class _Worker:
         return self._said(values, seconds)
 
     def _said(self, message: Any, seconds: float) -> dict[str, Any] | None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self.process.stdin.write(frame(message))
             self.process.stdin.flush()
@@ -110,15 +115,16 @@ class _Worker:
             return None
         return said if isinstance(said, dict) and not self.buffer else None
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:  # the worker died with a question in the pipe
-                    continue
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except BrokenPipeError:  # the worker died with a question in the pipe
+                continue
 
 
 class Sandbox:
@@ -202,4 +208,10 @@ def _environment() -> dict[str, str]:
     """No secrets: what an interpreter needs to find its packages, and one thread."""
     kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if key in os.environ}
     paths = os.pathsep.join([_ROOT, *(os.path.abspath(path) for path in sys.path if path != _ROOT)])
-    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }

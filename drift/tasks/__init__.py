@@ -14,7 +14,7 @@ from drift.tasks.base import (
     problem_id,
     split_of,
 )
-from drift.tasks.framing import framed, opening
+from drift.tasks.framing import Framing
 from drift.tasks.jsonl import JsonlTask
 from drift.tasks.parsing import PARSERS, spoken
 from drift.tasks.parsing import lenient as parse_answer
@@ -28,6 +28,7 @@ __all__ = [
     "PARSERS",
     "SPLITS",
     "Failed",
+    "Framing",
     "JsonlTask",
     "ReasoningGymTask",
     "Split",
@@ -35,14 +36,12 @@ __all__ = [
     "TaskError",
     "Verdict",
     "canonical",
-    "framed",
     "load_task",
     "normalise",
-    "opening",
     "parse_answer",
     "problem_id",
-    "spoken",
     "split_of",
+    "spoken",
 ]
 
 

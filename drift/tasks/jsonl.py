@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drift.tasks.base import SPLITS, Split, TaskError, canonical, problem_id, split_of
+from drift.tasks.framing import Framing
 from drift.tasks.scorers import Scorer, Verdict, load_scorer
 from drift.types import Problem, is_whole
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlTask:
-    """Lines of {"prompt", "answer"} (and, if wanted, "split": "warm" | "train" | "eval"), scored by `task.scorer`.
+    """Lines of {"prompt", "answer"} and, if wanted, "split" ("warm", "train" or "eval") and "system", scored by `task.scorer`.
 
     Without "split" a row goes where its key's hash sends it; a file that names one must name it in every row. A row with the
     text and the answer of an earlier one counts once, or is a problem of its own with `task.duplicates` keep. What
@@ -32,7 +33,7 @@ class JsonlTask:
         if config.path is None:
             raise TaskError("task.path is not set: task.kind='jsonl' needs a file of {'prompt', 'answer'} lines")
         self.config = config
-        self.answer_tag = config.answer_tag
+        self.answer_tag, self.framing = config.answer_tag, Framing.of(config)
         self._splits: dict[str, dict[str, Problem]] = {split: {} for split in SPLITS}
         self._named: bool | None = None  # whether rows say their split
         self._seen: dict[tuple[str, str], tuple[str, int]] = {}  # (key, answer): the split and line it was on first
@@ -42,7 +43,7 @@ class JsonlTask:
 
     def _add(self, line: int, row: dict[str, Any]) -> None:
         where = f"{self.config.path}:{line}"
-        for name in ("prompt", "answer"):
+        for name in ("prompt", "answer", *(("system",) if "system" in row else ())):
             if not isinstance(row.get(name), str | int | float) or isinstance(row[name], bool):
                 found = repr(row[name]) if name in row else f"missing beside {', '.join(map(repr, row)) or 'nothing'}"
                 raise TaskError(f"{where}: {name!r} is {found}; it must be text or a number")
@@ -62,13 +63,19 @@ class JsonlTask:
         first, before = self._seen.setdefault((key, answer.strip()), (split, line))
         if first != split:
             logger.warning(
-                "%s: this problem looks like the one on line %d, which is in split %r; this one is in %r", where, before, first, split
+                "%s: this problem looks like the one on line %d, which is in split %r; this one is in %r",
+                where,
+                before,
+                first,
+                split,
             )
         copies = (problem_id(prompt, answer, copy) for copy in count())
         name = next(copies)
         while self.config.duplicates == "keep" and name in self._splits[split]:
             name = next(copies)
-        self._splits[split].setdefault(name, Problem(name, prompt, answer, {"line": line}))
+        system = str(row["system"]) if "system" in row else self.framing.system
+        problem = Problem(name, self.framing.prompt(prompt), answer, {"line": line}, system)
+        self._splits[split].setdefault(name, problem)
 
     def problems(self, split: Split) -> list[Problem]:
         """The first `task.{split}_problems` of the split in the file's order; TaskError when there are fewer."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from drift.tasks.base import NUMBER, SPLITS, Split, TaskError, canonical, problem_id, split_of
+from drift.tasks.framing import Framing
 from drift.tasks.scorers import Verdict, load_scorer
 from drift.types import Problem
 
@@ -30,7 +31,7 @@ class ReasoningGymTask:
         if config.name not in DATASETS:
             raise TaskError(f"task.name={config.name!r} is no reasoning-gym generator; there are: {sorted(DATASETS)}")
         self.config = config
-        self.answer_tag = config.answer_tag
+        self.answer_tag, self.framing = config.answer_tag, Framing.of(config)
         self._generator("train", size=1)  # options that do not suit it are named now
         self.scorer = load_scorer(config)
         self._cache: dict[str, list[Problem]] = {}
@@ -75,7 +76,8 @@ class ReasoningGymTask:
             key, answer = self._key(entry), str(entry["answer"])
             if split_of(key) == split and (key, answer) not in found:
                 last_new = index
-                found[key, answer] = Problem(problem_id(entry["question"], answer), entry["question"], answer, entry)
+                name, prompt = problem_id(entry["question"], answer), self.framing.prompt(entry["question"])
+                found[key, answer] = Problem(name, prompt, answer, entry, self.framing.system)
         raise TaskError(
             f"task.{split}_problems={count}: the generator {self.config.name!r} with options {self.config.options!r} "
             f"has only {len(found)} distinct problems for this split (symmetric forms count once); widen its options "

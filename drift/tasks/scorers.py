@@ -126,7 +126,9 @@ class FunctionScorer:
         """What the function returns for each."""
         return self.sandbox.ask(
             [
-                Question(answer, problem.answer, {"id": problem.id, "prompt": problem.prompt, "metadata": problem.metadata})
+                Question(
+                    answer, problem.answer, {"id": problem.id, "prompt": problem.prompt, "metadata": problem.metadata}
+                )
                 for problem, answer in pairs
             ]
         )

@@ -15,7 +15,8 @@ from drift.online import loop as online
 from drift.packing import pack
 from drift.returns import trajectory_return
 from drift.rollouts import environments
-from drift.rollouts.environments import CALCULATOR, FEEDBACK, Step, ToolEnvironment, VerifyEnvironment
+from drift.rollouts.environments import CALCULATOR, Step, ToolEnvironment, VerifyEnvironment
+from drift.rollouts.feedback import FEEDBACK, Feedback
 from drift.rollouts.rollout import Episode, collect, play
 from drift.track import Track
 from drift.training.trainer import train
@@ -254,7 +255,7 @@ def test_verification_stays_one_call_a_turn(policy):
     assert wrong == Step([{"role": "user", "content": FEEDBACK}], answer="x")
     full = VerifyEnvironment(task, 3, "full", parse=lambda reply, tag: None)
     [step] = full.step(episodes[:1])
-    assert step == Step([{"role": "user", "content": environments.feedback(task.made[0], 1, 3, "full")}], answer=None)
+    assert step == Step([{"role": "user", "content": Feedback("full", 3)(task.made[0], 1, parsed=False)}], answer=None)
 
 
 LLAMA = (

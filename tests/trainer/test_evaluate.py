@@ -9,7 +9,7 @@ from drift.config import EvalConfig, ModelConfig
 from drift.engines.hf import HFEngine
 from drift.jobs.evaluate import evaluate
 from drift.model.policy import load_policy
-from drift.rollouts.rollout import FEEDBACK, feedback
+from drift.rollouts.feedback import FEEDBACK, Feedback
 
 LINES = {
     "q0": [say("a0")],
@@ -42,9 +42,9 @@ def test_shares_by_turn(policy, batch_size):
 
 def test_turns_and_feedback_are_those_asked_for(policy):
     task, engine = WordTask(4), ScriptedEngine(policy, LINES)
-    done = evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=2), "full")
+    done = evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=2, feedback="full", max_new_tokens=9))
     assert done.solved_at == [1, 0, 0, 2]
-    assert done.examples[3]["messages"][2]["content"] == feedback(task.made[3], 1, 2, "full")
+    assert done.examples[3]["messages"][2]["content"] == Feedback("full", 2, 9)(task.made[3], 1)
 
 
 def test_samples_of_one_turn(policy):

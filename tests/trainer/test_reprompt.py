@@ -24,7 +24,7 @@ from drift.online.reprompt import (
     teacher_trajectory,
 )
 from drift.packing import pack
-from drift.rollouts.rollout import FEEDBACK, feedback
+from drift.rollouts.feedback import FEEDBACK, Feedback
 from drift.types import Problem, Trajectory, Turn
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7 + 8 ="}]
@@ -243,7 +243,9 @@ def test_feedback_makes_a_teacher_where_it_is_informative():
     for mode, shown in (("off", None), ("without_solution", None), ("always", "14 is even")):
         assert lessons(with_both, TeacherConfig(feedback=mode)) == [Lesson("a", shown), None]
     assert TeacherConfig.model_validate({"feedback": False}).feedback == "off"  # as YAML reads off
-    full = feedback(Problem("p", "What is 7 + 8?", "15"), 1, 5, "full")
+    full = Feedback("full", 5, 512, format_rule="Answer inside the tag.")(
+        Problem("p", "What is 7 + 8?", "15"), 1, parsed=False
+    )
     asked = [attempt("w", feedback=full)]
     assert lessons(asked, TeacherConfig(), prompts=["What is 7 + 8?"]) == [None]
 

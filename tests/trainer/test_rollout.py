@@ -17,7 +17,8 @@ from drift.model import chat
 from drift.model.policy import load_policy
 from drift.packing import pack
 from drift.returns import trajectory_return
-from drift.rollouts.rollout import FEEDBACK, collect, feedback, play
+from drift.rollouts.feedback import FEEDBACK, Feedback, is_bare
+from drift.rollouts.rollout import collect, play
 from drift.track import Track
 
 DROPS_THINKING = (
@@ -95,13 +96,26 @@ def test_history_keep_and_template(policy):
     assert [t.token_ids for t in chat.to_trajectories(thinking, row, index=0)] == [row["token_ids"]]
 
 
-def test_full_feedback_repeats_turn_and_problem(policy):
-    said = feedback(WordTask().made[1], 2, 5, "full")
-    assert said.startswith(FEEDBACK)
-    assert "turn 2 of 5" in said
-    assert "q1" in said
-    _, [row] = scripted(policy, {"q0": [say("b"), say("a0")]}, SETTINGS.model_copy(update={"feedback": "full"}))
-    assert row["messages"][2]["content"] == feedback(WordTask().made[0], 1, 3, "full")
+def test_full_feedback_says_reward_turn_attempts_format_and_length_and_repeats_no_problem(policy):
+    settings = SETTINGS.model_copy(update={"feedback": "full"})
+    _, [row] = scripted(policy, {"q0": [say("b"), "no tag", say("a0")]}, settings)
+    first, second = row["messages"][2]["content"], row["messages"][4]["content"]
+    assert first.splitlines() == [
+        "Reward: 0", "", "Turn 2:", f"State: {FEEDBACK}",
+        "You have 2 attempts left. Always output: <think> … </think> <answer> … </answer>, and nothing else.",
+        f"Maximum length: {SETTINGS.max_new_tokens} tokens.",
+    ]  # fmt: skip
+    assert "You have 1 attempt left." in second
+    assert "q0" not in second  # the problem comes back after an unreadable first turn alone
+    assert is_bare(first)
+    assert is_bare(second)
+
+
+def test_full_feedback_repeats_the_problem_after_an_unreadable_first_turn(policy):
+    _, [row] = scripted(policy, {"q0": ["no tag", say("a0")]}, SETTINGS.model_copy(update={"feedback": "full"}))
+    assert "q0" in row["messages"][2]["content"]
+    assert is_bare(row["messages"][2]["content"])
+    assert not is_bare(Feedback()(WordTask().made[1], 1) + " 14 is even.")
 
 
 def test_engine_gets_the_settings_and_a_seed_of_its_own_each_turn(policy):

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drift.config import TaskConfig
-from drift.tasks import SPLITS, TaskError, canonical, load_task, normalise, parse_answer, split_of
-from drift.tasks.mathverify import MathVerifier
+from drift.tasks import SPLITS, TaskError, canonical, load_task, normalise, problem_id, split_of
 
 TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
 
@@ -99,26 +98,16 @@ def test_right_is_full_score_only_and_a_raising_scorer_is_wrong():
     assert not task.verify(problem, "")
     primes = load_task(TaskConfig(name="prime_factorization", train_problems=5))
     assert primes.verify_many([(primes.problems("train")[0], text) for text in ("no idea", "2 × many")]) == [
-        False,
-        False,
+        0.0,
+        0.0,
     ]
-    assert primes.scorer_errors > 0
+    assert primes.scorer.sandbox.raised > 0
 
 
 def test_generators_without_a_single_gold_answer_load():
     task = load_task(TaskConfig(name="propositional_logic", train_problems=3))
     example = task.problems("train")[0].metadata["metadata"]["example_answer"]
     assert task.verify(task.problems("train")[0], example)
-
-
-def test_parse_answer():
-    assert parse_answer("<think>maybe <answer>1</answer></think><answer> 2 </answer>") == "2"
-    assert parse_answer("<answer>1</answer> no, <answer>3</answer>") == "3"
-    assert parse_answer("<answer>1<answer>2</answer>") == "2"
-    assert parse_answer("<think><answer>1</answer></think> so it is one") is None
-    assert parse_answer("<answer>  </answer>") is None
-    assert parse_answer("<answer>1") is None
-    assert parse_answer("<solution>7</solution>", tag="solution") == "7"
 
 
 def test_normalise():
@@ -148,7 +137,7 @@ def test_jsonl_splits_are_disjoint_with_symmetric_forms(tmp_path):
     task.close()
 
 
-def test_jsonl_named_splits_and_bad_rows(tmp_path):
+def test_jsonl_named_splits_and_bad_rows(tmp_path, caplog):
     def load(*rows):
         path = jsonl(tmp_path / "b.jsonl", rows)
         return load_task(TaskConfig(kind="jsonl", path=path, warm_problems=0, train_problems=1, eval_problems=1))
@@ -157,8 +146,8 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path):
     away = next(split for split in ("train", "eval") if split != home)
     task = load({"prompt": "1 + 2", "answer": 3, "split": away})
     assert [problem.answer for problem in task.problems(away)] == ["3"]
-    with pytest.raises(TaskError, match=r"b\.jsonl:2: this problem .* is in split 'train' already"):
-        load({"prompt": "1 + 2", "answer": 3, "split": "train"}, {"prompt": "2 + 1", "answer": 3, "split": "eval"})
+    load({"prompt": "1 + 2", "answer": 3, "split": "train"}, {"prompt": "2 + 1", "answer": 3, "split": "eval"})
+    assert "b.jsonl:2: this problem looks like the one on line 1, which is in split 'train'" in caplog.text
     with pytest.raises(TaskError, match=r"b\.jsonl:1: 'answer' is missing beside 'prompt'"):
         load({"prompt": "1 + 2"})
     with pytest.raises(TaskError, match=r"b\.jsonl:1: 'split' is 'test'"):
@@ -167,9 +156,6 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path):
     for rows, word in (((one, named), "there"), ((named, one), "missing")):
         with pytest.raises(TaskError, match=rf"b\.jsonl:2: 'split' is {word}, unlike above; all rows say it, or none"):
             load(*rows)
-    load(one, {"prompt": "2 + 1", "answer": " 3"})  # the same, in other words
-    with pytest.raises(TaskError, match=r"b\.jsonl:2: this problem .* has the answer '4' here and '3' on line 1"):
-        load(one, {"prompt": "2 + 1", "answer": 4})
     for name in ("prompt", "answer"):
         with pytest.raises(TaskError, match=rf"b\.jsonl:1: '{name}' is .* half a character"):
             load({**one, name: "\ud800"})
@@ -182,19 +168,47 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path):
     assert [problem.prompt for problem in task.problems("eval")] == ["5 + 6"]
 
 
-def test_math_verify_judges_and_survives_a_hang():
-    verifier = MathVerifier(workers=2, seconds=4.0)
-    pairs = [("1/2", "0.5"), (r"\frac{1}{2}", "$0.5$"), ("x+1", "1+x"), ("3", "4"), ("silent", "listen"), ("7", " 7 ")]
-    assert verifier.verify_many(pairs) == [True, True, True, False, False, True]
-    assert verifier.killed == 0
-    verifier.seconds = 0.5
-    assert not verifier.verify("3", "9^{9^{9^{9}}}")
-    assert verifier.killed == 1
-    verifier.seconds = 4.0
-    assert verifier.verify("0.25", "1/4")
-    verifier.close()
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("Which weekday is 2024-05-06?", "Monday"), ("Which weekday is 2024-06-05?", "Wednesday")),
+        (("How long is the month of 2024-05-10?", 31), ("How long is the month of 2024-10-05?", 31)),
+        (("ASCII code of a?", 97), ("ASCII code of A?", 65)),
+        (("Call 555-12-34", "ok"), ("Call 555-34-12", "ok")),
+        (("a\nb", 1), ("a b", 1)),
+        (("Half of 1?", "1/2"), ("Half of 1?", "0.5")),
+    ],
+)
+def test_problems_that_differ_in_text_or_answer_are_all_kept(tmp_path, one, other):
+    rows = [{"prompt": text, "answer": answer, "split": "train"} for text, answer in (one, other)]
+    config = TaskConfig(kind="jsonl", path=jsonl(tmp_path / "d.jsonl", rows), warm_problems=0, train_problems=2)
+    assert len({problem.id for problem in load_task(config).problems("train")}) == 2
 
 
-def test_math_verify_wants_a_time_limit():
-    with pytest.raises(ValueError, match="seconds=0"):
-        MathVerifier(seconds=0)
+def test_equal_rows_count_once_or_are_groups_of_their_own_by_choice(tmp_path):
+    rows = [{"prompt": text, "answer": 1, "split": "train"} for text in ("caf\u00e9?", "cafe\u0301?", " caf\u00e9?\n")]
+    config = TaskConfig(kind="jsonl", path=jsonl(tmp_path / "d.jsonl", rows), warm_problems=0, train_problems=1)
+    with pytest.raises(TaskError, match=r"holds 1 distinct"):
+        load_task(config.model_copy(update={"train_problems": 2})).problems("train")
+    kept = load_task(config.model_copy(update={"train_problems": 3, "duplicates": "keep"})).problems("train")
+    names = [problem.id for problem in kept]
+    assert names[1:] == [f"{names[0]}-1", f"{names[0]}-2"]
+
+
+def test_a_corrected_answer_changes_the_second_part_of_the_id_alone():
+    before, after = problem_id("2 + 2?", "5"), problem_id("2 + 2?", "4")
+    assert before != after
+    assert before.partition("-")[0] == after.partition("-")[0]
+
+
+def test_a_problem_is_put_with_system_message_instruction_and_format_rule(tmp_path):
+    rows = [{"prompt": "1 + 1?", "answer": 2, "split": "train"}]
+    rows += [{"prompt": "q", "answer": 1, "split": "train", "system": "Be brief."}]
+    words = {"system": "You solve.", "instruction": "Solve:", "format_rule": "Use tags."}
+    config = TaskConfig(kind="jsonl", path=jsonl(tmp_path / "d.jsonl", rows), train_problems=2, **words)
+    first, second = load_task(config).problems("train")
+    assert (first.prompt, first.system) == ("Solve:\n\n1 + 1?\n\nUse tags.", "You solve.")
+    assert second.system == "Be brief."
+    bare = config.model_copy(update={"system": None, "instruction": None, "format_rule": None})
+    first, _ = load_task(bare).problems("train")
+    assert (first.prompt, first.system) == ("1 + 1?", None)

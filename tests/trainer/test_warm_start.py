@@ -14,7 +14,7 @@ from drift.jobs import warm_start as module
 from drift.jobs.warm_start import WarmStartError, demonstrations, warm_start
 from drift.model.policy import load_policy
 from drift.rollouts.environments import CALCULATOR
-from drift.rollouts.rollout import FEEDBACK
+from drift.rollouts.feedback import FEEDBACK
 from drift.tasks import TaskError, load_task, parse_answer
 from drift.training.checkpoint import CheckpointError
 
