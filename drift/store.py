@@ -5,7 +5,8 @@ prompt_id, messages, verifier, turn_rewards, answer_norms, format_penalty, t_sta
 temperature, top_p, policy_hash, policy_version, and per token token_ids, loss_mask, logprobs, turn_starts, which hold
 what was sampled; text is never tokenised again. Online trainings add what became of a trajectory: step, staleness,
 advantage, pass_rate, had_teacher, distill_weight, policy_weight, rebellious_weight (`drift.online`), and episodes with
-tools tool_calls and tool_errors. Keys that this file does not know pass through untouched.
+tools tool_calls and tool_errors. failed_checks counts turns whose check
+has no verdict. Keys that this file does not know pass through untouched.
 """
 
 from __future__ import annotations

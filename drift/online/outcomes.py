@@ -19,6 +19,7 @@ def outcomes(samples: Sequence[Sample]) -> dict[str, float]:
         "solved_first": sum(sample.solved_at == 1 for sample in samples) / count,
         "turns": sum(len(sample.row["verifier"]) for sample in samples) / count,
         "unparsed": sum(sample.unparsed for sample in samples) / count,
+        "failed_checks": float(sum(sample.row.get("failed_checks", 0) for sample in samples)),
         "repeat_rate": repeat_rate(sample.answers for sample in samples),
         "response_tokens": sum(part.tokens for sample in samples for part in sample.parts) / count,
         "no_spread": sum(sample.trajectory.advantage == 0 for sample in samples) / count,

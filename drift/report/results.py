@@ -31,6 +31,8 @@ def section(records: Records) -> str:
         f"when one of {turns} attempts, each after the same feedback, is right. {error}; differences are taken seed by "
         "seed.</p>"
     )
+    if failed := records.summary.get("failed_checks", {}).get("evaluations", 0):
+        note += f'<p class="bad">{count_of(failed, "check", "checks")} of the evaluations had no verdict and count as wrong.</p>'
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))

@@ -33,6 +33,8 @@ def section(records: Records) -> str:
     numbers += [tile(f"pass@{k}", percent(found[k]), "of a prompt’s samples, unbiased") for k in (2, 4) if k in found]
     repeated = repeat_rate(row["answer_norms"] for row in rows)
     numbers.append(tile("repeat rate", percent(repeated), "answers given before in the trajectory"))
+    if failed := sum(row.get("failed_checks", 0) for row in rows):
+        numbers.append(tile("failed checks", f"{failed:,}", "without a verdict; they count as wrong"))
     settings = records.weights_config
     dropped = sum(part.dropped for part in sampled) / len(sampled)
     cut = f" Below {settings.min_weight:g} they are left out: {percent(dropped)} of all weight." if dropped else ""

@@ -14,7 +14,7 @@ from drift.scoring.answers import LONGEST, clean
 
 _OPTION = re.compile(
     r"(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:(?:option|choice|answer)\s*(?:is)?\s*:?\s*)?"
-    r"(?:[([]\s*([A-Ja-j])\s*[)\]]|([A-Ja-j]))"
+    r"(?:[([]\s*([A-Ja-j])\s*[)\]]|([A-Ja-j])(?:\s*\)(?=\s*$))?)"
     r"(?P<rest>\s*[.):]\s+\S.*|\s+[-–—]\s+\S.*|(?<=[)\]])\s+\S.*)?",
     re.IGNORECASE | re.DOTALL,
 )

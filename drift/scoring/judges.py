@@ -87,7 +87,7 @@ class GymJudge:
         import sympy
         from reasoning_gym.factory import DATASETS
 
-        self.folders = [os.path.dirname(os.path.realpath(reasoning_gym.__file__))]
+        self.folders = [os.path.dirname(os.path.realpath(str(reasoning_gym.__file__)))]
         self.names = sorted(DATASETS)
         _shield(sympy)
 
