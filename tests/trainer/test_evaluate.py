@@ -52,7 +52,9 @@ def test_samples_of_one_turn(policy):
     done = evaluate(policy, engine, task, task.problems("eval"), EvalConfig(turns=3, samples=5, batch_size=6))
     assert (done.solved_at, done.right) == ([1, 3, 0, 2], [5, 0, 0, 0])  # each sample says its first line
     sampled = [call for call in engine.calls if call["temperature"] == 1.0]
-    assert len({call["seed"] for call in sampled}) == len(sampled) == 4  # 20 samples in batches of 6, each its own draw
+    assert (
+        len({tuple(call["seed"]) for call in sampled}) == len(sampled) == 4
+    )  # 20 samples in batches of 6, each its own draw
     assert {call["top_p"] for call in sampled} == {1.0}
     saved = done.to_json()
     assert (saved["mean_at_5"], saved["pass_at_5"]) == (0.25, 0.25)

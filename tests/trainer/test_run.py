@@ -15,7 +15,7 @@ import pytest
 from scripted_engine import quarters
 
 from drift import store
-from drift.config import ConfigError, dump, load
+from drift.config import ConfigError, dump, load, parse
 from drift.jobs import run as module
 from drift.jobs import stages
 from drift.jobs.folder import RunError, claim
@@ -259,7 +259,11 @@ def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, mon
 def test_a_given_model_is_not_warm_started_and_is_told_the_format(whole, tmp_path):
     config, folder, _ = whole
     given = changed(config, name="given", seeds=[0], arms=["uniform"], output_dir=str(tmp_path))
-    given = changed(given, model={"path": str(folder / "base")}, warm_start={"enabled": False})
+    told = parse({"name": "x", "model": {"path": "a"}}).task.format_rule  # by default; null is nothing
+    assert parse({"name": "x", "model": {"path": "a"}, "task": {"format_rule": None}}).task.format_rule is None
+    assert parse({"name": "x"}).task.format_rule is None
+    model = {"path": str(folder / "base")}
+    given = changed(given, model=model, warm_start={"enabled": False}, task={"format_rule": told})
     summary = run(given)
     rows = store.read(tmp_path / "given" / "rollouts.jsonl")
     asked = {row["messages"][0]["content"] for row in rows}
