@@ -80,7 +80,7 @@ def extension(name: str, sources: list[str]) -> Extension:
 
 modules = [
     extension("drift_kernels._cpu", files("bindings.cpp", "cpu/*.cpp")),
-    extension("drift._packing", files("packing.cpp")),
+    extension("drift._packing", files("packing.cpp", "trie.cpp")),
 ]
 if wanted(NVCC):
     modules.append(Extension(CUDA, files("cuda/*.cu"), depends=files("*.h", "cuda/*.h")))

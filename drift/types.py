@@ -1,4 +1,4 @@
-"""The three shapes that data takes: a problem, a trajectory of token ids, a packed batch.
+"""The three shapes that data takes: a problem, a trajectory of token ids, a packed batch (or a tree of them).
 
 Legend: T tokens in a pack, S segments (trajectories) in it. Spans are half open, [start, stop).
 Rows of a rollout file stay plain dicts (see `drift.store`): they are what is written and read, these are what is trained.
@@ -71,6 +71,40 @@ class PackedBatch:
     teacher_logprobs: torch.Tensor | None = None  # [T] float32
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(slots=True)
+class TreeBatch:
+    """Trajectories as prefix trees: tokens that several share are there once. R rows, N trained tokens, G segments.
+
+    Rows lie depth first. Row j is seen by row i when j <= i and i < row_stops[j]: the descendants of a row follow it.
+    The loss stays one of trajectories: a trained token is an entry, and `rows` names the row that predicts it. Entries are
+    sorted by row, then by trajectory, so the entries of one trajectory are in their own order too.
+    """
+
+    input_ids: torch.Tensor  # [R] int64
+    position_ids: torch.Tensor  # [R] int64, the depth of the row in its tree
+    starts: torch.Tensor  # [G] int64, first row of each segment, a run of rows that the same trajectories share
+    parents: torch.Tensor  # [G] int64, the segment that it continues, -1 for the beginning of a tree
+    row_stops: torch.Tensor  # [R] int64, one past the last row that descends from this one
+    rows: torch.Tensor  # [N] int64, sorted
+    targets: torch.Tensor  # [N] int64
+    token_weights: torch.Tensor  # [N] float32, as in `PackedBatch`
+    turn_ids: torch.Tensor  # [N] int32, which assistant turn of its trajectory a target belongs to
+    segment_ids: torch.Tensor  # [N] int64, which trajectory of `indices` an entry belongs to
+    active: torch.Tensor  # [A] int64, entries of a non-zero weight
+    indices: list[int]  # [S] Trajectory.index
+    problem_ids: list[str]  # [S]
+    sample_weights: torch.Tensor  # [S] float32, Trajectory.weight
+    lengths: torch.Tensor  # [S] int64, tokens of each trajectory: their sum over R is what sharing saves
+    cut_tokens: int = 0  # prompt tokens left out so that a trajectory fits
+    advantages: torch.Tensor | None = None  # [N] float32
+    rollout_logprobs: torch.Tensor | None = None  # [N] float32
+
+    def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,6 +23,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from drift.model import trees
+from drift.model.trees import Tree
+from drift.types import PackedBatch, TreeBatch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -35,8 +39,13 @@ class Segments:
     lengths: tuple[int, ...]  # [S], the same on the host
     window: int | None = None  # of a layer with sliding attention; a token sees itself and window - 1 before it
 
+    @property
+    def total(self) -> int:
+        """Tokens."""
+        return sum(self.lengths)
 
-_active: ContextVar[Segments | None] = ContextVar("drift_segments", default=None)
+
+_active: ContextVar[Segments | Tree | None] = ContextVar("drift_segments", default=None)
 
 
 @contextmanager
@@ -56,6 +65,29 @@ def segments(cu_seqlens: torch.Tensor) -> Iterator[Segments]:
         yield _active.get()  # type: ignore[misc]
     finally:
         _active.reset(token)
+
+
+@contextmanager
+def tree(starts: torch.Tensor, parents: torch.Tensor, rows: int) -> Iterator[Tree]:
+    """Inside, a registered model's [1, rows] input is a forest of prefix trees: a token attends to its ancestors and itself.
+
+    starts, parents: [G] int64, as in `drift.types.TreeBatch`. Call the model with `position_ids` that are depths,
+    `use_cache=False` and no attention mask. Raises ValueError unless the segments lie depth first; the model call raises
+    as it does inside `segments`.
+    """
+    made = Tree.of(starts.tolist(), parents.tolist(), rows)
+    token = _active.set(made)
+    try:
+        yield made
+    finally:
+        _active.reset(token)
+
+
+def layout(batch: PackedBatch | TreeBatch) -> AbstractContextManager[Segments | Tree]:
+    """`segments` or `tree`, as the batch is laid out."""
+    if isinstance(batch, TreeBatch):
+        return tree(batch.starts, batch.parents, len(batch.input_ids))
+    return segments(batch.cu_seqlens)
 
 
 def unavailable(kind: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -111,8 +143,13 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 def _sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """query [1, H, T, d], key and value [1, H_kv, T, d] → [1, T, H, d], None."""
-    if not isinstance(attention_mask, Segments):
+    if not isinstance(attention_mask, (Segments, Tree)):
         return _outside(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(attention_mask, Tree):
+        _check(attention_mask, module, query, key, kwargs, takes=("softcap",))
+        if dropout:
+            raise ValueError(f"{type(module).__name__} drops attention weights, which trees do not; set train.tree=off")
+        return trees.attend(query, key, value, attention_mask, scaling, kwargs.get("softcap")), None
     _check(attention_mask, module, query, key, kwargs, takes=())
     lengths, window = list(attention_mask.lengths), attention_mask.window
     pieces = []
@@ -135,11 +172,13 @@ def _sdpa_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
 
 def _varlen_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """The same by flash-attn, in one call."""
-    if not isinstance(attention_mask, Segments):
+    if not isinstance(attention_mask, (Segments, Tree)):
         return _outside(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     _check(attention_mask, module, query, key, kwargs, takes=("softcap",))
     if query.dtype not in HALF:
         raise ValueError(f"flash-attn takes float16 and bfloat16, not {query.dtype}; attention=sdpa would do")
+    if isinstance(attention_mask, Tree):
+        return trees.varlen(query, key, value, attention_mask, scaling, kwargs.get("softcap"), dropout_p=dropout), None
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     bounds, longest = attention_mask.cu_seqlens.to(query.device), max(attention_mask.lengths)
@@ -168,12 +207,12 @@ def _outside(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _check(mask: Segments, module: Any, query: Any, key: Any, options: dict[str, Any], takes: tuple[str, ...]) -> None:
+def _check(mask: Segments | Tree, module: Any, query: Any, key: Any, options: dict[str, Any], takes: tuple[str, ...]) -> None:
     """Raises ValueError where the call is not a packed one, or asks for what this implementation does not do."""
-    total = sum(mask.lengths)
+    total = mask.total
     if query.shape[0] != 1 or query.shape[2] != total or key.shape[2] != total:
         raise ValueError(
-            f"inside segments() of {total} tokens the model should see [1, {total}] ids and no cache; "
+            f"inside a pack of {total} tokens the model should see [1, {total}] ids and no cache; "
             f"it saw queries [{query.shape[0]}, {query.shape[2]}] and {key.shape[2]} keys"
         )
     for name in ("softcap", "position_bias", "s_aux"):

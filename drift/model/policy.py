@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drift import files
 from drift.config import LoRAConfig, ModelConfig
 from drift.model import tiny
-from drift.model.attention import register
+from drift.model.attention import layout, register
 from drift.model.borders import needs_borders, run_alone, run_packed
 from drift.model.sandbox import set_defaults
 from drift.model.turns import Turns
-from drift.types import PackedBatch
+from drift.types import PackedBatch, TreeBatch
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,11 +68,14 @@ class Policy:
         """Where its weights are."""
         return next(self.model.parameters()).device
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """The backbone's hidden states after the final norm [T, D]; segments of the pack do not see each other.
+    def hidden(self, batch: PackedBatch | TreeBatch) -> torch.Tensor:
+        """The backbone's hidden states after the final norm [T, D]; trajectories of the pack do not see each other.
 
+        Of a `TreeBatch` they are those of its rows, [R, D].
         Raises PackingError at the first pack of several segments if the model mixes them (`check_packing`).
         """
+        if isinstance(batch, TreeBatch):
+            return self._tree(batch)
         pack = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
         if len(batch.cu_seqlens) == 2:
             return run_packed(self.causal_lm, *pack, borders=False)
@@ -85,6 +88,17 @@ class Policy:
         if self._borders is None:
             self._borders = self.packed and needs_borders(self.causal_lm)
         return self._borders
+
+    def _tree(self, batch: TreeBatch) -> torch.Tensor:
+        if not self.packed or self.check_packing():
+            reason = "has layers that take the borders of a pack" if self.packed else "runs alone (model.packed=false)"
+            raise ValueError(f"{type(self.causal_lm).__name__} {reason}, and trees have none; set train.tree=off")
+        ids, positions = batch.input_ids[None], batch.position_ids[None]
+        with layout(batch):
+            out = self.causal_lm.base_model(
+                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
+            )
+        return out.last_hidden_state[0]
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """lm_head as (weight [V, D], bias [V] or None), tied or not."""

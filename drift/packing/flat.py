@@ -53,6 +53,23 @@ def pack(
     exceeds max_tokens, where nothing can be trained, and where turns, weight (what float32 cannot hold included) or
     log-probs make no sense.
     """
+    segments = prepare(trajectories, max_tokens, max_length, turns, token_reduction, min_weight)
+    bins = best_fit_decreasing(np.array([len(s.tokens) for s in segments], dtype=np.int64), max_tokens)
+    packs: list[list[Segment]] = [[] for _ in range(bins.max(initial=-1) + 1)]
+    for segment, index in zip(segments, bins):
+        packs[index].append(segment)
+    return [_batch(segments) for segments in packs]
+
+
+def prepare(
+    trajectories: Sequence[Trajectory],
+    max_tokens: int,
+    max_length: int | None,
+    turns: str,
+    token_reduction: str,
+    min_weight: float,
+) -> list[Segment]:
+    """The trajectories that are trained, checked and cut to `max_length`, in their given order; see `pack`."""
     if turns not in ("last", "assistant"):
         raise ValueError(f"turns is {turns!r}; it should be 'last' or 'assistant'")
     if token_reduction not in ("mean", "sum"):
@@ -71,16 +88,11 @@ def pack(
         missing = [t for t in kept if getattr(t, name) is None]
         if missing and len(missing) < len(kept):
             raise ValueError(f"{_name(missing[0])} has no {name} while others have; give it to all or to none")
-    segments = [_segment(trajectory, max_tokens, max_length, turns, token_reduction) for trajectory in kept]
-    bins = best_fit_decreasing(np.array([len(s.tokens) for s in segments], dtype=np.int64), max_tokens)
-    packs: list[list[_Segment]] = [[] for _ in range(bins.max(initial=-1) + 1)]
-    for segment, index in zip(segments, bins):
-        packs[index].append(segment)
-    return [_batch(segments) for segments in packs]
+    return [_segment(trajectory, max_tokens, max_length, turns, token_reduction) for trajectory in kept]
 
 
 @dataclass(slots=True)
-class _Segment:
+class Segment:
     """One trajectory ready to be laid down; arrays are [length], aligned with targets (row i is about token i + 1)."""
 
     source: Trajectory
@@ -114,7 +126,7 @@ def _check(trajectory: Trajectory) -> None:
 
 def _segment(
     trajectory: Trajectory, max_tokens: int, max_length: int | None, turns: str, token_reduction: str
-) -> _Segment:
+) -> Segment:
     name = _name(trajectory)
     trained = trajectory.turns[-1:] if turns == "last" else trajectory.turns
     count = sum(turn.stop - turn.start for turn in trained)
@@ -143,7 +155,7 @@ def _segment(
     if trajectory.logprobs is not None:
         logprobs = np.array([*trajectory.logprobs[start + 1 : stop], 0.0], dtype=np.float32)
         logprobs[turn_ids < 0] = 0.0
-    return _Segment(trajectory, tokens, targets, turn_ids, weights, logprobs, len(trajectory.token_ids) - len(tokens))
+    return Segment(trajectory, tokens, targets, turn_ids, weights, logprobs, len(trajectory.token_ids) - len(tokens))
 
 
 def _window(trajectory: Trajectory, first: int, max_length: int | None, turns: str) -> tuple[int, int]:
@@ -164,7 +176,7 @@ def _window(trajectory: Trajectory, first: int, max_length: int | None, turns: s
     return start, stop
 
 
-def _batch(segments: list[_Segment]) -> PackedBatch:
+def _batch(segments: list[Segment]) -> PackedBatch:
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(segment, name) for segment in segments]))
 
