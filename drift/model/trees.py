@@ -220,9 +220,8 @@ def block_mask(tree: Tree, device: torch.device | str = "cpu", block: int = BLOC
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         numbers = blocks.sum(1, dtype=torch.int32)
-        return numbers[None, None].to(device), blocks.int().argsort(1, descending=True, stable=True).int()[
-            None, None
-        ].to(device)
+        indices = torch.argsort(blocks.int(), dim=1, descending=True, stable=True).int()
+        return numbers[None, None].to(device), indices[None, None].to(device)
 
     return BlockMask.from_kv_blocks(
         *listed(partly & ~whole),

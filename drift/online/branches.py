@@ -1,7 +1,7 @@
 """Both branches of an online step on one batch: the policy loss and the divergence from the teacher (B6, B7).
 
-A student's pack goes through the model once. The same trajectories under the teacher's prompts went through it before,
-with the teacher's weights in place and without gradient; their hidden states are laid beside the student's rows, token
+A student's pack goes through the model once, and so does a token that its trajectories share (`train.tree`). The same
+trajectories under the teacher's prompts went through it before, with the teacher's weights in place and without gradient; their hidden states are laid beside the student's rows, token
 by token, and `drift_kernels.self_distill_loss` makes both losses of the two logits in one pass. The log-probs that
 ratios start from are the policy's own, of the same hidden states: so ratios are 1, and what differs from the sampler's
 log-probs is corrected for, up to a factor of 2 a token.
@@ -25,8 +25,8 @@ from drift.online import examples
 from drift.online.curriculum import Phase
 from drift.online.samples import Sample
 from drift.online.teacher import Teacher
-from drift.packing import pack
 from drift.rhythm import StepMean
+from drift.training import layout
 from drift.training.optimizer import MasterAdamW
 from drift.training.reference import scoring
 from drift.training.trainer import logit_transform
@@ -131,16 +131,17 @@ class Branches:
         """
         by_index = {sample.trajectory.index: sample for sample in samples}
         students = [sample.trajectory for sample in samples]
-        packs = pack(students, self.train.max_tokens, max_length=self.train.longest, turns="assistant")
+        packs = layout.packs(self.policy, students, self.train, turns="assistant")
         sides = [[by_index[index] for index in batch.indices] for batch in packs]
         device, measured = self.policy.device, Measured()
-        heads = self._teach(sides, packs, teacher) if teacher else [None] * len(packs)
-        for batch, side, head in zip(packs, sides, heads):
+        flats = [layout.end_to_end(batch) for batch in packs]
+        heads = self._teach(sides, flats, teacher) if teacher else [None] * len(packs)
+        for batch, flat, side, head in zip(packs, flats, sides, heads):
             logprobs = self._pack(batch.to(device), side, head, phase, divide_by, measured, keep)
-            bounds = batch.cu_seqlens.tolist()
+            bounds = flat.cu_seqlens.tolist()
             for index, start, stop in zip(batch.indices, bounds, bounds[1:]):
                 if index in score:
-                    found = logprobs[start:stop][batch.response_mask[start:stop].to(device)]
+                    found = logprobs[start:stop][flat.response_mask[start:stop].to(device)]
                     measured.logprobs[index] = found.float().cpu()
         return measured
 
@@ -170,9 +171,11 @@ class Branches:
         taught = [sample.taught for sample in side if sample.taught is not None]
         if not taught:
             return None
-        [longer] = pack(taught, sum(len(t.token_ids) for t in taught), turns="assistant")
-        longer = longer.to(self.policy.device)
-        hidden = self.policy.hidden(longer)
+        room = max(sum(len(t.token_ids) for t in taught), 2)
+        whole = self.train.model_copy(update={"max_tokens": room, "max_length": room})
+        [laid] = layout.packs(self.policy, taught, whole, turns="assistant")
+        laid = laid.to(self.policy.device)
+        longer, hidden = layout.end_to_end(laid), layout.hidden_states(self.policy, laid)
         rows = _spread(batch, [sample.taught is not None for sample in side]).to(hidden.device)
         beside = hidden.new_zeros(len(batch.targets), hidden.shape[1])
         beside[rows] = hidden[longer.response_mask]
@@ -180,7 +183,7 @@ class Branches:
 
     def _pack(
         self,
-        batch: PackedBatch,
+        laid: layout.Batch,
         side: Sequence[Sample],
         teacher: drift_kernels.TeacherHead | None,
         phase: Phase,
@@ -188,8 +191,9 @@ class Branches:
         measured: Measured,
         keep: Collection[int],
     ) -> Tensor:
-        """The policy's log-probs [T]."""
-        hidden, (weight, bias) = self.policy.hidden(batch), self.policy.head()
+        """The policy's log-probs [T]; T counts tokens that trajectories share once for each."""
+        batch, hidden = layout.end_to_end(laid), layout.hidden_states(self.policy, laid)
+        weight, bias = self.policy.head()
         common: dict[str, Any] = {**self.logits, "bias": bias, "config": self.kernel}
         with torch.no_grad():
             scored = drift_kernels.linear_logprob(hidden, weight, batch.targets, return_entropy=True, **common)
@@ -241,6 +245,7 @@ class Branches:
             if sample.trajectory.index in keep:
                 measured.examples.append(self._example(batch, segment, sample, values, phase))
         mask, count = batch.response_mask, batch.response_mask.sum()
+        measured.add(tokens_shared=(len(batch.input_ids) - len(laid.input_ids), len(batch.input_ids)))
         measured.add(entropy=(scored.entropy[mask].sum(), count))
         if batch.rollout_logprobs is not None:
             measured.add(sampler_kl=((batch.rollout_logprobs - scored.logprobs)[mask].sum(), count))

@@ -1,6 +1,6 @@
 """Trajectories into packs: end to end (`pack`), or as prefix trees in which a shared token is there once (`tree`)."""
 
 from drift.packing.flat import IGNORE, best_fit_decreasing, pack
-from drift.packing.trees import in_order, tree
+from drift.packing.trees import tree
 
-__all__ = ["IGNORE", "best_fit_decreasing", "in_order", "pack", "tree"]
+__all__ = ["IGNORE", "best_fit_decreasing", "pack", "tree"]

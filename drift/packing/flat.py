@@ -58,7 +58,7 @@ def pack(
     packs: list[list[Segment]] = [[] for _ in range(bins.max(initial=-1) + 1)]
     for segment, index in zip(segments, bins):
         packs[index].append(segment)
-    return [_batch(segments) for segments in packs]
+    return [end_to_end(segments) for segments in packs]
 
 
 def prepare(
@@ -176,7 +176,8 @@ def _window(trajectory: Trajectory, first: int, max_length: int | None, turns: s
     return start, stop
 
 
-def _batch(segments: list[Segment]) -> PackedBatch:
+def end_to_end(segments: list[Segment]) -> PackedBatch:
+    """One pack of them, in this order."""
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(segment, name) for segment in segments]))
 

@@ -8,18 +8,14 @@ C++ (csrc/trie.cpp).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 
 from drift import _packing
-from drift.packing.flat import IGNORE, Segment, prepare
+from drift.packing.flat import IGNORE, Segment, end_to_end, prepare
 from drift.types import Trajectory, TreeBatch
-
-ENTRIES = ("rows", "targets", "token_weights", "turn_ids", "segment_ids", "advantages", "rollout_logprobs")  # [N]
-
 
 def tree(
     trajectories: Sequence[Trajectory],
@@ -52,66 +48,42 @@ def tree(
                 ("parents", "segment_bounds"),
             )
         )
+        members = np.sort(members)
         rows = [laid["rows"][bounds[member] : bounds[member + 1]] for member in members]
         packs.append(_batch([segments[member] for member in members], rows, tokens[source], starts, parents))
     return packs
 
 
-def in_order(batch: TreeBatch) -> tuple[TreeBatch, torch.Tensor]:
-    """The batch with its entries trajectory by trajectory, so that `rows` is no longer sorted, and their bounds [S + 1] int32.
-
-    For losses that compare neighbours of a trajectory, and for those without `rows=`: give them hidden[batch.rows].
-    """
-    order = batch.segment_ids.argsort(stable=True)
-    moved = {name: getattr(batch, name) for name in ENTRIES}
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    counts = torch.bincount(batch.segment_ids, minlength=len(batch.indices))
-    bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    moved = {name: value[order] for name, value in moved.items() if value is not None}
-    return replace(batch, **moved, active=place[batch.active].sort().values), bounds
-
-
 def _batch(
     segments: list[Segment], rows: list[np.ndarray], tokens: np.ndarray, starts: np.ndarray, parents: np.ndarray
 ) -> TreeBatch:
-    kept = [np.flatnonzero(segment.targets != IGNORE) for segment in segments]
-    counts = np.array([len(places) for places in kept])
-    flat = np.concatenate([row[places] for row, places in zip(rows, kept)])
-    order = np.argsort(flat, kind="stable")
-
-    def entries(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(s, name)[p] for s, p in zip(segments, kept)])[order])
-
-    def spread(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.from_numpy(counts))[torch.from_numpy(order)]
-
-    sources = [segment.source for segment in segments]
-    weights = entries("weights")
-    positions = np.empty(len(tokens), dtype=np.int64)
-    for row in rows:
-        positions[row] = np.arange(len(row))
+    flat, flat_rows = end_to_end(segments), torch.from_numpy(np.concatenate(rows))
+    order = np.argsort(flat_rows.numpy(), kind="stable")
+    entries = torch.from_numpy(order[flat.targets.numpy()[order] != IGNORE])
+    lengths = flat.cu_seqlens.diff().to(torch.int64)
+    positions = torch.empty(len(tokens), dtype=torch.int64)
+    positions[flat_rows] = flat.position_ids
+    weights = flat.token_weights[entries]
     return TreeBatch(
         input_ids=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(positions),
+        position_ids=positions,
         starts=torch.from_numpy(starts.copy()),
         parents=torch.from_numpy(parents.copy()),
         row_stops=torch.from_numpy(_row_stops(starts, parents, len(tokens))),
-        rows=torch.from_numpy(flat[order]),
-        targets=entries("targets"),
+        rows=flat_rows[entries],
+        targets=flat.targets[entries],
         token_weights=weights,
-        turn_ids=entries("turn_ids"),
-        segment_ids=spread(list(range(len(segments))), torch.int64),
+        turn_ids=flat.turn_ids[entries],
+        segment_ids=torch.arange(len(segments)).repeat_interleave(lengths)[entries],
         active=(weights != 0).nonzero().squeeze(1),
-        indices=[source.index for source in sources],
-        problem_ids=[source.problem_id for source in sources],
-        sample_weights=torch.tensor([source.weight for source in sources], dtype=torch.float32),
-        lengths=torch.tensor([len(segment.tokens) for segment in segments]),
-        cut_tokens=sum(segment.cut for segment in segments),
-        advantages=None
-        if sources[0].advantage is None
-        else spread([source.advantage or 0.0 for source in sources], torch.float32),
-        rollout_logprobs=None if segments[0].logprobs is None else entries("logprobs"),
+        indices=flat.indices,
+        problem_ids=flat.problem_ids,
+        sample_weights=flat.sample_weights,
+        flat=flat,
+        flat_rows=flat_rows,
+        cut_tokens=flat.cut_tokens,
+        advantages=None if flat.advantages is None else flat.advantages[entries],
+        rollout_logprobs=None if flat.rollout_logprobs is None else flat.rollout_logprobs[entries],
     )
 
 

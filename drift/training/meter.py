@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drift.types import PackedBatch, Trajectory
+from drift.training import layout
+from drift.types import PackedBatch, Trajectory, TreeBatch
 
 
 class Stopwatch:
@@ -73,6 +74,9 @@ class Totals:
     trained_tokens: float
     cut_tokens: float
     packed: float  # trajectories that went into a pack
+    flat_tokens: float  # of those, shared ones as often as they occur
+    pairs: float  # of a token and one that it sees, which is attention's work
+    flat_pairs: float  # without sharing
 
     @property
     def ess(self) -> float:
@@ -80,8 +84,9 @@ class Totals:
         return self.weight**2 / self.squared_weight / self.samples if self.squared_weight else 0.0
 
 
-def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch]) -> Totals:
+def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch | TreeBatch]) -> Totals:
     """What this rank holds of a batch: its trajectories, and the packs they went into."""
+    flats = [layout.end_to_end(p) for p in packs]
     return Totals(
         samples=len(mine),
         weight=math.fsum(t.weight for t in mine),
@@ -90,6 +95,9 @@ def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch]) -> Totals:
         trained_tokens=sum(len(p.active) for p in packs),
         cut_tokens=sum(p.cut_tokens for p in packs),
         packed=sum(len(p.indices) for p in packs),
+        flat_tokens=sum(len(p.input_ids) for p in flats),
+        pairs=sum(int((p.position_ids + 1).sum()) for p in packs),
+        flat_pairs=sum(int((p.position_ids + 1).sum()) for p in flats),
     )
 
 
@@ -106,6 +114,8 @@ def metrics(
         "trained_tokens": stats.trained_tokens,
         "cut_tokens": stats.cut_tokens,
         "dropped": stats.dropped,
+        "tokens_shared": 1 - totals.tokens / totals.flat_tokens if totals.flat_tokens else 0.0,
+        "attention_shared": 1 - totals.pairs / totals.flat_pairs if totals.flat_pairs else 0.0,
         "skipped_steps": stats.skipped,
         **took,
         "perf/tokens_per_second": totals.tokens / took["step_time"],

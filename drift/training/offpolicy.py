@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from drift import returns, store
+from drift.config import TrainConfig
 from drift.model import chat
 from drift.model.policy import Policy
-from drift.packing import pack
+from drift.training import layout
 from drift.training.reference import score_pack
-from drift.types import PackedBatch
 
 
 def log_ratios(
@@ -48,16 +48,18 @@ def _score(policy: Policy, rows: Sequence[store.Row], chosen: Sequence[int], max
     total = dict.fromkeys(chosen, 0.0)
     parts = [part for i in chosen for part in chat.to_trajectories(policy, rows[i], index=i, turns="assistant")]
     longest = max((len(part.token_ids) for part in parts), default=0)
-    for batch in pack(parts, max(max_tokens, longest), turns="assistant"):
+    room = max(max_tokens, longest, 2)
+    for batch in layout.packs(policy, parts, TrainConfig(max_tokens=room, max_length=room), turns="assistant"):
         temperatures = torch.tensor([float(rows[index].get("temperature", 1.0)) for index in batch.indices])
         logprobs = _logprobs(policy, batch.to(policy.device), temperatures)
-        for index, piece in zip(batch.indices, logprobs.split(batch.cu_seqlens.diff().tolist())):
+        for index, piece in zip(batch.indices, logprobs.split(layout.end_to_end(batch).cu_seqlens.diff().tolist())):
             total[index] += float(piece.double().sum())
     return total
 
 
-def _logprobs(policy: Policy, batch: PackedBatch, temperatures: torch.Tensor) -> torch.Tensor:
+def _logprobs(policy: Policy, batch: layout.Batch, temperatures: torch.Tensor) -> torch.Tensor:
     """[T] float32 on the CPU, 0 outside the turns; temperatures [S], one a segment."""
-    spread = temperatures.to(policy.device).repeat_interleave(batch.cu_seqlens.diff().to(torch.int64))
+    flat = layout.end_to_end(batch)
+    spread = temperatures.to(policy.device).repeat_interleave(flat.cu_seqlens.diff().to(torch.int64))
     with policy.inference():
-        return score_pack(policy, batch, spread).logprobs.where(batch.response_mask, 0.0).cpu()
+        return score_pack(policy, batch, spread).logprobs.where(flat.response_mask, 0.0).cpu()

@@ -18,10 +18,9 @@ from torch import Tensor
 import drift_kernels
 from drift.config import Config
 from drift.model.policy import Policy, evaluating
-from drift.packing import pack
-from drift.training import distributed
+from drift.training import distributed, layout
 from drift.training.trainer import logit_transform
-from drift.types import PackedBatch, Trajectory
+from drift.types import PackedBatch, Trajectory, TreeBatch
 
 
 class Reference:
@@ -45,7 +44,7 @@ class Reference:
             (now, _), (before, _) = self._scores(trajectories, most)
         else:
             mine = distributed.share(chosen(trajectories, most))
-            order = [index for batch in _packs(mine, self.config) for index in batch.indices]
+            order = [index for batch in _packs(self.policy, mine, self.config) for index in batch.indices]
             now = torch.cat([torch.zeros(0), *(logprobs[index] for index in order)])
             before = self._before(mine)[0]
         return _means(k3(now, before))[0]
@@ -99,26 +98,35 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     kernel = drift_kernels.KernelConfig(backend=train.backend, workspace_bytes=train.workspace_bytes)
     found: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))]
     with scoring(policy.model):
-        for batch in _packs(trajectories, config):
+        for batch in _packs(policy, trajectories, config):
             batch = batch.to(policy.device)
             out = score_pack(policy, batch, config.rollout.temperature, return_entropy=True, config=kernel)
             assert out.entropy is not None
-            mask = batch.response_mask
+            mask = layout.end_to_end(batch).response_mask
             found.append((out.logprobs[mask].float().cpu(), out.entropy[mask].float().cpu()))
     logprobs, entropies = zip(*found)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _packs(trajectories: Sequence[Trajectory], config: Config) -> list[PackedBatch]:
-    return pack(trajectories, config.train.max_tokens, max_length=config.train.longest, turns="assistant")
+def _packs(
+    policy: Policy, trajectories: Sequence[Trajectory], config: Config
+) -> Sequence[PackedBatch | TreeBatch]:
+    return layout.packs(policy, trajectories, config.train, turns="assistant")
 
 
-def score_pack(policy: Policy, batch: PackedBatch, temperature: float | Tensor, **options: Any) -> Any:
-    """`drift_kernels.linear_logprob` of a pack on the policy's device; `temperature` for all of it, or [T]."""
+def score_pack(
+    policy: Policy, batch: PackedBatch | TreeBatch, temperature: float | Tensor, **options: Any
+) -> Any:
+    """`drift_kernels.linear_logprob` of a pack on the policy's device; `temperature` for all of it, or [T].
+
+    Of a tree they are those of its flat pack.
+    """
     softcap, logit_scale = logit_transform(policy.model.config)
     weight, bias = policy.head()
     options |= {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    return drift_kernels.linear_logprob(policy.hidden(batch), weight, batch.targets, **options)
+    return drift_kernels.linear_logprob(
+        layout.hidden_states(policy, batch), weight, layout.end_to_end(batch).targets, **options
+    )
 
 
 @contextmanager

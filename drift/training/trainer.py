@@ -21,13 +21,12 @@ import torch
 import drift_kernels
 from drift import interrupts
 from drift.config import TrainConfig
-from drift.packing import pack
 from drift.track import Track
-from drift.training import checkpoint, distributed, sharding
+from drift.training import checkpoint, distributed, layout, sharding
 from drift.training.guards import Guards, check_end, check_row, keep_batch
 from drift.training.meter import StepResult, Stopwatch, Totals, TrainStats, measure, metrics
 from drift.training.optimizer import MasterAdamW, learning_rate
-from drift.types import PackedBatch, Trajectory
+from drift.types import PackedBatch, Trajectory, TreeBatch
 
 
 class TrainedPolicy(Protocol):
@@ -35,14 +34,14 @@ class TrainedPolicy(Protocol):
 
     model: Any  # a transformers causal LM, or a peft wrapper of one
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor: ...  # [T, D], after the final norm
+    def hidden(self, batch: PackedBatch | TreeBatch) -> torch.Tensor: ...  # [T, D] or [R, D], after the final norm
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]: ...  # weight [V, D], bias [V]
 
 
 def accumulate(
     policy: TrainedPolicy,
-    packs: Sequence[PackedBatch],
+    packs: Sequence[PackedBatch | TreeBatch],
     optimizer: MasterAdamW,
     normalizer: float,
     config: TrainConfig,
@@ -67,6 +66,7 @@ def accumulate(
             batch.token_weights,
             bias=bias,
             normalizer=normalizer,
+            rows=batch.rows if isinstance(batch, TreeBatch) else None,
             active=batch.active,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -80,7 +80,7 @@ def accumulate(
 
 def train_step(
     policy: TrainedPolicy,
-    packs: Sequence[PackedBatch],
+    packs: Sequence[PackedBatch | TreeBatch],
     optimizer: MasterAdamW,
     normalizer: float,
     config: TrainConfig,
@@ -135,7 +135,7 @@ def train(
     step was skipped.
     """
     total, guards = _count_steps(len(trajectories), config, steps), Guards(config.grad_spike, config.low_ess)
-    _check(trajectories, config, min_weight)
+    _check(policy, trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
     where = partial(checkpoint.describe, checkpoint_dir)
     with distributed.resuming(where), sharding.sharded(policy, config.shard) as policy:
@@ -161,7 +161,7 @@ def train(
                     watch = Stopwatch()
                     batch = _batch(len(trajectories), config.batch_size, seed, step)
                     mine = [trajectories[i] for i in distributed.share(batch)]
-                    packs = _pack(mine, config, min_weight)
+                    packs = _pack(policy, mine, config, min_weight)
                     totals = Totals(*distributed.sum_values(*astuple(measure(mine, packs))))
                     normalizer = totals.samples if config.normalize == "samples" else totals.weight
                     lr = learning_rate(step, total, config)
@@ -215,23 +215,21 @@ def _batch(samples: int, batch_size: int, seed: int, step: int) -> list[int]:
     return order[part * batch_size : (part + 1) * batch_size].tolist()
 
 
-def _pack(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> list[PackedBatch]:
-    return pack(
-        trajectories,
-        config.max_tokens,
-        max_length=config.longest,
-        min_weight=min_weight,
-        turns=config.turns,
-        token_reduction=config.token_reduction,
-    )
+def _pack(
+    policy: TrainedPolicy, trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float
+) -> Sequence[PackedBatch | TreeBatch]:
+    options = {"turns": config.turns, "token_reduction": config.token_reduction}
+    return layout.packs(policy, trajectories, config, min_weight=min_weight, **options)
 
 
-def _check(trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> None:
+def _check(
+    policy: TrainedPolicy, trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float
+) -> None:
     """Packs everything once, so that what cannot be trained is said now and not hours later."""
     trained = 0
     for start in range(0, len(trajectories), config.batch_size):
         trained += sum(
-            len(p.active) for p in _pack(trajectories[start : start + config.batch_size], config, min_weight)
+            len(p.active) for p in _pack(policy, trajectories[start : start + config.batch_size], config, min_weight)
         )
     if trained == 0:
         raise ValueError(
