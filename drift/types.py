@@ -100,7 +100,9 @@ class TreeBatch:
     problem_ids: list[str]  # [S]
     sample_weights: torch.Tensor  # [S] float32, Trajectory.weight
     flat: PackedBatch  # the same trajectories end to end, in the order of `indices`
-    flat_rows: torch.Tensor  # [T] int64, of each token of `flat` its row: hidden[flat_rows] are the hidden states of `flat`
+    flat_rows: (
+        torch.Tensor
+    )  # [T] int64, of each token of `flat` its row: hidden[flat_rows] are the hidden states of `flat`
     cut_tokens: int = 0  # prompt tokens left out so that a trajectory fits
     advantages: torch.Tensor | None = None  # [N] float32
     rollout_logprobs: torch.Tensor | None = None  # [N] float32
@@ -108,7 +110,9 @@ class TreeBatch:
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, (torch.Tensor, PackedBatch))})
+        return replace(
+            self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, (torch.Tensor, PackedBatch))}
+        )
 
 
 def is_whole(text: str) -> bool:

@@ -207,7 +207,9 @@ def _outside(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _check(mask: Segments | Tree, module: Any, query: Any, key: Any, options: dict[str, Any], takes: tuple[str, ...]) -> None:
+def _check(
+    mask: Segments | Tree, module: Any, query: Any, key: Any, options: dict[str, Any], takes: tuple[str, ...]
+) -> None:
     """Raises ValueError where the call is not a packed one, or asks for what this implementation does not do."""
     total = mask.total
     if query.shape[0] != 1 or query.shape[2] != total or key.shape[2] != total:

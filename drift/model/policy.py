@@ -95,9 +95,7 @@ class Policy:
             raise ValueError(f"{type(self.causal_lm).__name__} {reason}, and trees have none; set train.tree=off")
         ids, positions = batch.input_ids[None], batch.position_ids[None]
         with layout(batch):
-            out = self.causal_lm.base_model(
-                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
-            )
+            out = self.causal_lm.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
         return out.last_hidden_state[0]
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -59,7 +59,9 @@ class Tree:
             while path and path[-1] != parent:
                 path.pop()
             if parent >= 0 and not path:
-                raise ValueError(f"parents[{number}] is {parent}; segments must lie depth first, a parent before its own")
+                raise ValueError(
+                    f"parents[{number}] is {parent}; segments must lie depth first, a parent before its own"
+                )
             if path:
                 depth[number] = depth[parent] + stops[parent] - starts[parent]
                 level[number] = len(path)
@@ -105,7 +107,9 @@ class Tree:
         return torch.arange(self.total) - self.spread("start") + self.spread("depth")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None, softcap: float | None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None, softcap: float | None
+) -> Tensor:
     """query [1, H, R, d], key and value [1, H_kv, R, d] → [1, R, H, d]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type != "cpu":

@@ -1,7 +1,8 @@
 """Both branches of an online step on one batch: the policy loss and the divergence from the teacher (B6, B7).
 
 A student's pack goes through the model once, and so does a token that its trajectories share (`train.tree`). The same
-trajectories under the teacher's prompts went through it before, with the teacher's weights in place and without gradient; their hidden states are laid beside the student's rows, token
+trajectories under the teacher's prompts went through it before, with the teacher's weights in place and without gradient;
+their hidden states are laid beside the student's rows, token
 by token, and `drift_kernels.self_distill_loss` makes both losses of the two logits in one pass. The log-probs that
 ratios start from are the policy's own, of the same hidden states: so ratios are 1, and what differs from the sampler's
 log-probs is corrected for, up to a factor of 2 a token.

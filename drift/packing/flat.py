@@ -178,6 +178,7 @@ def _window(trajectory: Trajectory, first: int, max_length: int | None, turns: s
 
 def end_to_end(segments: list[Segment]) -> PackedBatch:
     """One pack of them, in this order."""
+
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(segment, name) for segment in segments]))
 

@@ -17,6 +17,7 @@ from drift import _packing
 from drift.packing.flat import IGNORE, Segment, end_to_end, prepare
 from drift.types import Trajectory, TreeBatch
 
+
 def tree(
     trajectories: Sequence[Trajectory],
     max_tokens: int,

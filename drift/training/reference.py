@@ -108,15 +108,11 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _packs(
-    policy: Policy, trajectories: Sequence[Trajectory], config: Config
-) -> Sequence[PackedBatch | TreeBatch]:
+def _packs(policy: Policy, trajectories: Sequence[Trajectory], config: Config) -> Sequence[PackedBatch | TreeBatch]:
     return layout.packs(policy, trajectories, config.train, turns="assistant")
 
 
-def score_pack(
-    policy: Policy, batch: PackedBatch | TreeBatch, temperature: float | Tensor, **options: Any
-) -> Any:
+def score_pack(policy: Policy, batch: PackedBatch | TreeBatch, temperature: float | Tensor, **options: Any) -> Any:
     """`drift_kernels.linear_logprob` of a pack on the policy's device; `temperature` for all of it, or [T].
 
     Of a tree they are those of its flat pack.

@@ -222,9 +222,7 @@ def _pack(
     return layout.packs(policy, trajectories, config, min_weight=min_weight, **options)
 
 
-def _check(
-    policy: TrainedPolicy, trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float
-) -> None:
+def _check(policy: TrainedPolicy, trajectories: Sequence[Trajectory], config: TrainConfig, min_weight: float) -> None:
     """Packs everything once, so that what cannot be trained is said now and not hours later."""
     trained = 0
     for start in range(0, len(trajectories), config.batch_size):

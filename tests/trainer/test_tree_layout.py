@@ -28,7 +28,13 @@ def test_every_trajectory_is_a_path_and_its_trained_tokens_are_entries_of_the_ro
         for rows in [
             [
                 values[start:stop]
-                for values in (batch.targets, batch.token_weights, batch.turn_ids, batch.advantages, batch.rollout_logprobs)
+                for values in (
+                    batch.targets,
+                    batch.token_weights,
+                    batch.turn_ids,
+                    batch.advantages,
+                    batch.rollout_logprobs,
+                )
             ]
         ]
     }
@@ -80,7 +86,7 @@ def test_segments_are_as_long_as_their_branches_allow(made):
     starts = batch.starts.tolist()
     children = {parent: batch.parents.tolist().count(parent) for parent in set(batch.parents.tolist())}
     for number, parent in enumerate(batch.parents.tolist()):
-        if parent >= 0 and starts[number] == (starts + [len(batch.input_ids)])[parent + 1]:
+        if parent >= 0 and starts[number] == [*starts, len(batch.input_ids)][parent + 1]:
             assert children[parent] > 1
 
 
@@ -162,5 +168,3 @@ def test_max_length_cuts_the_oldest_prompt_tokens_before_anything_is_shared():
     [batch] = tree(sequences, 100, max_length=3)
     assert batch.input_ids.tolist() == [3, 4, 5, 6]
     assert batch.cut_tokens == 2
-
-

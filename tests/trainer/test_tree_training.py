@@ -49,9 +49,7 @@ def family(count=8, seed=0, **options):
 def gradient(policy, trajectories, options, on):
     chosen = config(**options, tree="on" if on else "off")
     optimizer = MasterAdamW(policy.model, chosen)
-    batches = layout.packs(
-        policy, trajectories, chosen, turns=chosen.turns, token_reduction=chosen.token_reduction
-    )
+    batches = layout.packs(policy, trajectories, chosen, turns=chosen.turns, token_reduction=chosen.token_reduction)
     assert all(hasattr(batch, "flat") is on for batch in batches)
     loss = trainer.accumulate(policy, batches, optimizer, 3.0, chosen)
     found = {name: m.grad.clone() for name, m in optimizer.masters.items() if m.grad is not None}
@@ -78,7 +76,10 @@ def test_any_tree_has_the_loss_and_the_gradient_of_flat_packs(policy, made, turn
 )
 def test_adapters_checkpointing_caps_and_windows_change_nothing(make):
     model = make()
-    close(gradient(model, family(), {"turns": "assistant"}, True), gradient(model, family(), {"turns": "assistant"}, False))
+    close(
+        gradient(model, family(), {"turns": "assistant"}, True),
+        gradient(model, family(), {"turns": "assistant"}, False),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"preset": "exact"}, {"max_tokens": 40, "max_length": 40}])
@@ -90,7 +91,9 @@ def test_two_steps_of_adamw_end_at_the_same_weights_and_count_the_same(options):
         runs.append((model.weights(), stats))
     (flat, before), (shared, after) = runs
     for name in flat:
-        torch.testing.assert_close(shared[name], flat[name], rtol=0, atol=2e-5)  # Adam divides noise by itself: 2 % of lr
+        torch.testing.assert_close(
+            shared[name], flat[name], rtol=0, atol=2e-5
+        )  # Adam divides noise by itself: 2 % of lr
     assert after.losses == pytest.approx(before.losses, rel=1e-5)
     assert after.trained_tokens == before.trained_tokens
     assert after.tokens < before.tokens
@@ -141,7 +144,9 @@ def test_every_policy_loss_is_the_same_with_its_outputs_and_metrics(policy, name
             values = {n: v[order] for n, v in values.items()}
         else:
             values = {n: v[batch.targets != -100] for n, v in values.items()}
-        metrics = {n: torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in pair]) for n, pair in out.metrics.items()}
+        metrics = {
+            n: torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in pair]) for n, pair in out.metrics.items()
+        }
         found.append({"loss": out.loss.detach(), **gradients, **values, **metrics})
     close(found[1], found[0])
 
@@ -230,5 +235,3 @@ def test_dropout_is_refused_since_siblings_would_share_it():
     dropping = Policy(lora=LoraConfig(**LORA, lora_dropout=0.1))
     with pytest.raises(ValueError, match="dropout"):
         layout.packs(dropping, family(), config(tree="on"))
-
-
