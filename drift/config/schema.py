@@ -219,7 +219,9 @@ class TrainConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = (
         8704  # a trajectory: its oldest prompt turns are cut to fit; by default at most max_tokens
     )
-    tree: Literal["auto", "on", "off"] = "auto"  # tokens that trajectories share go through the model once; auto: if many
+    tree: Literal["auto", "on", "off"] = (
+        "auto"  # tokens that trajectories share go through the model once; auto: if many
+    )
     turns: Literal["last", "assistant"] = "last"
     normalize: Literal["samples", "weights"] = "samples"
     token_reduction: Literal["mean", "sum"] = "mean"

@@ -180,7 +180,7 @@ def test_scores_of_a_reference_are_the_same(policy):
     made = family()
     found = []
     for way in ("off", "on"):
-        settings = Config(name="x", train={"tree": way, "max_tokens": 64, "max_length": 64})
+        settings = Config(name="x", train={"tree": way}, rollout={"max_new_tokens": 8})
         logprobs, entropies = reference.score(policy, made, settings)
         found.append({"logprobs": logprobs.sort().values, "entropies": entropies.sort().values})
     close(found[1], found[0])
