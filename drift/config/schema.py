@@ -195,6 +195,7 @@ class TrainConfig(Section):
     FREE: ClassVar[frozenset[str]] = frozenset(
         {
             "save_every",
+            "tree",
             "max_skipped",
             "grad_spike",
             "low_ess",
