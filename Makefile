@@ -41,7 +41,7 @@ test-adapters: $(ADAPTERS)/.installed
 # verl and torchtitan without their requirements: each asks for versions that the others do not have, for parts not used here
 $(ADAPTERS)/.installed: $(SOURCES) Makefile
 	$(MAKE) VENV=$(ADAPTERS) $(ADAPTERS)/.torch
-	$(ADAPTERS)/bin/pip install -e ".[lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
+	$(ADAPTERS)/bin/pip install -e ".[train,lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
 	  codetiming torchdata requests einops tyro triton orjson
 	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
 	@touch $@
@@ -100,15 +100,15 @@ $(VERL)/.torch:
 	$(call with_torch,$(VERL))
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -e ".[lora]"
+	$(BIN)/pip install -e ".[train,lora]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install -e ".[lora,dev]"
+	$(BIN)/pip install -e ".[train,lora,dev]"
 	@touch $@
 
 $(VENV)/.peers: $(VENV)/.dev
-	$(BIN)/pip install -e ".[lora,dev,peers]"
+	$(BIN)/pip install -e ".[train,lora,dev,peers]"
 	@touch $@
 
 # An environment of its own, since verl pins much that its losses do not need.
@@ -120,7 +120,7 @@ $(VERL)/.installed: $(VERL)/.torch $(SOURCES)
 	@touch $@
 
 # For this GPU alone; where nvcc is missing or does not know it, without the CUDA library.
-GPU_NEEDS := -e ".[triton]" "pytest>=8" "pytest-timeout>=2.3" pytest-xdist
+GPU_NEEDS := -e ".[train,triton]" "pytest>=8" "pytest-timeout>=2.3" pytest-xdist
 $(GPU)/.built: $(SOURCES) Makefile
 	$(MAKE) VENV=$(GPU) $(GPU)/.torch
 	capability=$$($(GPU)/bin/python -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") && \
@@ -139,7 +139,7 @@ $(GPU)/.with-peers: $(GPU)/.built
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/pip install -e ".[lora,bench]"
+	$(BIN)/pip install -e ".[train,lora,bench]"
 	-$(BIN)/pip install --no-deps verl==0.9.1  # its own requirements are not needed for its loss
 	@touch $@
 
