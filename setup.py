@@ -139,5 +139,7 @@ if has_compiler() and not is_set("DRIFT_SKIP_CPU_BUILD"):
 else:
     print("drift: no C++ compiler was used; the package computes in plain torch (backend='reference')", file=sys.stderr)
 if wants_cuda(NVCC):
-    modules.append(Extension(CUDA, files("cuda/*.cu"), depends=files("*.h", "cuda/*.h"), optional=not is_set("FORCE_CUDA")))
+    modules.append(
+        Extension(CUDA, files("cuda/*.cu"), depends=files("*.h", "cuda/*.h"), optional=not is_set("FORCE_CUDA"))
+    )
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython})

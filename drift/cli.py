@@ -14,21 +14,26 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from drift import interrupts, shipped, threads  # threads first of all: before torch is imported  # noqa: F401
 
-from drift import interrupts
-from drift.config import Config, ConfigError, load
-from drift.report.intervals import Difference, mean_stderr, paired_difference
-from drift.report.records import Records, read
+if TYPE_CHECKING:  # what takes seconds to import is imported by the command that needs it
+    from rich.table import Table
+
+    from drift.config import Config
+    from drift.report.intervals import Difference
+    from drift.report.records import Records
 
 FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
+TRAINER_PACKAGES = ("pydantic", "yaml", "rich", "matplotlib", "safetensors", "transformers", "tokenizers")
+INSTALL = 'pip install "drift-rl[train]", or pip install -e ".[train]" in a clone; `drift doctor` lists what is there'
 EPILOG = """\
 examples:
-  drift run configs/quickstart.yaml                        the whole job: sample, weigh, train, evaluate, report
-  drift run configs/quickstart.yaml 'seeds=[0]' train.lr=1e-4  the same with two settings changed
-  drift report runs/quickstart                             the page again, also of a run that is not finished
+  drift init                                         copy the shipped configs and examples into this folder
+  drift run quickstart                               the whole job: sample, weigh, train, evaluate, report
+  drift run quickstart 'seeds=[0]' train.lr=1e-4     the same with two settings changed
+  drift report runs/quickstart                       the page again, also of a run that is not finished
 """
 
 
@@ -44,14 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"The step in flight has ended and {saved} is written" if saved else "What was finished is kept"
         _complain(f"stopped. {kept}; the same command goes on from there:\n  {again}")
         return 128 + int(getattr(stop, "signal", signal.SIGINT))
-    except ConfigError as error:
-        _complain(str(error))
-        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAINER_PACKAGES:
+            raise
+        _complain(f"{error.name} is not installed. The trainer's packages are an extra of this one, [train]: {INSTALL}")
+        return 1
     except Exception as error:
         if not _worded(error):
             raise
         _complain(str(error))
-        return 1
+        return 2 if _is_config_error(error) else 1
+
+
+def _is_config_error(error: Exception) -> bool:
+    from drift.config import ConfigError
+
+    return isinstance(error, ConfigError)
 
 
 def _worded(error: Exception) -> bool:
@@ -96,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def with_config(command: argparse.ArgumentParser) -> None:
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
+        names = ", ".join(shipped.configs())
+        command.add_argument("config", metavar="CONFIG", help=f"a YAML file, or a shipped config by name: {names}")
         command.add_argument(
             "overrides", metavar="key=value", nargs="*", default=[], help="settings to change, such as train.lr=1e-4"
         )
@@ -125,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     with_model(evaluate)
     report = add("report", _report, "write report.html for a run folder, finished or not")
     report.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, such as runs/quickstart")
+    init = add("init", _init, "copy the shipped configs and examples into a folder", "Nothing is overwritten.")
+    init.add_argument("folder", metavar="FOLDER", nargs="?", default=".", type=Path, help="default: this one")
     add("doctor", _doctor, "what is installed, which backends can run, and why not")
     return parser
 
@@ -139,7 +155,10 @@ def _version() -> str:
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     folder = run_dir(config)
+    from rich.console import Console
+
     from drift.jobs import run  # torch and transformers load here, not for --help
+    from drift.report.records import read
 
     before = _written(folder / "summary.json")
     run.run(config)
@@ -158,6 +177,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    from rich.console import Console
+
+    from drift.config import ConfigError
     from drift.jobs import study
 
     if len(config.seeds) < 2:
@@ -172,6 +194,8 @@ def _study(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    from rich.console import Console
+
     from drift.jobs import stages
 
     new = stages.sample(config, options.out, model=options.model, seed=options.seed)
@@ -181,6 +205,10 @@ def _rollout(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    from rich.console import Console
+
+    from drift.config import ConfigError
+
     if not options.rollouts.is_file():
         raise ConfigError(f"--rollouts {str(options.rollouts)!r} is not a file; `drift rollout` makes one")
     from drift.jobs import stages
@@ -202,6 +230,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from drift.config import ConfigError
+
     if not Path(options.run_dir).is_dir():
         raise ConfigError(f"RUN_DIR {options.run_dir!r} is not a folder; a run writes to output_dir/name")
     if not any(
@@ -217,6 +247,12 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace) -> int:
+    for path in shipped.copy_to(options.folder):
+        print(f"  {path}")
+    return 0
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from drift.jobs import doctor
 
@@ -225,11 +261,16 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config:
-    """`drift.config.load`, with a file that cannot be read as a ConfigError too."""
+    """`drift.config.load` of a file, or of a shipped config by its name; a file that cannot be read is a ConfigError too."""
+    from drift.config import ConfigError, load
+
+    known = shipped.configs()
+    source = known[path] if path in known and not Path(path).exists() else path
     try:
-        return load(path, list(overrides))
+        return load(source, list(overrides))
     except OSError as error:
-        raise ConfigError(f"CONFIG {path!r} cannot be read: {error.strerror}") from None
+        names = f"; shipped configs are {', '.join(known)}" if "/" not in path and not Path(path).suffix else ""
+        raise ConfigError(f"CONFIG {path!r} cannot be read: {error.strerror}{names}") from None
 
 
 def _written(path: Path) -> int | None:
@@ -243,6 +284,10 @@ def run_dir(config: Config) -> Path:
 
 def results_table(records: Records) -> Table:
     """Means over seeds, and how far ahead drift is of each arm, with the standard error of the paired difference."""
+    from rich.table import Table
+
+    from drift.report.intervals import mean_stderr, paired_difference
+
     seeds = len(records.seeds)
     table = Table(title=f"{records.path.name}: held-out problems solved, {seeds} seed{'s' * (seeds != 1)}", box=None)
     table.add_column("arm", no_wrap=True)
@@ -273,7 +318,7 @@ def _how_to_start_afresh(folder: Path) -> str:
 
 
 def _complain(text: str) -> None:
-    Console(stderr=True).print(f"drift: {text}", markup=False, highlight=False, soft_wrap=True)
+    print(f"drift: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _open_sink(name: str, run_dir: Path) -> Sink:
         return kinds[name](run_dir)
     except ImportError as error:
         raise MissingSink(
-            f'track.sinks: {name!r} needs a package that is not installed ({error}): pip install -e ".[{name}]"'
+            f"track.sinks: {name!r} needs a package that is not installed ({error}): pip install {name}"
         ) from error
 
 

@@ -26,7 +26,7 @@ KERNELS += ["token_terms", "driver", "distill_driver"]
 KERNELS += ["scored", "autograd", "distill_autograd", "ops", "distill_ops", "testing", "conversation"]
 KERNELS += ["packs", "adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
-    {"files", "interrupts"},
+    {"files", "interrupts", "shipped", "threads"},
     {"config", "types", "track", "scoring"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},
     {"model"},

@@ -9,40 +9,49 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import drift_kernels
 
+TRAIN = 'of the trainer: pip install "drift-rl[train]", or pip install -e ".[train]" in a clone'
 PACKAGES = {
-    "transformers": "",
-    "reasoning-gym": "",
-    "math-verify": "",
-    "triton": 'pip install -e ".[triton]", on Linux',
-    "flash-attn": 'pip install -e ".[flash-attn]", where there is CUDA',
+    **dict.fromkeys(("pydantic", "pyyaml", "rich", "matplotlib", "safetensors", "transformers", "tokenizers"), TRAIN),
+    **dict.fromkeys(("reasoning-gym", "math-verify"), TRAIN),
     "httpcore2": "pip install httpcore2 (Python 3.11 or later), for engine.kind=vllm",
-    "peft": 'pip install -e ".[lora]"',
-    "tensorboard": 'pip install -e ".[tensorboard]"',
-    "wandb": 'pip install -e ".[wandb]"',
-    "trackio": 'pip install -e ".[trackio]"',
-}  # package -> how an optional one is had
+    "triton": "pip install triton, on Linux",
+    "flash-attn": "pip install flash-attn, with CUDA",
+    "peft": "pip install peft, for model.lora",
+    "tensorboard": "pip install tensorboard, for track.sinks=[tensorboard]",
+    "wandb": "pip install wandb, for track.sinks=[wandb]",
+    "trackio": "pip install trackio, for track.sinks=[trackio]",
+}  # package -> what it takes to have it
 EXTENSIONS = ("drift_kernels._cpu", "drift._packing")
 _ISA_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
 
 Finding = tuple[str, str, bool]  # what, how it stands, whether it is there
 
 
-def show(console: Console | None = None) -> None:
-    """Print everything as three small tables; never fails on what is absent."""
-    console = console or Console()
+def show() -> None:
+    """Print everything as three small tables; never fails on what is absent, rich included."""
     for title, findings in (("this machine", machine()), ("packages", packages()), ("backends", backends())):
-        table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for what, state, there in findings:
-            table.add_row(what, state if there else f"[yellow]{_plain(state)}[/]")
-        console.print(table)
-        console.print()
+        try:
+            _draw(title, findings)
+        except ModuleNotFoundError:  # rich comes with the extra [train]
+            width = max(len(what) for what, _, _ in findings)
+            print(title, *(f"{what:{width}}  {state}" for what, state, _ in findings), "", sep="\n")
+
+
+def _draw(title: str, findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, state, there in findings:
+        table.add_row(what, _plain(state) if there else f"[yellow]{_plain(state)}[/]")
+    console = Console()
+    console.print(table)
+    console.print()
 
 
 def machine() -> list[Finding]:
@@ -63,13 +72,13 @@ def packages() -> list[Finding]:
         try:
             found.append((name, metadata.version(name), True))
         except metadata.PackageNotFoundError:
-            found.append((name, f"not installed; {remedy or 'pip install -e . brings it'}", False))
+            found.append((name, f"not installed; {remedy}", False))
     for name in EXTENSIONS:
         try:
             importlib.import_module(name)
             found.append((name, "compiled", True))
         except ImportError as error:
-            found.append((name, f"does not import ({error}); pip install -e . compiles it", False))
+            found.append((name, f"does not import ({error}); install again with a C++ compiler on PATH", False))
     return found
 
 

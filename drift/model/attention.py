@@ -95,7 +95,7 @@ def unavailable(kind: str, *, device: torch.device | str | None = None, dtype: t
     if kind == "sdpa":
         return None
     if importlib.util.find_spec("flash_attn") is None:
-        return 'flash_attn is not installed; install it with: pip install -e ".[flash-attn]"'
+        return "flash_attn is not installed; install it with: pip install flash-attn"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device is not None and torch.device(device).type != "cuda":

@@ -240,7 +240,7 @@ def _with_lora(model: Any, config: LoRAConfig) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError('model.lora needs peft: pip install -e ".[lora]"') from error
+        raise ImportError("model.lora needs peft: pip install peft") from error
     targets = config.target_modules
     shape: dict[str, Any] = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
     return get_peft_model(model, LoraConfig(**shape, target_modules=targets, task_type="CAUSAL_LM"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -38,7 +40,7 @@ def _cpu_reason() -> str | None:
     try:
         importlib.import_module("drift_kernels._cpu")
     except ImportError as error:
-        return f"the compiled extension does not import ({error}); build it with: pip install -e ."
+        return f"the compiled extension does not import ({error}); install drift-rl again with a C++ compiler on PATH"
     return None
 
 
@@ -48,7 +50,7 @@ def _cuda_reason() -> str | None:
 
 def _triton_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return 'Triton is not installed; install it with: pip install -e ".[triton]", on Linux'
+        return "Triton is not installed; install it with: pip install triton, on Linux"
     if not torch.cuda.is_available() and not interpreted():
         return (
             "no CUDA device is visible; run where nvidia-smi and torch.cuda.is_available() see one, or set "
@@ -67,7 +69,8 @@ def interpreted() -> bool:
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """The backend's name for `device`; "auto" picks by device. Raises RuntimeError with the reason if it cannot run."""
+    """The backend's name for `device`; "auto" picks by device (without the compiled extension `reference`,
+    and warns once). Raises RuntimeError with the reason if it cannot run."""
     if name == "reference":
         return name
     wanted = AUTO.get(device.type, "") if name == "auto" else name
@@ -76,6 +79,8 @@ def resolve(name: str, device: torch.device) -> str:
             f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU"
         )
     reason = _reason(wanted)
+    if reason and name == "auto" and wanted == "cpu" and _warned_without_extension():
+        return "reference"
     if reason:
         raise RuntimeError(
             f"backend={wanted!r} cannot run: {reason}. backend='reference' runs anywhere, with full logits"
@@ -83,6 +88,17 @@ def resolve(name: str, device: torch.device) -> str:
     if (wanted == "cpu") != (device.type == "cpu") and not (wanted == "triton" and interpreted()):
         raise RuntimeError(f"backend={wanted!r} does not run on device {device}; use backend='auto'")
     return wanted
+
+
+@functools.cache
+def _warned_without_extension() -> bool:
+    """Says once that the package was installed without a compiler; True."""
+    warnings.warn(
+        "drift_kernels has no compiled extension here, so that backend='auto' computes in plain torch with full logits; "
+        "install drift-rl again with a C++ compiler on PATH",
+        stacklevel=2,
+    )
+    return True
 
 
 def load(name: str) -> RowKernels:

@@ -87,7 +87,7 @@ def test_the_reasons_it_cannot_run_name_the_fix(monkeypatch):
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: no CUDA device.*TRITON_INTERPRET"):
         backends.resolve("triton", torch.device("cpu"))
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert 'pip install -e ".[triton]"' in dk.available_backends()["triton"]
+    assert "pip install triton" in dk.available_backends()["triton"]
 
 
 @triton.jit

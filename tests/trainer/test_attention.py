@@ -233,7 +233,7 @@ def test_auto_takes_what_can_run_and_varlen_says_why_it_cannot(flash_attn, monke
         attention.register("varlen")
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install -e "\.\[flash-attn\]"'):
+    with pytest.raises(ValueError, match="pip install flash-attn"):
         attention.register("varlen")
     with pytest.raises(ValueError, match="'flash' should be one of auto, varlen, sdpa"):
         attention.register("flash")

@@ -86,7 +86,7 @@ def test_an_unknown_sink_names_the_known_ones(tmp_path):
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
-    with pytest.raises(MissingSink, match=rf"pip install -e .\.\[{name}\]"):
+    with pytest.raises(MissingSink, match=f"pip install {name}"):
         Track(tmp_path, sinks=[name])
 
 
