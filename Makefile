@@ -1,4 +1,4 @@
-# make run · make test · make test-ranks · make test-faults · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make bench · make study
+# make run · make test · make test-ranks · make test-faults · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,10 +8,15 @@ VERL := .venv-verl
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
 
-.PHONY: run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof gpu lint bench study clean
+# Idle OpenMP threads sleep in place of spinning, unless the environment says otherwise: see drift/threads.py.
+ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
+export OMP_WAIT_POLICY := passive
+endif
+
+.PHONY: run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
 
 run: $(VENV)/.installed
-	$(BIN)/drift run configs/quickstart.yaml
+	$(BIN)/drift run quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -73,6 +78,21 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The wheel, with and without a compiler, each installed into a fresh environment that has torch and numpy alone.
+WHEEL := .venv-wheel
+wheel: $(WHEEL)/.torch
+	rm -rf build/lib* build/bdist* dist
+	$(WHEEL)/bin/pip wheel . --no-deps --wheel-dir dist
+	DRIFT_SKIP_CPU_BUILD=1 DRIFT_SKIP_CUDA_BUILD=1 $(WHEEL)/bin/pip wheel . --no-deps --wheel-dir dist/plain
+	$(WHEEL)/bin/pip install --force-reinstall --no-deps dist/plain/*.whl
+	$(WHEEL)/bin/pip install dist/plain/*.whl
+	$(WHEEL)/bin/python tests/wheel/check_install.py plain
+	$(WHEEL)/bin/pip install --force-reinstall --no-deps dist/*.whl
+	$(WHEEL)/bin/python tests/wheel/check_install.py compiled
+
+$(WHEEL)/.torch:
+	$(call with_torch,$(WHEEL))
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds -q
@@ -144,5 +164,5 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(ADAPTERS) $(VLLM) $(GPU) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERL) $(WHEEL) $(DOCS) $(ADAPTERS) $(VLLM) $(GPU) build dist site *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete
