@@ -38,7 +38,7 @@ def drift(workspace_bytes: int | None = None, backend: str = "auto") -> Loss:
     """Our own, with the default workspace and backend or others."""
     from drift_kernels import (
         KernelConfig,
-        TeacherHead,
+        Teacher,
         TeacherTopK,
         distill_loss,
         linear_logprob,
@@ -52,7 +52,7 @@ def drift(workspace_bytes: int | None = None, backend: str = "auto") -> Loss:
         if p.case.loss == "score":
             return linear_logprob(p.hidden, p.weight, p.targets, config=config).logprobs
         if p.teacher is not None:
-            teacher = (TeacherHead if p.case.loss == "jsd" else TeacherTopK)(*p.teacher)
+            teacher = (Teacher if p.case.loss == "jsd" else TeacherTopK)(*p.teacher)
             return distill_loss(p.hidden, p.weight, teacher, config=config).loss
         if p.case.loss != "clip":
             return weighted_cross_entropy(p.hidden, p.weight, p.targets, p.token_weights, config=config).loss

@@ -2,34 +2,37 @@
 
 from drift_kernels.backends import available_backends
 from drift_kernels.calls import KernelConfig
-from drift_kernels.distill_ops import distill_loss, self_distill_loss, topk_logprobs
+from drift_kernels.distill_ops import Exploration, distill_loss, self_distill_loss, topk_logprobs
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
+from drift_kernels.head import Head
 from drift_kernels.memory import empty_cache
 from drift_kernels.ops import (
-    LinearLogprob,
-    LossOutput,
     linear_logprob,
     pointwise_loss,
     policy_loss,
+    shift,
     shift_targets,
     weighted_cross_entropy,
 )
+from drift_kernels.outputs import LinearLogprob, LossOutput
 from drift_kernels.scored import policy_token_loss
 from drift_kernels.spec import PolicySpec
-from drift_kernels.teachers import TeacherHead, TeacherLogprobs, TeacherTopK
+from drift_kernels.teachers import Teacher, TeacherLogprobs, TeacherTopK
 from drift_kernels.tensors import LoRAHead
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillSpec",
+    "Exploration",
     "ExplorationSpec",
+    "Head",
     "KernelConfig",
     "LinearLogprob",
     "LoRAHead",
     "LossOutput",
     "PolicySpec",
-    "TeacherHead",
+    "Teacher",
     "TeacherLogprobs",
     "TeacherTopK",
     "available_backends",
@@ -40,6 +43,7 @@ __all__ = [
     "policy_loss",
     "policy_token_loss",
     "self_distill_loss",
+    "shift",
     "shift_targets",
     "topk_logprobs",
     "weighted_cross_entropy",

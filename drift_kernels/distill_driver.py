@@ -21,7 +21,7 @@ from drift_kernels import divergences, exploration
 from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.backends.params import ENTRY_OUTPUTS, ROW_OUTPUTS
 from drift_kernels.calls import Call, DistillCall
-from drift_kernels.divergences import DistillTokens, Teacher
+from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.driver import Collected, results
 from drift_kernels.exploration import TokenStats
 from drift_kernels.formulas import Tokens
@@ -107,7 +107,7 @@ class TeacherIndex:
 class TeacherLogits:
     """A teacher's logits (or products, if the backend leaves them), chunk by chunk, in a block of their own."""
 
-    def __init__(self, x: Inputs, teacher: Teacher, call: DistillCall) -> None:
+    def __init__(self, x: Inputs, teacher: TeacherTensors, call: DistillCall) -> None:
         assert teacher.hidden is not None
         assert teacher.weight is not None
         a, b = teacher.lora_a, teacher.lora_b
@@ -172,7 +172,7 @@ class StudentChunk:
 class Divergence:
     """Values and gradients of a chunk's divergences: from a teacher's head, its likeliest tokens, or its log-probs."""
 
-    def __init__(self, sweep: Sweep, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> None:
+    def __init__(self, sweep: Sweep, teacher: TeacherTensors, head: TeacherLogits | None, call: DistillCall) -> None:
         self.sweep, self.teacher, self.head, self.call = sweep, teacher, head, call
         self.vocabulary, self.gradient = sweep.x.weight.shape[0], call.student.need_grad
 
@@ -269,7 +269,7 @@ class DistillLoop:
     """The chunks of one call: the tensors that they share, and the entropies of the row before the next chunk."""
 
     def __init__(
-        self, x: Inputs, teacher: Teacher, lessons: DistillTokens, call: DistillCall, normalizer: Tensor
+        self, x: Inputs, teacher: TeacherTensors, lessons: DistillTokens, call: DistillCall, normalizer: Tensor
     ) -> None:
         self.call, self.student_call = call, call.student
         if call.exploration is not None and x.active is not None:  # neighbours are compared
@@ -348,13 +348,13 @@ class DistillLoop:
 
 
 def fused(
-    x: Inputs, teacher: Teacher, lessons: DistillTokens, call: DistillCall, normalizer: Tensor
+    x: Inputs, teacher: TeacherTensors, lessons: DistillTokens, call: DistillCall, normalizer: Tensor
 ) -> tuple[Tensor, Grads, Tensor]:
     """(Σ weight·policy loss + Σ weight·divergence) / normalizer (0-d), its gradients, and the call's outputs [K, T]."""
     return DistillLoop(x, teacher, lessons, call, normalizer).run()
 
 
-def _reserved(x: Inputs, teacher: Teacher, head: TeacherLogits | None, call: DistillCall) -> tuple[int, int]:
+def _reserved(x: Inputs, teacher: TeacherTensors, head: TeacherLogits | None, call: DistillCall) -> tuple[int, int]:
     """Bytes of the workspace besides those of the student, once and for each row."""
     k = call.distill.top_k if teacher.ids is None else teacher.ids.shape[1]
     ids = ID_BYTES if backend_of(x, call.student) == "cpu" else ID_BYTES * SORTED_IDS

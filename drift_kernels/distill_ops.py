@@ -1,64 +1,69 @@
-"""The public ops with a teacher: divergences over the vocabulary or a top k, and a policy loss beside them in the same pass.
+"""The public ops with a teacher: divergences over the vocabulary or a top k, and a policy loss in the same pass.
 
-Shapes and logits as in `ops`; one target a hidden row (where several share one, pass hidden[rows]). Both logits of a chunk
-are there at once: 4 units of matrix products for rows that read the teacher, 4 more for those with a gradient.
+Shapes and logits as in `ops`; one target a hidden row (if several targets share one, pass hidden[rows]). Both logits of a chunk
+exist at once: 4 units of matrix products for rows that read the teacher, 4 more for those with a gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, distill_driver, divergences, ops
+from drift_kernels import backends, ops, whole
 from drift_kernels import exploration as exploring
-from drift_kernels.autograd import Rest
+from drift_kernels.autograd import DistillWork, FusedLoss
 from drift_kernels.backends import reference
 from drift_kernels.calls import Call, DistillCall, KernelConfig
-from drift_kernels.distill_autograd import DistillLoss
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.divergences import DistillTokens
+from drift_kernels.folding import caller_tokens, folded_tokens, own_normalizer, segments_of
 from drift_kernels.formulas import Tokens
-from drift_kernels.inputs import (
-    OUTPUTS,
+from drift_kernels.head import Head, as_head
+from drift_kernels.inputs import Flat, as_normalizer, check_data, check_tensor, flatten, layout_of, with_needs
+from drift_kernels.outputs import (
+    DISTILL_OUTPUTS,
+    EXPLORATION_OUTPUTS,
     POLICY_OUTPUTS,
-    Flat,
-    as_normalizer,
-    check_data,
+    TEACHER_OUTPUTS,
+    LossOutput,
     check_outputs,
-    check_tensor,
-    flatten,
-    with_needs,
+    policy_metrics,
 )
-from drift_kernels.ops import LossOutput
-from drift_kernels.plan import check_finite, check_temperature
 from drift_kernels.spec import PolicySpec
-from drift_kernels.teachers import AnyTeacher, TeacherHead, TeacherLogprobs, TeacherTopK, flatten_teacher
-from drift_kernels.tensors import Inputs, LoRAHead
+from drift_kernels.teachers import AnyTeacher, Teacher, TeacherLogprobs, TeacherTopK, flatten_teacher
 
-TEACHER_OUTPUTS = ("teacher_logprobs", "teacher_entropy", "divergence")
-DISTILL_OUTPUTS = (*OUTPUTS, *TEACHER_OUTPUTS)
-EXPLORATION_OUTPUTS = ("difference", "rhythm", "gate", "rebellious")
+
+@dataclass(frozen=True, eq=False)
+class Exploration:
+    """The exploration of `self_distill_loss`: token weights from entropies and log-probs (`ExplorationSpec`), and their data."""
+
+    spec: ExplorationSpec
+    turn_ids: Tensor  # int of the targets' shape: the assistant turn of each target, negative outside
+    weights: Tensor | None = (
+        None  # of the targets' shape: w of `ExplorationSpec`, the rebellious sample weight; None = 0
+    )
+    mean_difference: float | Tensor | None = (
+        None  # last step's mean of the metric of that name, over all ranks; None = no step yet
+    )
+    mean_entropy: float | Tensor | None = None  # last step's mean of the metric `taught_entropy`; None = no step yet
+
+    def __post_init__(self) -> None:
+        _check_kind("spec", self.spec, ExplorationSpec)
 
 
 def distill_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    hidden: Tensor,
+    head: Head | Tensor,
     teacher: AnyTeacher,
     token_weights: Tensor | None = None,
     *,
     targets: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     spec: DistillSpec = DistillSpec(),
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    lora: LoRAHead | None = None,
     active: Tensor | None = None,
     outputs: Sequence[str] = (),
     normalizer: float | Tensor | None = None,
@@ -66,21 +71,21 @@ def distill_loss(
 ) -> LossOutput:
     """Σᵢ token_weightsᵢ·divergenceᵢ(student, teacher) / normalizer, in one pass; see `DistillSpec`.
 
-    teacher        `TeacherHead`, whose rows are aligned with student_hidden's; `TeacherTopK`; or `TeacherLogprobs` of the targets
-    token_weights  of student_hidden's leading shape (default 1); rows of weight 0 are never computed
-    targets        int64 of that shape: which rows count (`ignore_index` takes no part), and what log-probs are of. Needed for
+    teacher        `Teacher`, whose rows are aligned with hidden's; `TeacherTopK`; or `TeacherLogprobs` of the targets
+    token_weights  of hidden's leading shape (default 1); rows of weight 0 are never computed
+    targets        int64 of that shape: which rows count (−100 takes no part), and what log-probs are of. Needed for
                    importance_clip and `TeacherLogprobs`; without it every row (in `active`) counts
     old_logprobs   of the targets, for spec.importance_clip
     normalizer     the global denominator; default, the number of rows in this call that may count, whatever their weight
     outputs        per row: logprobs, entropy, lse, is_top1, mean_logits, log_sum_sq_probs of the student; divergence;
-                   teacher_logprobs, teacher_entropy with a `TeacherHead`
+                   teacher_logprobs, teacher_entropy with a `Teacher`
     Metrics, as (sum, count): divergence, over rows of weight other than 0.
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Raises TypeError or ValueError naming the argument, RuntimeError if the backend cannot run.
     """
     with_targets = targets is not None
     if targets is None:
-        targets = torch.zeros(student_hidden.shape[:-1], dtype=torch.int64, device=student_hidden.device)
-    flat = flatten(student_hidden, student_weight, targets, bias, temperature, None, active, lora)
+        targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    flat = flatten(hidden, head, targets, None, active)
     names = _check_outputs(outputs, DISTILL_OUTPUTS, teacher, with_targets)
     _check_kind("spec", spec, DistillSpec)
     weights = flat.per_entry("token_weights", token_weights)
@@ -88,24 +93,23 @@ def distill_loss(
     if (spec.importance_clip is not None or isinstance(teacher, TeacherLogprobs)) and not with_targets:
         raise ValueError("targets must be given: importance_clip and TeacherLogprobs read log-probs of tokens")
     _check_importance(spec, old)
-    head = ops.head_options(temperature, softcap, logit_scale, ignore_index)
     wanted = tuple(dict.fromkeys((*names, "divergence")))
-    call = with_needs(Call(PolicySpec(), head, config, wanted), flat)
-    mask = flat.mask(ignore_index)
+    call = with_needs(Call(PolicySpec(), flat.head.options, config, wanted), flat)
+    mask, lessons = flat.mask(), DistillTokens(weights)
     if normalizer is None:
-        normalizer = ops.or_one(mask.sum(), flat)
-    lessons = DistillTokens(weights)
-    loss, values = _run(flat, teacher, Tokens(old=old), lessons, call, spec, None, names, normalizer)
-    result = LossOutput(loss, ops.unflatten({name: values[name] for name in names}, flat))
-    result.metrics = {"divergence": _divergence(values, mask, lessons)}
-    return result
+        normalizer = flat.or_one(mask.sum())
+    loss, values = _distill(
+        flat, teacher, Tokens(old=old), lessons, DistillCall(call, spec, call.head), names, normalizer
+    )
+    metrics = {"divergence": _divergence(values, mask, lessons)}
+    return LossOutput(loss, flat.unflatten({name: values[name] for name in names}), metrics)
 
 
 def self_distill_loss(
-    student_hidden: Tensor,
-    weight: Tensor,
+    hidden: Tensor,
+    head: Head | Tensor,
     targets: Tensor,
-    teacher: AnyTeacher,
+    teacher: AnyTeacher | None,
     advantages: Tensor,
     *,
     distill_weights: Tensor | None,
@@ -117,19 +121,9 @@ def self_distill_loss(
     rollout_logprobs: Tensor | None = None,
     policy: PolicySpec = PolicySpec(),
     distill: DistillSpec = DistillSpec(),
-    exploration: ExplorationSpec | None = None,
-    turn_ids: Tensor | None = None,
-    rebellious_weights: Tensor | None = None,
-    mean_difference: float | Tensor | None = None,
-    mean_entropy: float | Tensor | None = None,
+    exploration: Exploration | None = None,
     cu_seqlens: Tensor | None = None,
     segment_ids: Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    lora: LoRAHead | None = None,
     active: Tensor | None = None,
     outputs: Sequence[str] = (),
     normalizer: float | Tensor | None = None,
@@ -140,92 +134,67 @@ def self_distill_loss(
     Each is what `policy_loss` and `distill_loss` would give, of the same two logits. Arguments of those ops mean the same here.
 
     distill_weights, policy_weights  of the targets' shape, None = 1: where a router sends each token. A row that neither
-                      reads is never computed, and the teacher's logits only where the divergence or exploration reads them
+                      reads is never computed, and the teacher's logits only for rows that the divergence or exploration reads
     has_teacher       bool of that shape; False: no divergence there, and exploration weights are 1. None = everywhere
     policy            losses of single tokens; those that read whole sequences or the call raise, as do aggregations over
                       sequences: both terms have one denominator
-    exploration       weights made on the way from both entropies and log-probs (`ExplorationSpec`); needs a `TeacherHead`, and
-                      reads every row that has a teacher
-    turn_ids          int of the targets' shape: which assistant turn a target belongs to, negative outside; with exploration
-    rebellious_weights  of the targets' shape: w of `ExplorationSpec`; None = 0
-    mean_difference, mean_entropy  the last step's means over all ranks, of the metrics below; None where there was no step
+    exploration       token weights made from both entropies and log-probs (`Exploration`); needs a `Teacher`, and reads every
+                      row that has a teacher
+    teacher           None: exactly `policy_loss` with policy_weights as token_weights
     normalizer        the global denominator; default, the unmasked tokens of this call (1 for aggregation="token_sum")
     outputs           as of both ops, and with exploration: difference, rhythm, gate, rebellious
     Metrics, as (sum, count): divergence, over rows of distill weight other than 0; those of `policy_loss`; with exploration
     difference, rhythm, gate, rebellious and taught_entropy (the student's) over rows with a teacher.
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Raises TypeError or ValueError naming the argument, RuntimeError if the backend cannot run.
     """
-    flat = flatten(student_hidden, weight, targets, bias, temperature, None, active, lora)
-    allowed = (*POLICY_OUTPUTS, *TEACHER_OUTPUTS, *(EXPLORATION_OUTPUTS if exploration is not None else ()))
-    names, mask = _check_outputs(outputs, allowed, teacher, True), flat.mask(ignore_index)
     for name, value, kind in (("policy", policy, PolicySpec), ("distill", distill, DistillSpec)):
         _check_kind(name, value, kind)
     if exploration is not None:
-        _check_kind("exploration", exploration, ExplorationSpec)
-    if policy.scope != "token" or policy.aggregation.startswith("sequence"):
-        raise ValueError(
-            f"policy: objective={policy.objective!r} with ratio={policy.ratio!r}, off_policy_threshold="
-            f"{policy.off_policy_threshold} and aggregation={policy.aggregation!r} reads more than a token at a time; use "
-            "policy_loss for it and distill_loss beside, or a token form"
-        )
+        _check_kind("exploration", exploration, Exploration)
+    if teacher is None:
+        if exploration is not None or has_teacher is not None or distill_weights is not None:
+            raise ValueError("distill_weights, has_teacher and exploration must be None if teacher is None")
+        data = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}
+        layout = {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids, "active": active, "normalizer": normalizer}
+        extra = {"token_weights": policy_weights, "spec": policy, "outputs": outputs, "config": config}
+        return ops.policy_loss(hidden, head, targets, advantages, **data, **layout, **extra)
+    flat = flatten(hidden, head, targets, None, active)
+    allowed = (*POLICY_OUTPUTS, *TEACHER_OUTPUTS, *(EXPLORATION_OUTPUTS if exploration is not None else ()))
+    names, mask = _check_outputs(outputs, allowed, teacher, True), flat.mask()
+    _check_token_scope(policy)
     check_data("advantages", advantages, flat.targets.device)
-    segments, count = ops.segments_of(flat, policy, advantages, cu_seqlens, segment_ids)
-    given = ops.given_tokens(
-        flat,
-        segments,
-        count,
-        advantages,
-        old_logprobs,
-        ref_logprobs,
-        rollout_logprobs,
-        policy_weights,
-        "policy_weights",
-    )
-    tokens, factor = ops.folded_tokens(flat, mask, segments, count, given, policy)
+    segments, count = segments_of(flat, policy, advantages, cu_seqlens, segment_ids)
+    logprobs = (old_logprobs, ref_logprobs, rollout_logprobs)
+    data = caller_tokens(flat, segments, count, advantages, *logprobs, policy_weights, "policy_weights")
+    tokens, factor = folded_tokens(flat, mask, segments, count, data, policy)
     _check_importance(distill, tokens.old)
     lessons = _lessons(flat, mask, distill_weights, distill_coef, has_teacher)
+    taught = mask if lessons.taught is None else mask & lessons.taught
     if exploration is not None:
-        if not isinstance(teacher, TeacherHead):
-            raise ValueError(
-                f"exploration reads the teacher's entropy: pass a TeacherHead, not {type(teacher).__name__}"
-            )
-        taught = mask if lessons.taught is None else mask & lessons.taught
-        lessons = replace(
-            lessons,
-            continues=_continues(flat, taught, turn_ids, segments),
-            rebellious=flat.per_entry("rebellious_weights", rebellious_weights),
-            mean_difference=_mean("mean_difference", mean_difference, flat),
-            mean_entropy=_mean("mean_entropy", mean_entropy, flat),
-        )
-    elif rebellious_weights is not None or turn_ids is not None:
-        raise ValueError("rebellious_weights and turn_ids go with exploration=ExplorationSpec(…)")
+        if not isinstance(teacher, Teacher):
+            raise ValueError(f"exploration reads the teacher's entropy: pass a Teacher, not {type(teacher).__name__}")
+        lessons = _explored(flat, lessons, exploration, taught, segments)
     dense = ("ratio",) if "clipped" in names else ()  # as in `policy_loss`
     further = () if exploration is None else exploring.NAMES
     wanted = tuple(dict.fromkeys((*names, "clipped", *dense, "divergence", *further)))
-    head = ops.head_options(temperature, softcap, logit_scale, ignore_index)
-    call = with_needs(Call(policy, head, config, wanted), flat)
+    student = with_needs(Call(policy, flat.head.options, config, wanted), flat)
     if normalizer is None:
-        normalizer = ops.own_normalizer(flat, mask, segments, count, policy)
-    loss, values = _run(flat, teacher, tokens, lessons, call, distill, exploration, names, normalizer, policy=True)
-    result = LossOutput(loss, ops.unflatten({name: values[name] for name in names}, flat))
-    result.metrics = ops.policy_metrics(values, mask, names, factor)
-    result.metrics["divergence"] = _divergence(values, mask, lessons)
-    taught = mask if lessons.taught is None else mask & lessons.taught
+        normalizer = own_normalizer(flat, mask, segments, count, policy)
+    spec = None if exploration is None else exploration.spec
+    call = DistillCall(student, distill, student.head, exploration=spec, policy=True)
+    loss, values = _distill(flat, teacher, tokens, lessons, call, names, normalizer)
+    metrics = policy_metrics(values, mask, names, factor, data.weights)
+    metrics["divergence"] = _divergence(values, mask, lessons)
     for name in further:
-        result.metrics[name] = (torch.where(taught, values[name], 0.0).sum(), taught.sum())
-    return result
+        metrics[name] = (torch.where(taught, values[name], 0.0).sum(), taught.sum())
+    return LossOutput(loss, flat.unflatten({name: values[name] for name in names}), metrics)
 
 
 def topk_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     k: int,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lora: LoRAHead | None = None,
     active: Tensor | None = None,
     config: KernelConfig = KernelConfig(),
 ) -> TeacherTopK:
@@ -233,25 +202,22 @@ def topk_logprobs(
 
     It makes a teacher to keep or to send: k·12 bytes a row. Of equally likely tokens the lower id comes first. Rows outside
     `active` (int64 positions) are not computed and hold zeros.
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Raises TypeError or ValueError naming the argument, RuntimeError if the backend cannot run.
     """
     targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    flat = flatten(hidden.detach(), weight.detach(), targets, bias, temperature, None, active, lora)
-    V = flat.weight.shape[0]
+    flat = flatten(hidden.detach(), as_head(head).detach(), targets, None, active)
+    V = flat.head.vocabulary
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= V:
         raise ValueError(f"k={k!r} must be a whole number from 1 to the vocabulary's size, {V}")
-    scale = 1.0 if flat.lora is None else float(flat.lora.scale)
-    head = ops.head_options(temperature, softcap, logit_scale, -100)
-    call = Call(PolicySpec(), head, replace(config, accumulate_into_grad=None), lora_scale=scale)
+    scale = 1.0 if flat.head.lora is None else float(flat.head.lora.scale)
+    call = Call(PolicySpec(), flat.head.options, replace(config, accumulate_into_grad=None), lora_scale=scale)
     if backends.resolve(config.backend, hidden.device) == "reference":
         with torch.no_grad():
-            found = reference.top_k(ops.reference_logits(flat, call, flat.mask(-100)), k, flat.mask(-100))
+            top = reference.top_k(whole.logits(flat, call, flat.mask()), k, flat.mask())
     else:
-        rest = Rest(flat.targets, None, flat.active, flat.temperature)
-        tensors = (None if t is None else t.detach() for t in ops.head_of(flat).flat())
-        found = torch.ops.drift_kernels.top_k(*tensors, *rest.flat(), k, call.encode())
-    ids, logprobs, others = found
-    return TeacherTopK(ids.reshape(*flat.shape, k), logprobs.reshape(*flat.shape, k), others.reshape(flat.shape))
+        top = torch.ops.drift_kernels.top_k(*flat.operands(), *layout_of(flat).flat(), k, call.encode())
+    ids, logprobs, rest = top
+    return TeacherTopK(ids.reshape(*flat.shape, k), logprobs.reshape(*flat.shape, k), rest.reshape(flat.shape))
 
 
 def _check_outputs(
@@ -261,16 +227,23 @@ def _check_outputs(
     for name in names:
         if name in ("logprobs", "is_top1", "teacher_logprobs") and not with_targets:
             raise ValueError(f"outputs has {name!r}, which is of the targets: pass targets")
-        if name in ("teacher_logprobs", "teacher_entropy") and not isinstance(teacher, TeacherHead):
-            raise ValueError(
-                f"outputs has {name!r}, which a {type(teacher).__name__} does not tell: pass a TeacherHead"
-            )
+        if name in ("teacher_logprobs", "teacher_entropy") and not isinstance(teacher, Teacher):
+            raise ValueError(f"outputs has {name!r}, which a {type(teacher).__name__} does not tell: pass a Teacher")
     return names
 
 
 def _check_kind(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}={value!r} must be a {kind.__name__}")
+
+
+def _check_token_scope(policy: PolicySpec) -> None:
+    if policy.scope != "token" or policy.aggregation.startswith("sequence"):
+        raise ValueError(
+            f"policy: objective={policy.objective!r} with ratio={policy.ratio!r}, off_policy_threshold="
+            f"{policy.off_policy_threshold} and aggregation={policy.aggregation!r} reads more than a token at a time; use "
+            "policy_loss for it and distill_loss for the divergence, or a token form"
+        )
 
 
 def _check_importance(spec: DistillSpec, old: Tensor | None) -> None:
@@ -296,20 +269,28 @@ def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taug
     return DistillTokens(given, taught)
 
 
-def _continues(flat: Flat, taught: Tensor, turn_ids: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Which rows have the row before them in the same turn [T] bool."""
-    if turn_ids is None:
-        raise ValueError("exploration needs turn_ids: entropies are compared within an assistant turn")
-    check_tensor("turn_ids", turn_ids)
+def _explored(
+    flat: Flat, lessons: DistillTokens, exploration: Exploration, taught: Tensor, segments: Tensor | None
+) -> DistillTokens:
+    """`lessons` with the data that exploration reads per row."""
+    turn_ids = exploration.turn_ids
+    check_tensor("exploration.turn_ids", turn_ids)
     if turn_ids.shape != flat.shape or turn_ids.is_floating_point():
         raise ValueError(
-            f"turn_ids must be integers of the targets' shape {tuple(flat.shape)}; got {tuple(turn_ids.shape)} {turn_ids.dtype}"
+            f"exploration.turn_ids must be integers of the targets' shape {tuple(flat.shape)}; got {tuple(turn_ids.shape)} "
+            f"{turn_ids.dtype}"
         )
     turns = turn_ids.reshape(-1)
-    same = (turns[1:] == turns[:-1]) & (turns[1:] >= 0) & taught[1:] & taught[:-1]
+    same_turn = (turns[1:] == turns[:-1]) & (turns[1:] >= 0) & taught[1:] & taught[:-1]
     if segments is not None:
-        same = same & (segments[1:] == segments[:-1])
-    return torch.cat((torch.zeros_like(taught[:1]), same))
+        same_turn = same_turn & (segments[1:] == segments[:-1])
+    return replace(
+        lessons,
+        continues=torch.cat((torch.zeros_like(taught[:1]), same_turn)),
+        rebellious=flat.per_entry("exploration.weights", exploration.weights),
+        mean_difference=_mean("exploration.mean_difference", exploration.mean_difference, flat),
+        mean_entropy=_mean("exploration.mean_entropy", exploration.mean_entropy, flat),
+    )
 
 
 def _mean(name: str, value: float | Tensor | None, flat: Flat) -> Tensor | None:
@@ -330,69 +311,22 @@ def _divergence(values: dict[str, Tensor], mask: Tensor, lessons: DistillTokens)
     return torch.where(counts, values["divergence"], 0.0).sum(), counts.sum()
 
 
-def _run(
+def _distill(
     flat: Flat,
     teacher: AnyTeacher,
     tokens: Tokens,
     lessons: DistillTokens,
-    student: Call,
-    spec: DistillSpec,
-    explore: ExplorationSpec | None,
+    call: DistillCall,
     names: tuple[str, ...],
     normalizer: float | Tensor,
-    policy: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and per-token outputs flat by name."""
-    known, head, scale = flatten_teacher(teacher, flat, spec)
+    tensors, options, scale = flatten_teacher(teacher, flat, call.distill)
     teach_all = any(name in TEACHER_OUTPUTS for name in names)
-    call = DistillCall(student, spec, head, scale, explore, policy, teach_all)
+    call = replace(call, teacher=options, teacher_lora_scale=scale, teach_all=teach_all)
     denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
-    if backends.resolve(student.config.backend, flat.hidden.device) == "reference":
-        return _reference(flat, known, tokens, lessons, call, denominator)
-    rest = Rest(flat.targets, None, flat.active, flat.temperature)
-    loss, stacked = DistillLoss.apply(*ops.head_of(flat).flat(), denominator, rest, tokens, known, lessons, call)
-    return loss, dict(zip(student.outputs, stacked))
-
-
-def _reference(
-    flat: Flat,
-    teacher: divergences.Teacher,
-    tokens: Tokens,
-    lessons: DistillTokens,
-    call: DistillCall,
-    denominator: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    options = call.student
-    x = Inputs(flat.hidden, flat.weight, flat.bias, flat.targets, None, flat.active, flat.temperature, tokens)
-    student_reads, taught = distill_driver.reads(x, lessons, call)
-    if options.config.check_finite:
-        check_finite(tokens.pick(student_reads))
-        check_finite(Tokens(weights=None if lessons.weights is None else lessons.weights[student_reads]))
-    z = ops.reference_logits(flat, options, student_reads)
-    stats = reference.statistics(z, flat.targets, None, student_reads)
-    teacher_z, teacher_stats = None, {}
-    if teacher.hidden is not None:
-        teacher_z = _teacher_logits(teacher, taught, flat, call)
-        teacher_stats = reference.statistics(teacher_z, flat.targets, None, taught)
-    seen, nothing = {name: value.detach() for name, value in stats.items()}, flat.hidden.new_zeros(1, dtype=flat.dtype)
-    lessons = replace(lessons, taught=taught)
-    weights, factor, values = distill_driver.weigh(seen, teacher_stats, (nothing, nothing), tokens, lessons, call)
-    divergence = reference.distillation(z, stats, teacher_z, teacher, taught.nonzero().squeeze(1), call.distill)
-    loss = torch.where(weights != 0, weights * divergence, 0.0)
-    if call.policy:
-        if factor is not None:
-            tokens = replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
-        terms = reference.policy(stats, student_reads, tokens, options.spec)
-        loss, values = loss + terms.pop("loss"), values | terms
-    values = stats | values | {f"teacher_{name}": value for name, value in teacher_stats.items()}
-    values["divergence"] = divergence
-    return loss.sum() / denominator, {name: values[name].detach() for name in options.outputs}
-
-
-def _teacher_logits(teacher: divergences.Teacher, taught: Tensor, flat: Flat, call: DistillCall) -> Tensor:
-    assert teacher.hidden is not None
-    assert teacher.weight is not None
-    check_temperature(None if teacher.temperature is None else teacher.temperature[taught])
-    hidden = torch.where(taught[:, None], teacher.hidden, 0.0)
-    weight = reference.merged(teacher.weight, teacher.lora_a, teacher.lora_b, call.teacher_lora_scale, flat.dtype)
-    return reference.logits(hidden, weight, teacher.bias, teacher.temperature, call.teacher)
+    if backends.resolve(call.student.config.backend, flat.hidden.device) == "reference":
+        return whole.distill(flat, tensors, tokens, lessons, call, denominator)
+    work = DistillWork(layout_of(flat), tokens, tensors, lessons, denominator, call)
+    loss, stacked = FusedLoss.apply(*flat.operands(), work)
+    return loss, dict(zip(call.student.outputs, stacked))

@@ -21,7 +21,7 @@ LEAST_REST = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherTensors:
     """What there is of a teacher, one row for each of the student's T: a head, or log-probs of some tokens, or of one."""
 
     hidden: Tensor | None = None  # [T, D']

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributed.tensor import DTensor
 
 from drift_kernels.calls import Call
+from drift_kernels.head import Head, as_head
 from drift_kernels.plan import unmasked
 from drift_kernels.spec import PolicySpec
-from drift_kernels.tensors import LoRAHead, compute_dtype
+from drift_kernels.tensors import LoRAHead, compute_dtype, is_dtensor
 
+IGNORE_INDEX = -100  # a target that takes no part, as in torch's cross_entropy
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Flat:
-    """The head's tensors without their batch shape: hidden [T, D], everything per entry [N]."""
+class Layout:
+    """Which hidden row each target belongs to, and which targets count; never differentiated."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora: LoRAHead | None
     targets: Tensor  # [N] int64
     rows: Tensor | None
     active: Tensor | None
-    temperature: Tensor | None  # [T], None = the number in HeadOptions
-    shape: torch.Size  # of `targets` as given; per-entry outputs get it back
+    temperature: Tensor | None  # [T]
+
+    def flat(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """In the order of the ops' schemas."""
+        return self.targets, self.rows, self.active, self.temperature
+
+
+@dataclass(frozen=True)
+class Flat:
+    """An op's tensors without their batch shape: hidden [T, D], everything per entry [N]."""
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor  # [N] int64
+    rows: Tensor | None
+    active: Tensor | None
+    temperature: Tensor | None  # [T]; None = the number in the head's options
+    shape: torch.Size  # of `targets` as the caller passed it; per-entry outputs get it back
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The tensors that may need a gradient: hidden, weight, bias, and LoRA's A and B."""
+        a, b = (None, None) if self.head.lora is None else (self.head.lora.A, self.head.lora.B)
+        return self.hidden, self.head.weight, self.head.bias, a, b
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,9 +63,18 @@ class Flat:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, targets {tuple(self.shape)}; they must agree")
         return value.detach().reshape(-1).to(self.dtype).contiguous()
 
-    def mask(self, ignore_index: int) -> Tensor:
+    def mask(self) -> Tensor:
         """Which entries have a target and lie in `active` [N] bool."""
-        return unmasked(self.targets, self.active, ignore_index)
+        return unmasked(self.targets, self.active, IGNORE_INDEX)
+
+    def unflatten(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Per-entry outputs [N] in the shape of the targets."""
+        return {name: value.reshape(self.shape) for name, value in values.items()}
+
+    def or_one(self, total: Tensor) -> Tensor:
+        """A denominator that is 1 when nothing counts, so that an empty batch has loss 0 and zero gradients."""
+        total = total.to(self.dtype)
+        return torch.where(total == 0, torch.ones_like(total), total)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -83,49 +109,60 @@ def check_off_policy(spec: PolicySpec, old: Tensor | None, rollout: Tensor | Non
         raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
 
 
-def flatten(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    rows: Tensor | None,
-    active: Tensor | None,
-    lora: LoRAHead | None = None,
-) -> Flat:
+def flatten(hidden: Tensor, head: Head | Tensor, targets: Tensor, rows: Tensor | None, active: Tensor | None) -> Flat:
     """Checks what every op takes and drops its batch shape; raises TypeError or ValueError naming the argument."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func transforms (grad, vmap, jvp, …) of a fused op are not supported: its gradient is made by kernels that "
             "they cannot look into; use loss.backward() or torch.autograd.grad"
         )
-    if lora is not None and not isinstance(lora, LoRAHead):
-        raise TypeError(f"lora is a {type(lora).__name__}; it must be LoRAHead(A, B, scale)")
-    low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
-    needed = (("weight", weight), ("hidden", hidden), ("targets", targets), *low_rank)
-    optional = (("bias", bias), ("rows", rows), ("active", active))
-    for name, value in (*needed, *(pair for pair in optional if pair[1] is not None)):
-        check_tensor(name, value)
-        if isinstance(value, DTensor):
-            raise NotImplementedError(
-                f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()"
-            )
-    hidden, weight, bias, lora = _cast_for_autocast(hidden, weight, bias, lora)
+    head = as_head(head)
+    for name, value in (("hidden", hidden), ("targets", targets), *_head_tensors(head)):
+        _check_plain(name, value)
+    for name, value in (("rows", rows), ("active", active)):
+        if value is not None:
+            _check_plain(name, value)
+    hidden, head = _cast_for_autocast(hidden, head)
+    _check_head(hidden, head)
+    _check_layout(hidden, targets, rows, active)
+    per_row = _row_temperature(hidden, head)
+    tensors = (hidden, targets, rows, active, per_row, *(value for _, value in _head_tensors(head)))
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    _check_indices(rows, active, flat.shape[0], targets.numel())
+    return Flat(flat, head, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
+
+
+def _head_tensors(head: Head) -> list[tuple[str, Tensor]]:
+    lora = [] if head.lora is None else [("lora.A", head.lora.A), ("lora.B", head.lora.B)]
+    bias = [] if head.bias is None else [("bias", head.bias)]
+    return [("weight", head.weight), *bias, *lora]
+
+
+def _check_plain(name: str, value: object) -> None:
+    check_tensor(name, value)
+    if is_dtensor(value):
+        raise NotImplementedError(f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()")
+
+
+def _check_head(hidden: Tensor, head: Head) -> None:
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden has dtype {hidden.dtype}; it must be one of float64, float32, bfloat16, float16")
-    low_rank = (("lora.A", lora.A), ("lora.B", lora.B)) if lora is not None else ()
-    for name, value in (("weight", weight), ("bias", bias), *low_rank):
-        if value is not None and value.dtype not in (hidden.dtype, compute_dtype(hidden.dtype)):
+    for name, value in _head_tensors(head):
+        if value.dtype not in (hidden.dtype, compute_dtype(hidden.dtype)):
             raise TypeError(
                 f"{name} is {value.dtype} but hidden is {hidden.dtype}; it must be that or {compute_dtype(hidden.dtype)}: "
                 "cast one of them, or use torch.autocast"
             )
+    weight, lora = head.weight, head.lora
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1] or not weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} must be [..., D] and weight {tuple(weight.shape)} [V, D], D at least 1"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [V] = {tuple(weight.shape[:1])}")
+    if head.bias is not None and head.bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(head.bias.shape)}; it must be [V] = {tuple(weight.shape[:1])}")
     if lora is not None and (
         lora.A.dim() != 2 or lora.A.shape[1] != weight.shape[1] or lora.B.shape != (weight.shape[0], lora.A.shape[0])
     ):
@@ -133,6 +170,9 @@ def flatten(
             f"lora.A {tuple(lora.A.shape)} must be [r, D = {weight.shape[1]}] and lora.B {tuple(lora.B.shape)} "
             f"[V = {weight.shape[0]}, r]"
         )
+
+
+def _check_layout(hidden: Tensor, targets: Tensor, rows: Tensor | None, active: Tensor | None) -> None:
     if targets.dtype != torch.int64:
         raise TypeError(f"targets has dtype {targets.dtype}; it must be int64")
     if rows is None and targets.shape != hidden.shape[:-1]:
@@ -145,23 +185,20 @@ def flatten(
         raise ValueError(
             f"with rows= targets and rows must be [N] int64 and hidden [T, D]; got {tuple(targets.shape)}, {tuple(rows.shape)}"
         )
-    per_row = None
-    if isinstance(temperature, Tensor):
-        check_data("temperature", temperature, hidden.device)
-        if temperature.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"temperature has shape {tuple(temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}"
-            )
-        per_row = temperature.detach().reshape(-1)
     if active is not None and (active.dim() != 1 or active.dtype != torch.int64):
         raise ValueError(f"active must be a 1-d int64 tensor of positions; got {tuple(active.shape)} {active.dtype}")
-    everything = (hidden, weight, targets, bias, rows, active, per_row, *(value for _, value in low_rank))
-    devices = {t.device for t in everything if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    _check_indices(rows, active, flat.shape[0], targets.numel())
-    return Flat(flat, weight, bias, lora, targets.reshape(-1).contiguous(), rows, active, per_row, targets.shape)
+
+
+def _row_temperature(hidden: Tensor, head: Head) -> Tensor | None:
+    """A temperature per row [T]; None when it is one number."""
+    if not isinstance(head.temperature, Tensor):
+        return None
+    check_data("temperature", head.temperature, hidden.device)
+    if head.temperature.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"temperature has shape {tuple(head.temperature.shape)}; it must be a number or {tuple(hidden.shape[:-1])}"
+        )
+    return head.temperature.detach().reshape(-1)
 
 
 def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int, entries: int) -> None:
@@ -180,20 +217,18 @@ def _check_indices(rows: Tensor | None, active: Tensor | None, hidden_rows: int,
             raise ValueError("active holds a position twice; it must name each once (a mask's .nonzero() does)")
 
 
-def _cast_for_autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRAHead | None
-) -> tuple[Tensor, Tensor, Tensor | None, LoRAHead | None]:
+def _cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     kind = hidden.device.type
     if (
         not torch.amp.is_autocast_available(kind)
         or not torch.is_autocast_enabled(kind)
-        or hidden.dtype == torch.float64
+        or hidden.dtype == torch.float64  # F.linear leaves fp64 alone too
     ):
-        return hidden, weight, bias, lora
-    dtype = torch.get_autocast_dtype(kind)  # F.linear leaves fp64 alone too
-    if lora is not None:
-        lora = LoRAHead(lora.A.to(dtype), lora.B.to(dtype), lora.scale)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
+        return hidden, head
+    dtype = torch.get_autocast_dtype(kind)
+    lora = head.lora and LoRAHead(head.lora.A.to(dtype), head.lora.B.to(dtype), head.lora.scale)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias, lora=lora)
 
 
 def segment_ids(
@@ -263,44 +298,17 @@ def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
-def check_closure(output: object, logprobs: Tensor) -> None:
-    """Raises unless `output`, fn(logprobs, …), is a tensor and a function of no leaf that requires grad but `logprobs`."""
-    if not isinstance(output, Tensor):
-        raise TypeError(f"fn returned a {type(output).__name__}; it must return a tensor, one loss a token")
-    seen, todo = set(), [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", logprobs) if type(node).__name__ == "AccumulateGrad" else logprobs
-        if leaf is not logprobs:
-            raise ValueError(
-                f"fn reads a {tuple(leaf.shape)} tensor that requires grad, and no gradient would reach it; detach it, or "
-                "write the loss on linear_logprob's logprobs"
-            )
-        todo += [function for function, _ in node.next_functions]
-
-
-OUTPUTS = ("logprobs", "entropy", "lse", "is_top1", "mean_logits", "log_sum_sq_probs")
-POLICY_OUTPUTS = (*OUTPUTS, "ratio", "kl", "clipped")
-
-
-def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """`outputs` as a tuple; ValueError names the one that is not known and those that are."""
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs={outputs!r} is text; pass a tuple of names: ({outputs!r},)")
-    for name in outputs:
-        if name not in allowed:
-            raise ValueError(f"outputs has {name!r}; this op knows {', '.join(allowed)}")
-    return tuple(outputs)
+def layout_of(flat: Flat) -> Layout:
+    """The part of an op's tensors that is never differentiated, as the registered ops take it."""
+    return Layout(flat.targets, flat.rows, flat.active, flat.temperature)
 
 
 def with_needs(call: Call, flat: Flat) -> Call:
     """`call` with what has to be differentiated: looked up here, since inside a Function requires_grad stays True."""
-    on, lora = torch.is_grad_enabled(), flat.lora
-    tensors = (flat.hidden, flat.weight, flat.bias, *((None, None) if lora is None else (lora.A, lora.B)))
-    hidden, weight, bias, a, b = (on and t is not None and t.requires_grad for t in tensors)
+    hidden, weight, bias, a, b = (
+        torch.is_grad_enabled() and t is not None and t.requires_grad for t in flat.operands()
+    )
+    lora = flat.head.lora
     call = replace(
         call,
         need_hidden=hidden,
@@ -313,7 +321,7 @@ def with_needs(call: Call, flat: Flat) -> Call:
     scale = call.config.accumulate_into_grad
     if scale is None or not weight:
         return call
-    check_accumulation(flat.weight)
+    check_accumulation(flat.head.weight)
     return replace(call, accumulate_scale=scale)
 
 

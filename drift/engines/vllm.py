@@ -185,7 +185,7 @@ class VLLMEngine:
         theirs = torch.tensor([[sample.logprobs[0] for sample in samples] for samples in found])
         ours, raw = (torch.log_softmax(self._logits / t, -1).gather(1, ids) for t in (PROBE_TEMPERATURE, 1.0))
         self.gap = float((theirs - ours).abs().max())
-        tolerance = self.config.tolerance or TOLERANCE.get(self.policy.head()[0].dtype, 0.1)
+        tolerance = self.config.tolerance or TOLERANCE.get(self.policy.head().weight.dtype, 0.1)
         if self.gap <= tolerance:
             return
         if float((theirs - raw).abs().max()) <= tolerance:
@@ -348,7 +348,7 @@ class VLLMEngine:
             state = self._current_state()
         except EngineError as error:
             raise self._unfit(f"it lacks what training needs: {error}") from error
-        if state.vocabulary != (own := self.policy.head()[0].shape[0]):
+        if state.vocabulary != (own := self.policy.head().weight.shape[0]):
             raise self._unfit(
                 f"its model {self.base!r} has a vocabulary of {state.vocabulary}, the policy one of {own}"
             )
@@ -359,7 +359,7 @@ class VLLMEngine:
         self._read(answer, n, prompt, COMPLETIONS)
 
     def _read(self, answer: Any, n: int, prompt: list[int] | None, path: str) -> Answer:
-        return read_answer(answer, n, self.policy.eos_ids, prompt, path, self.policy.head()[0].shape[0])
+        return read_answer(answer, n, self.policy.eos_ids, prompt, path, self.policy.head().weight.shape[0])
 
     def _ask_state(self) -> State:
         return self.client.ask(RPC, {"method": "drift_state"}, read=read_state)
@@ -377,7 +377,7 @@ class VLLMEngine:
         start = server_command(
             str(settings.name_or_path or "MODEL"),
             url=self.config.url,
-            dtype=str(self.policy.head()[0].dtype).removeprefix("torch."),
+            dtype=str(self.policy.head().weight.dtype).removeprefix("torch."),
             lora_rank=rank,
             cpu=self.policy.device.type == "cpu",
         )
@@ -393,5 +393,7 @@ def _adapter(version: str) -> str:
 
 def _probe_prompts(policy: Policy) -> list[list[int]]:
     """Ids from all over the vocabulary, so that a wrong row of any matrix has a chance to show."""
-    known = min(len(policy.tokenizer), policy.head()[0].shape[0])  # a tokenizer may know tokens that the model does not
+    known = min(
+        len(policy.tokenizer), policy.head().weight.shape[0]
+    )  # a tokenizer may know tokens that the model does not
     return np.random.default_rng(0).integers(known, size=(PROBES, PROBE_LENGTH)).tolist()

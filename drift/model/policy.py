@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import drift_kernels
 from drift import files
 from drift.config import LoRAConfig, ModelConfig
 from drift.model import tiny
@@ -98,16 +99,9 @@ class Policy:
             out = self.causal_lm.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
         return out.last_hidden_state[0]
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """lm_head as (weight [V, D], bias [V] or None), tied or not."""
-        head = self.causal_lm.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear):
-            kind = type(head).__name__
-            raise NotImplementedError(
-                f"lm_head is a {kind}, not a Linear: adapters on the head are not supported; leave lm_head out of "
-                "lora.target_modules"
-            )
-        return head.weight, head.bias
+    def head(self, temperature: float | torch.Tensor = 1.0) -> drift_kernels.Head:
+        """lm_head as the ops take it, tied or not, LoRA included; temperature: one number, or one a row [T]."""
+        return drift_kernels.Head.of(self.model, temperature)
 
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of every parameter that is trained, by name."""
@@ -203,6 +197,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     policy = Policy(model, tokenizer, packed=config.packed)
     set_defaults(tokenizer, config.chat_template_kwargs)
     _ = policy.eos_ids  # a template without an end of turns is refused now
+    policy.head()  # checked now: a model whose logits cannot be reproduced is refused before anything runs
     return policy
 
 

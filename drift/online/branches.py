@@ -11,7 +11,7 @@ log-probs is corrected for, up to a factor of 2 a token.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from drift.rhythm import StepMean
 from drift.training import layout
 from drift.training.optimizer import MasterAdamW
 from drift.training.reference import scoring
-from drift.training.trainer import logit_transform
 from drift.types import PackedBatch
 
 SEEN = ("teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "rebellious")  # the latter by the rhythm
@@ -56,6 +55,20 @@ def denominators(batch: Sequence[Sample], config: OnlineConfig) -> Denominators:
     by_sequence = _spec(config).aggregation.startswith("sequence")
     tokens = sum(sample.tokens for sample in policy)
     return Denominators(len(policy) if by_sequence else tokens, sum(sample.tokens for sample in taught))
+
+
+def _check_linear(head: drift_kernels.Head) -> None:
+    """Raises ValueError unless two heads' logits can be mixed as one product: without a cap, and without LoRA on the head."""
+    if head.softcap is not None:
+        raise ValueError(
+            f"online.teacher.weights 'trust_region' mixes logits, and this model caps them (softcap {head.softcap}), which "
+            "is not linear; set online.teacher.weights=weight_mix (of weights) or ema"
+        )
+    if head.lora is not None:
+        raise ValueError(
+            "online.teacher.weights 'trust_region' mixes logits, which is not supported with LoRA on lm_head; set "
+            "online.teacher.weights=weight_mix or ema, or leave lm_head out of model.lora.target_modules"
+        )
 
 
 def _spec(config: OnlineConfig) -> drift_kernels.PolicySpec:
@@ -101,17 +114,9 @@ class Branches:
         self.policy, self.optimizer, self.train, self.online = policy, optimizer, config.train, config.online
         self.algorithm, self.difference, self.entropy = algorithm, difference, entropy
         self.spec = _spec(config.online)
-        softcap, logit_scale = logit_transform(policy.model.config)
-        if softcap is not None and config.online.teacher.weights == "trust_region":
-            raise ValueError(
-                f"online.teacher.weights 'trust_region' mixes logits, and this model caps them (softcap {softcap}), which "
-                "is not linear; set online.teacher.weights=weight_mix (of weights) or ema"
-            )
-        self.logits: dict[str, Any] = {
-            "temperature": config.rollout.temperature,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-        }
+        self.temperature = config.rollout.temperature
+        if config.online.teacher.weights == "trust_region":
+            _check_linear(policy.head())
         self.kernel = drift_kernels.KernelConfig(
             backend=config.train.backend, workspace_bytes=config.train.workspace_bytes
         )
@@ -148,24 +153,20 @@ class Branches:
 
     def _teach(
         self, sides: Sequence[Sequence[Sample]], packs: Sequence[PackedBatch], teacher: Teacher
-    ) -> list[drift_kernels.TeacherHead | None]:
+    ) -> list[drift_kernels.Teacher | None]:
         """The teacher of each pack, its hidden states at the student's rows; None for a pack without one."""
         with teacher.weights(), scoring(self.policy.model):
             hiddens = [self._beside(side, batch) for side, batch in zip(sides, packs)]
-            weight, bias = (None if t is None else t.detach().clone() for t in self.policy.head())
-        assert weight is not None
+            head = self.policy.head(self.temperature).clone()
         if share := teacher.logit_mix:  # (1 − mix)·teacher's logits + mix·policy's, as one product of twice the width
             with scoring(self.policy.model):
                 own = [self._beside(side, batch) for side, batch in zip(sides, packs)]
-            ours, our_bias = (None if t is None else t.detach() for t in self.policy.head())
-            assert ours is not None
+            policy = self.policy.head().detach()
             hiddens = [None if a is None or b is None else torch.cat((a, b), 1) for a, b in zip(hiddens, own)]
-            weight = torch.cat(((1 - share) * weight, share * ours), 1)
-            bias = None if bias is None or our_bias is None else torch.lerp(bias, our_bias, share)
-        return [
-            None if hidden is None else drift_kernels.TeacherHead(hidden, weight, bias, **self.logits)
-            for hidden in hiddens
-        ]
+            weight = torch.cat(((1 - share) * head.weight, share * policy.weight), 1)
+            bias = None if head.bias is None or policy.bias is None else torch.lerp(head.bias, policy.bias, share)
+            head = replace(head, weight=weight, bias=bias)
+        return [None if hidden is None else drift_kernels.Teacher(hidden, head) for hidden in hiddens]
 
     def _beside(self, side: Sequence[Sample], batch: PackedBatch) -> Tensor | None:
         """The hidden states [T, D] of the teacher's pack at the student's rows, 0 elsewhere; None if no sample has one."""
@@ -186,7 +187,7 @@ class Branches:
         self,
         laid: layout.Batch,
         side: Sequence[Sample],
-        teacher: drift_kernels.TeacherHead | None,
+        teacher: drift_kernels.Teacher | None,
         phase: Phase,
         divide_by: Denominators,
         measured: Measured,
@@ -194,10 +195,10 @@ class Branches:
     ) -> Tensor:
         """The policy's log-probs [T]; T counts tokens that trajectories share once for each."""
         batch, hidden = layout.end_to_end(laid), layout.hidden_states(self.policy, laid)
-        weight, bias = self.policy.head()
-        common: dict[str, Any] = {**self.logits, "bias": bias, "config": self.kernel}
+        head = self.policy.head(self.temperature)
+        common: dict[str, Any] = {"config": self.kernel}
         with torch.no_grad():
-            scored = drift_kernels.linear_logprob(hidden, weight, batch.targets, return_entropy=True, **common)
+            scored = drift_kernels.linear_logprob(hidden, head, batch.targets, outputs=("entropy",), **common)
         assert scored.entropy is not None
         assert batch.advantages is not None
         routes = [phase.weights(s.taught is not None, s.distill, s.policy, s.rebellious) for s in side]
@@ -211,7 +212,7 @@ class Branches:
         if teacher is None:
             out = drift_kernels.policy_loss(
                 hidden,
-                weight,
+                head,
                 batch.targets,
                 batch.advantages,
                 token_weights=policy,
@@ -223,7 +224,7 @@ class Branches:
             has_teacher = _spread(batch, [sample.taught is not None for sample in side])
             out = drift_kernels.self_distill_loss(
                 hidden,
-                weight,
+                head,
                 batch.targets,
                 teacher,
                 batch.advantages,
@@ -305,14 +306,10 @@ class Branches:
             bonus_maximum=settings.bonus_maximum,
             entropy_warmup=phase.weigh_by_entropy,
         )
-        return {
-            "exploration": spec,
-            "turn_ids": batch.turn_ids,
-            "cu_seqlens": batch.cu_seqlens,
-            "rebellious_weights": rebellious,
-            "mean_difference": self.difference.value,
-            "mean_entropy": self.entropy.value,
-        }
+        exploration = drift_kernels.Exploration(
+            spec, batch.turn_ids, rebellious, self.difference.value, self.entropy.value
+        )
+        return {"exploration": exploration, "cu_seqlens": batch.cu_seqlens}
 
     def _measure_teacher(self, out: Any, scored: Any, taught: Tensor, measured: Measured) -> None:
         """The means of the next step, and the teacher's part of the log, over tokens with a teacher.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,8 +39,9 @@ class Presence:
         self._store, self._meetings, self._over = store, 0, threading.Event()
         self._every = min(1.0, limit / 5)
         now = time.monotonic()
-        self._seen: dict[int, tuple[bytes, float]] = {r: (b"", now) for r in range(world_size)}  # beat, since when
-        threading.Thread(target=self._beat, args=[store.clone()], name="drift-heartbeat", daemon=True).start()
+        self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(range(world_size), (b"", now))  # beat, since when
+        own: Any = store  # torch's type stub lacks clone(), and set(…, bytes)
+        threading.Thread(target=self._beat, args=[own.clone()], name="drift-heartbeat", daemon=True).start()
 
     def close(self) -> None:
         """Ends the heartbeat."""
@@ -52,9 +54,9 @@ class Presence:
         """
         self._meetings += 1
         name, start, speak = f"meeting-{self._meetings}", time.monotonic(), SPEAK_AFTER
-        self._store.set(f"{name}/{self.rank}", b"here")
+        self._store.set(f"{name}/{self.rank}", "here")
         if self._store.add(name, 1) == self.world_size:
-            self._store.set(f"{name}/all", b"here")
+            self._store.set(f"{name}/all", "here")
             self._forget(self._meetings - 1)
         pause = 0.001
         while not self._store.check([f"{name}/all"]):  # its `wait` logs a warning whenever it has waited in vain

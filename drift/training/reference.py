@@ -19,7 +19,6 @@ import drift_kernels
 from drift.config import Config
 from drift.model.policy import Policy, evaluating
 from drift.training import distributed, layout
-from drift.training.trainer import logit_transform
 from drift.types import PackedBatch, Trajectory, TreeBatch
 
 
@@ -100,7 +99,7 @@ def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) ->
     with scoring(policy.model):
         for batch in _packs(policy, trajectories, config):
             batch = batch.to(policy.device)
-            out = score_pack(policy, batch, config.rollout.temperature, return_entropy=True, config=kernel)
+            out = score_pack(policy, batch, config.rollout.temperature, outputs=("entropy",), config=kernel)
             assert out.entropy is not None
             mask = layout.end_to_end(batch).response_mask
             found.append((out.logprobs[mask].float().cpu(), out.entropy[mask].float().cpu()))
@@ -115,14 +114,10 @@ def _packs(policy: Policy, trajectories: Sequence[Trajectory], config: Config) -
 def score_pack(policy: Policy, batch: PackedBatch | TreeBatch, temperature: float | Tensor, **options: Any) -> Any:
     """`drift_kernels.linear_logprob` of a pack on the policy's device; `temperature` for all of it, or [T].
 
-    Of a tree they are those of its flat pack.
+    A tree's log-probs are those of its flat pack.
     """
-    softcap, logit_scale = logit_transform(policy.model.config)
-    weight, bias = policy.head()
-    options |= {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    return drift_kernels.linear_logprob(
-        layout.hidden_states(policy, batch), weight, layout.end_to_end(batch).targets, **options
-    )
+    hidden, targets = layout.hidden_states(policy, batch), layout.end_to_end(batch).targets
+    return drift_kernels.linear_logprob(hidden, policy.head(temperature), targets, **options)
 
 
 @contextmanager

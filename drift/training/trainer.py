@@ -36,7 +36,7 @@ class TrainedPolicy(Protocol):
 
     def hidden(self, batch: PackedBatch | TreeBatch) -> torch.Tensor: ...  # [T, D] or [R, D], after the final norm
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]: ...  # weight [V, D], bias [V]
+    def head(self) -> drift_kernels.Head: ...
 
 
 def accumulate(
@@ -53,23 +53,18 @@ def accumulate(
     """
     device = next(iter(optimizer.trained.values())).device
     kernel = drift_kernels.KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
-    softcap, logit_scale = logit_transform(policy.model.config)
     loss = torch.zeros((), device=device)
     for batch in sharding.rounds(policy.model, packs):
         batch = batch.to(device)
         hidden = policy.hidden(batch)
-        weight, bias = policy.head()
         part = drift_kernels.weighted_cross_entropy(
             hidden,
-            weight,
+            policy.head(),
             batch.targets,
             batch.token_weights,
-            bias=bias,
             normalizer=normalizer,
             rows=batch.rows if isinstance(batch, TreeBatch) else None,
             active=batch.active,
-            softcap=softcap,
-            logit_scale=logit_scale,
             config=kernel,
         ).loss
         part.backward()
@@ -233,14 +228,6 @@ def _check(policy: TrainedPolicy, trajectories: Sequence[Trajectory], config: Tr
         raise ValueError(
             f"trajectories: not one token of all {len(trajectories)} would be trained: every weight is 0 or below min_weight"
         )
-
-
-def logit_transform(config: Any) -> tuple[float | None, float]:
-    """How this model's logits differ from h·Wᵀ + b: softcap and scale, by their names in transformers."""
-    text = config.get_text_config()
-    divisor = getattr(text, "logits_scaling", None)
-    scale = 1.0 / divisor if divisor else getattr(text, "logit_scale", None)
-    return getattr(text, "final_logit_softcapping", None), 1.0 if scale is None else float(scale)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import drift_kernels as dk
+from drift_kernels.head.models import head_module, read, unwrap_peft, verify
 from drift_kernels.packs import check_batch
 
 not_compiled: Any = torch.compiler.disable  # a decorator; heads are swapped while a model runs
@@ -60,133 +60,20 @@ class Support:
             ) from error
 
 
-@dataclass(frozen=True)
-class Head:
-    """A model's output projection, as the ops take it."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    lora: dk.LoRAHead | None
-    softcap: float | None
-    logit_scale: float
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of an op that say how a logit comes of hidden and weight."""
-        lora = {} if self.lora is None else {"lora": self.lora}
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale} | lora
-
-
-def transform_of(config: Any) -> tuple[float | None, float]:
-    """(softcap, logit_scale) of a transformers config: what a model does to the product of its head.
-
-    Families write the factor under different names, and Granite and MiniCPM3 divide by theirs.
-    """
-    text = config.get_text_config()
-    scale: float = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(text, name, None) is not None:
-            scale = float(getattr(text, name))
-            break
-    else:
-        divisor = getattr(text, "logits_scaling", None)
-        if divisor is not None:
-            scale = float(divisor) if text.model_type == "hyperclovax" else 1 / float(divisor)
-    return getattr(text, "final_logit_softcapping", None), scale
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model inside a PeftModel, or the model itself. Raises NotImplementedError for prompt learning."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
-        raise NotImplementedError(
-            f"{type(config).__name__} puts virtual tokens before the prompt, so that hidden states and labels no longer "
-            "align; use LoRA, or leave the trainer's own loss on"
-        )
-    return model.get_base_model()
-
-
-def head_module(model: Any) -> Any:
-    """The module that a causal LM projects with; TypeError for a model without one, NotImplementedError unless it is linear."""
-    module = model.get_output_embeddings()
-    if module is None:
-        raise TypeError(f"{type(model).__name__} has no output embeddings: it is no language model with a head")
-    if hasattr(module, "modules_to_save"):  # PEFT trains a copy of the whole head
-        module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
-    _lora_of(module)
-    layer = getattr(module, "base_layer", module)
-    if type(layer).forward is not nn.Linear.forward:
-        raise NotImplementedError(
-            f"the head is a {type(layer).__name__}, whose forward is not nn.Linear's: what it does beside weight and bias is not "
-            "known, and not supported"
-        )
-    return module
-
-
-def _lora_of(module: Any) -> dk.LoRAHead | None:
-    """What PEFT adds to a head; NotImplementedError for anything but one plain LoRA adapter without dropout."""
-    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
-        return None
-    names = module.active_adapters
-    name = names[0] if names else ""
-    dropout = getattr(module, "lora_dropout", {})
-    plain = (
-        len(names) == 1
-        and name in getattr(module, "lora_A", {})
-        and not getattr(module, "use_dora", {}).get(name)
-        and not getattr(module, "lora_variant", {}).get(name)
-        and getattr(module.lora_B[name], "bias", None) is None
-        and (name not in dropout or not getattr(dropout[name], "p", 0.0))
-    )
-    if not plain:
-        raise NotImplementedError(
-            f"the PEFT adapter {', '.join(names)} on lm_head is not supported: only one plain LoRA, without dropout, DoRA or "
-            "a bias of its own; leave lm_head out of target_modules, or train all of it (modules_to_save)"
-        )
-    return dk.LoRAHead(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
-
-
-def head_of(model: Any) -> Head:
-    """What the ops need of a causal LM's head. To be called inside its forward (`inside_head`), where FSDP has gathered it."""
-    module = head_module(model)
-    if zero3_enabled():
-        raise NotImplementedError(
-            "DeepSpeed ZeRO-3 gathers lm_head only inside its own forward, and backward needs it again; use ZeRO-2 or FSDP2"
-        )
-    layer = getattr(module, "base_layer", module)
-    if isinstance(layer.weight, DTensor):
-        raise NotImplementedError(
-            "lm_head is sharded where the loss is made: split over tensor-parallel ranks, or by an FSDP2 root that reshards "
-            "after its forward while compute_loss_func comes after that; neither is supported (reshard_after_forward=False, "
-            "or apply(model) alone)"
-        )
-    unpadded = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
-    if unpadded is not None and unpadded < layer.weight.shape[0]:
-        raise NotImplementedError(
-            f"{type(model).__name__} cuts {layer.weight.shape[0]} logits down to unpadded_vocab_size={unpadded}: that is not "
-            "supported"
-        )
-    return Head(layer.weight, getattr(layer, "bias", None), _lora_of(module), *transform_of(model.config))
-
-
-def transformed(products: Tensor, softcap: float | None, scale: float) -> Tensor:
-    """Logits of products in fp32: what `transform_of` names, done to them."""
-    scaled = products.float() * scale
-    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
-
-
-Inside = Callable[[Tensor, Head], Any]  # (hidden [B, L, D], head) → anything
+Inside = Callable[[Tensor, dk.Head], Any]  # (hidden [B, L, D], head) → anything
 
 
 @not_compiled
-def inside_head(model: Any, hidden: Tensor, fn: Inside) -> Any:
-    """fn(hidden, head) in the place of the head's forward: FSDP's hooks gather the weight and reduce its gradient there."""
-    module = head_module(model)
+def inside_head(model: Any, hidden: Tensor, fn: Inside, *, at_head: bool = False) -> Any:
+    """fn(hidden, head) in place of the head's forward: FSDP's hooks gather the weight and reduce its gradient there.
+
+    at_head  `hidden` is the head's own input, not the backbone's hidden states
+    """
+    module = head_module(unwrap_peft(model))
     before = vars(module).get("forward")
 
     def forward(hidden: Tensor) -> Any:
-        head = head_of(model)
+        head = read(model, at_head=at_head)
         return fn(hidden.to(head.weight.device), head)
 
     module.forward = forward
@@ -196,13 +83,6 @@ def inside_head(model: Any, hidden: Tensor, fn: Inside) -> Any:
         del module.forward
         if before is not None:
             module.forward = before
-
-
-def zero3_enabled() -> bool:
-    """Whether transformers runs under DeepSpeed ZeRO-3, where parameters outside their module's forward are empty."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    return bool(is_deepspeed_zero3_enabled())
 
 
 _NOT_FOR_A_BACKBONE = ("labels", "shift_labels", "num_items_in_batch")  # PEFT hands on every argument it has
@@ -223,6 +103,13 @@ def wrap_forward(model: nn.Module, around: Callable[..., Any]) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def verify_if_loaded(model: Any) -> None:
+    """Checks `Head.of(model)` now, unless parameters are still empty; the first forward checks it then."""
+    head_module(unwrap_peft(model))
+    if not any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        dk.Head.of(model)
+
+
 def run_inside_forward(model: Any) -> None:
     """Teaches `model` the keyword `drift_inside=fn`: its forward then runs the backbone and returns fn(hidden, head).
 
@@ -231,53 +118,18 @@ def run_inside_forward(model: Any) -> None:
     `generate` and evaluation find the model as it was. Raises NotImplementedError for a model whose logits come about in
     another way.
     """
-    _check_logits(model)
+    verify_if_loaded(model)
 
     def around(self: Any, before: Any, *args: Any, drift_inside: Inside | None = None, **kwargs: Any) -> Any:
         if drift_inside is None:
             return before(*args, **kwargs)
+        verify(self)  # again if the configuration or the head has changed since
         kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_A_BACKBONE}
         check_batch(self, kwargs)
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         return inside_head(self, hidden, drift_inside)
 
     wrap_forward(model, around)
-
-
-def _check_logits(model: Any) -> None:
-    """Whether a model's logits, of four tokens, are what `Head` makes of its backbone's last hidden states."""
-    head_module(model)
-    if zero3_enabled() or any(p.is_meta for p in model.parameters()):
-        return  # nothing is there to look at
-    modes = {module: module.training for module in model.modules()}
-    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
-    try:
-        with torch.no_grad():
-            model.eval()
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            head = head_of(model)
-            hidden = hidden.to(head.weight)
-            found = nn.functional.linear(hidden, head.weight, head.bias)
-            if head.lora is not None:
-                found = found + head.lora.scale * (hidden.to(head.lora.A) @ head.lora.A.t() @ head.lora.B.t())
-            found = transformed(found, head.softcap, head.logit_scale).to(expected.device)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if found.shape != expected.shape or (found - expected).abs().max() > 2e-2 * expected.abs().max():
-        raise NotImplementedError(
-            f"{type(model).__name__} makes its logits in another way than its head, softcap {head.softcap} and scale "
-            f"{head.logit_scale} of its config do from its backbone's hidden states: that is not supported; transformers' "
-            "Trainer with drift_kernels.adapters.transformers.apply may be"
-        )
-
-
-def shifted(values: Tensor, fill: float) -> Tensor:
-    """`values` [..., L] moved one place to the left, so that place i holds what row i predicts; `fill` at the end."""
-    out = torch.full_like(values, fill)
-    out[..., :-1] = values[..., 1:]
-    return out
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ SUPPORTED = Support("torchtitan", "0.3", "0.4")
 SUPPORTED.check()
 
 from torchtitan.components.loss import (  # noqa: E402  (the check above says how to get it)
-    IGNORE_INDEX,
     ChunkedLossWrapper,
     CrossEntropyLoss,
 )
@@ -78,12 +77,10 @@ class DriftLoss(ChunkedLossWrapper):
                 )
             return dk.weighted_cross_entropy(
                 hidden,
-                head.weight,
+                dk.Head(head.weight, bias=head.bias),
                 labels,
                 weights,
-                bias=head.bias,
                 normalizer=1.0 if global_valid_tokens is None else torch.as_tensor(global_valid_tokens),
-                ignore_index=IGNORE_INDEX,
                 config=self.kernel,
             ).loss
 

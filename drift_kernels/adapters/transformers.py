@@ -20,18 +20,13 @@ from torch import Tensor
 
 import drift_kernels as dk
 from drift_kernels.adapters._common import (
-    Head,
     Support,
     WeightedCollator,
-    head_module,
     inside_head,
     not_compiled,
-    shifted,
-    transform_of,
-    transformed,
-    unwrap_peft,
     wrap_forward,
 )
+from drift_kernels.head.models import head_module, transformed, unwrap_peft, verify
 from drift_kernels.packs import check_batch
 
 SUPPORTED = Support("transformers", "5.0", "6")
@@ -113,27 +108,22 @@ class _Captured:
         """As transformers' causal LM loss: labels are shifted here, `shift_labels` (and their weights) are not."""
         assert self.hidden is not None
         place = head_module(model).weight.device
-        targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        targets = dk.shift(labels, fill=ignore_index) if shift_labels is None else shift_labels
         targets = targets.to(place).reshape(self.hidden.shape[:-1])
         weights = self.weights
         if weights is not None:
-            weights = (shifted(weights, 0) if shift_labels is None else weights).to(place).reshape(targets.shape)
+            weights = (dk.shift(weights) if shift_labels is None else weights).to(place).reshape(targets.shape)
+        targets = targets.masked_fill(targets == ignore_index, -100)
         if num_items is None:
-            num_items = (targets != ignore_index).sum().clamp(min=1)
+            num_items = (targets != -100).sum()
+        num_items = torch.as_tensor(num_items).clamp(min=1)  # an accumulation window without a label has loss 0
 
-        def inside(hidden: Tensor, head: Head) -> Tensor:
+        def inside(hidden: Tensor, head: dk.Head) -> Tensor:
             return dk.weighted_cross_entropy(
-                hidden,
-                head.weight,
-                targets,
-                weights,
-                normalizer=num_items,
-                ignore_index=ignore_index,
-                config=self.config,
-                **head.options(),
+                hidden, head, targets, weights, normalizer=num_items, config=self.config
             ).loss
 
-        return inside_head(model, self.hidden, inside)
+        return inside_head(model, self.hidden, inside, at_head=True)
 
 
 class _Patch:
@@ -223,6 +213,7 @@ class _Patch:
                 "apply(model) again"
             )
         check_batch(model, kwargs if args == () else {"input_ids": args[0], **kwargs})
+        verify(model)  # before the call begins: a check runs the model itself
         self.call = _Captured(model.training, token_weights, self.config)
         try:
             outputs = before(*args, **kwargs)
@@ -278,7 +269,8 @@ class _Patch:
         With the head handing through, that function was applied to the hidden states, where it can be looked at. A view of
         them is refused: cutting off a vocabulary's end leaves all of what is narrower.
         """
-        hidden, softcap, scale = call.hidden, *transform_of(self.model.config)
+        hidden, reading = call.hidden, verify(self.model)
+        softcap, scale = reading.softcap, reading.logit_scale
         assert hidden is not None
         call.given = given
         if given.shape != hidden.shape or _version(hidden) != call.version:

@@ -11,7 +11,7 @@ from torch import Tensor
 from drift_kernels import divergences, formulas
 from drift_kernels.calls import HeadOptions
 from drift_kernels.distill_spec import DistillSpec
-from drift_kernels.divergences import Teacher
+from drift_kernels.divergences import TeacherTensors
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
@@ -79,7 +79,7 @@ def distillation(
     z: Tensor,
     stats: dict[str, Tensor],
     teacher_z: Tensor | None,
-    teacher: Teacher,
+    teacher: TeacherTensors,
     where: Tensor,
     spec: DistillSpec,
 ) -> Tensor:

@@ -50,7 +50,9 @@ def leaves(case, dtype):
 
 def policy_data(case, dtype):
     """What a `PolicySpec` may read, ratios kept off clip edges by more than the dtype's log-probs are off."""
-    exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, config=REFERENCE).logprobs
+    exact = dk.linear_logprob(
+        case.hidden, dk.Head(case.weight, bias=case.bias), case.targets, config=REFERENCE
+    ).logprobs
     margin = 1e-3 if dtype == torch.float32 else 0.01
     old = off_the_edges(exact + case.noise, exact, EDGES, margin)
     return {

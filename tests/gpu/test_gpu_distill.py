@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 from small_ops import DTYPES, REFERENCE, D, T, V, case_on, close, config, leaves, three
@@ -29,7 +30,7 @@ def teacher_of(device, mode, dtype, kind):
         known = dk.topk_logprobs(seen.hidden, seen.weight, 20, config=REFERENCE)
         return dk.TeacherTopK(known.ids, known.logprobs.to(kind), known.rest.to(kind))
     warm = torch.linspace(0.5, 2.0, T, device=device)
-    return dk.TeacherHead(*(t.to(kind) for t in (seen.hidden, seen.weight, seen.bias)), temperature=warm, softcap=6.0)
+    return dk.Teacher(*(t.to(kind) for t in (seen.hidden, seen.weight, seen.bias)), temperature=warm, softcap=6.0)
 
 
 def hybrid(device, mode, case, dtype, active=None):
@@ -40,13 +41,23 @@ def hybrid(device, mode, case, dtype, active=None):
     def loss(h, w, b, config):
         kind = torch.float64 if h.dtype == torch.float64 else dtype
         known = teacher_of(device, mode, dtype, kind)
-        options = explored if isinstance(known, dk.TeacherHead) else {}
+        options = explored if isinstance(known, dk.Teacher) else {}
         weights = case.token_weights.to(torch.float64 if kind == torch.float64 else torch.float32)
-        return dk.self_distill_loss(
-            h, w, case.targets, known, case.advantages.to(weights.dtype), distill_weights=weights,
-            policy_weights=weights.roll(3), has_teacher=rows % 4 != 1, policy=POLICY, distill=MODES[mode], bias=b,
-            active=active, config=config, **options,
-        ).loss  # fmt: skip
+        return loose.self_distill_loss(
+            h,
+            dk.Head(w, bias=b),
+            case.targets,
+            known,
+            case.advantages.to(weights.dtype),
+            distill_weights=weights,
+            policy_weights=weights.roll(3),
+            has_teacher=rows % 4 != 1,
+            policy=POLICY,
+            distill=MODES[mode],
+            active=active,
+            config=config,
+            **options,
+        ).loss
 
     return loss
 
@@ -59,7 +70,7 @@ def test_distill_loss(backend, device, mode, dtype):
     def loss(h, w, b, config):
         known = teacher_of(device, mode, dtype, h.dtype)
         options = {"targets": case.targets, "spec": MODES[mode], "temperature": 0.7, "softcap": 5.0}
-        return dk.distill_loss(h, w, known, case.token_weights, bias=b, config=config, **options).loss
+        return loose.distill_loss(h, dk.Head(w, bias=b), known, case.token_weights, config=config, **options).loss
 
     close(three(loss, case, dtype, backend), dtype)
 
@@ -79,7 +90,7 @@ def test_topk_logprobs(backend, device, dtype):
     for k in (1, 100, V):
         tensors = (case.hidden.to(dtype), case.weight.to(dtype))
         found = dk.topk_logprobs(*tensors, k, bias=case.bias.to(dtype), config=config(backend, dtype))
-        exact = dk.topk_logprobs(case.hidden, case.weight, k, bias=case.bias, config=REFERENCE)
+        exact = dk.topk_logprobs(case.hidden, dk.Head(case.weight, bias=case.bias), k, config=REFERENCE)
         torch.testing.assert_close(found.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.rest.double(), exact.rest, rtol=1e-4, atol=1e-5)
         own = torch.log_softmax(case.hidden @ case.weight.t() + case.bias, -1).gather(-1, found.ids)
@@ -115,7 +126,7 @@ def test_active_reads_nothing_back(backend, device, cuda, mode):
     for quietly in (False, True):  # the first compiles
         torch.cuda.set_sync_debug_mode("error" if quietly else "default")
         try:
-            loss = dk.distill_loss(h, w, known, weights, config=config(backend, torch.bfloat16), **data).loss
+            loss = loose.distill_loss(h, w, known, weights, config=config(backend, torch.bfloat16), **data).loss
             found.append((loss.detach(), *torch.autograd.grad(loss, (h, w, b))))
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,5 +1,6 @@
 """Every op, objective, dtype, head option and edge on each GPU backend, against `reference` in float64 on the same GPU."""
 
+import loose
 import pytest
 import torch
 from small_ops import DTYPES, REFERENCE, D, T, V, case_on, close, config, leaves, policy_data, three
@@ -29,7 +30,9 @@ def test_every_objective(backend, device, name, dtype, monkeypatch):
 
     def loss(h, w, b, config):
         advantages = case.advantages.to(h.dtype if h.dtype == torch.float64 else torch.float32)
-        return dk.policy_loss(h, w, case.targets, advantages, bias=b, spec=SPECS[name], config=config, **data).loss
+        return loose.policy_loss(
+            h, dk.Head(w, bias=b), case.targets, advantages, spec=SPECS[name], config=config, **data
+        ).loss
 
     close(three(loss, case, dtype, backend), dtype)
 
@@ -42,7 +45,7 @@ def test_weighted_cross_entropy(backend, device, dtype, head, masked):
 
     def loss(h, w, b, config):
         options = {"bias": b, "config": config, **head_on(device, head)}
-        return dk.weighted_cross_entropy(h, w, case.targets, case.token_weights + 0.1, **options).loss
+        return loose.weighted_cross_entropy(h, w, case.targets, case.token_weights + 0.1, **options).loss
 
     close(three(loss, case, dtype, backend), dtype)
 
@@ -54,7 +57,7 @@ def test_every_output_and_metric(backend, device, head):
     for dtype, chosen in ((torch.float32, config(backend)), (torch.float64, REFERENCE)):
         h, w, b = leaves(case, dtype)
         options = {"bias": b, "outputs": POLICY_OUTPUTS, "config": chosen, **data, **head_on(device, head)}
-        found.append(dk.policy_loss(h, w, case.targets, case.advantages.to(dtype), **options))
+        found.append(loose.policy_loss(h, w, case.targets, case.advantages.to(dtype), **options))
     for name in POLICY_OUTPUTS:
         if name == "clipped" and head:
             continue  # the head moves ratios onto the edges
@@ -72,7 +75,7 @@ def test_linear_logprob_under_a_loss_of_ones_own(backend, device, dtype, entropy
     case = case_on(device, dtype=dtype, seed=3)
 
     def loss(h, w, b, config):
-        out = dk.linear_logprob(h, w, case.targets, bias=b, return_entropy=entropy, config=config)
+        out = dk.linear_logprob(h, dk.Head(w, bias=b), case.targets, entropy_gradient=entropy, config=config)
         total = (out.logprobs * case.advantages.to(out.logprobs.dtype)).sum()
         return total + 0.1 * out.entropy.square().sum() if entropy else total
 
@@ -85,9 +88,9 @@ def test_scoring_without_gradients(backend, device, dtype):
     case = case_on(device, 130, 72, 1003, dtype=dtype, seed=4)
     with torch.no_grad():
         h, w, b = (t.to(dtype) for t in (case.hidden, case.weight, case.bias))
-        found = dk.linear_logprob(h, w, case.targets, bias=b, outputs=OUTPUTS, config=config(backend, dtype))
+        found = dk.linear_logprob(h, dk.Head(w, bias=b), case.targets, outputs=OUTPUTS, config=config(backend, dtype))
         exact = dk.linear_logprob(
-            case.hidden, case.weight, case.targets, bias=case.bias, outputs=OUTPUTS, config=REFERENCE
+            case.hidden, dk.Head(case.weight, bias=case.bias), case.targets, outputs=OUTPUTS, config=REFERENCE
         )
     for name in OUTPUTS:
         torch.testing.assert_close(found.outputs[name].double(), exact.outputs[name], rtol=3e-5, atol=3e-5)
@@ -103,7 +106,7 @@ def test_pointwise_loss(backend, device, dtype):
 
     def loss(h, w, b, config):
         data = case.advantages.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
-        return dk.pointwise_loss(h, w, case.targets, focal, data, bias=b, softcap=4.0, config=config).loss
+        return dk.pointwise_loss(h, dk.Head(w, bias=b, softcap=4.0), case.targets, focal, data, config=config).loss
 
     close(three(loss, case, dtype, backend), dtype)
 
@@ -119,8 +122,8 @@ def test_several_targets_a_row(backend, device, dtype):
 
     def loss(h, w, b, config):
         options = {"rows": owner, "bias": b, "config": config, "temperature": 0.8}
-        policy = dk.policy_loss(h, w, targets, advantages, spec=spec, **options).loss
-        scored = dk.linear_logprob(h, w, targets, return_entropy=True, **options)
+        policy = loose.policy_loss(h, w, targets, advantages, spec=spec, **options).loss
+        scored = loose.linear_logprob(h, w, targets, entropy_gradient=True, **options)
         return policy + scored.logprobs.mean() + scored.entropy.square().mean()
 
     close(three(loss, case, dtype, backend), dtype, scale=float(V) ** 0.5)
@@ -135,7 +138,9 @@ def test_a_lora_head(backend, device, dtype):
     for chosen, kind in ((config(backend, dtype), dtype), (REFERENCE, dtype), (REFERENCE, torch.float64)):
         inputs = [t.detach().to(kind).clone().requires_grad_() for t in (case.hidden, *low_rank)]
         lora = dk.LoRAHead(inputs[1], inputs[2], 0.5)
-        out = dk.weighted_cross_entropy(inputs[0], case.weight.to(kind), case.targets, lora=lora, config=chosen)
+        out = dk.weighted_cross_entropy(
+            inputs[0], dk.Head(case.weight.to(kind), lora=lora), case.targets, config=chosen
+        )
         found.append((out.loss.detach(), *torch.autograd.grad(out.loss, inputs)))
     for name, a, o, e in zip(("loss", "hidden", "A", "B"), *found):
         # the low-rank part passes through one more rounding to the inputs' type
@@ -147,7 +152,7 @@ def test_a_frozen_head(backend, device):
     case, found = case_on(device, seed=8), []
     for dtype, chosen in ((torch.float32, config(backend)), (torch.float64, REFERENCE)):
         h, w, b = leaves(case, dtype)
-        out = dk.linear_logprob(h, w.detach(), case.targets, bias=b.detach(), config=chosen).logprobs
+        out = dk.linear_logprob(h, dk.Head(w.detach(), bias=b.detach()), case.targets, config=chosen).logprobs
         found.append(torch.autograd.grad((out * case.advantages.to(dtype)).sum(), h)[0].double())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -158,7 +163,7 @@ def test_an_fp32_head_under_narrower_hidden_states(backend, device, dtype):
 
     def run(kinds, chosen):
         h, w = (t.to(kind, copy=True).requires_grad_() for t, kind in zip((case.hidden, case.weight), kinds))
-        loss = dk.weighted_cross_entropy(h, w, case.targets, softcap=3.0, config=chosen).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, softcap=3.0), case.targets, config=chosen).loss
         scores = dk.linear_logprob(h, w, case.targets, config=chosen).logprobs
         return (loss.detach(), *torch.autograd.grad(loss - scores.mean(), (h, w)))
 
@@ -175,7 +180,7 @@ def test_accumulating_into_grad_adds_to_what_is_there(backend, device):
     for dtype, chosen in ((torch.float32, config(backend, accumulate_into_grad=2.0)), (torch.float64, REFERENCE)):
         h, w, b = leaves(case, dtype)
         w.grad = torch.ones_like(w)
-        (2.0 * dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=chosen).loss).backward()
+        (2.0 * dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, config=chosen).loss).backward()
         found.append([t.grad.double() for t in (h, w, b)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -189,7 +194,7 @@ def test_padded_inputs_and_rows_that_lie_apart(backend, device):
         h, w = (room[:, :D].requires_grad_() for room in wide)
         advantages = case.advantages[:3].to(dtype)
         options = {"spec": dk.PolicySpec.preset("grpo"), "config": chosen}
-        out = dk.policy_loss(h.view(3, 20, D), w, case.targets.view(3, 20), advantages, **options)
+        out = loose.policy_loss(h.view(3, 20, D), w, case.targets.view(3, 20), advantages, **options)
         found.append([t.double() for t in (out.loss.detach(), *torch.autograd.grad(out.loss, (h, w)))])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -200,7 +205,9 @@ def test_edges_of_shape(backend, device, shape, dtype):
     case = case_on(device, *shape, dtype=dtype, masked=0.0)
 
     def loss(h, w, b, config):
-        return dk.weighted_cross_entropy(h, w, case.targets, case.token_weights + 0.1, bias=b, config=config).loss
+        return dk.weighted_cross_entropy(
+            h, dk.Head(w, bias=b), case.targets, case.token_weights + 0.1, config=config
+        ).loss
 
     close(three(loss, case, dtype, backend), dtype)
 
@@ -209,15 +216,15 @@ def test_edges_of_what_counts(backend, device):
     case = case_on(device, 10, D, V, seed=12)
     h, w, b = leaves(case, torch.bfloat16)
     nothing = torch.full((10,), -100, device=device)
-    out = dk.weighted_cross_entropy(h, w, nothing, bias=b, config=config(backend, torch.bfloat16))
+    out = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), nothing, config=config(backend, torch.bfloat16))
     assert float(out.loss.detach()) == 0
     assert all(bool((g == 0).all()) for g in torch.autograd.grad(out.loss, (h, w, b)))
     seven, found = case.targets.clamp(min=0), []
-    seven[::3] = 7
+    seven[::3] = -100
     for dtype, chosen in ((torch.float32, config(backend)), (torch.float64, REFERENCE)):
         inputs, active = leaves(case, dtype), torch.arange(0, 10, 2, device=device)
-        options = {"bias": inputs[2], "ignore_index": 7, "active": active, "config": chosen}
-        loss = dk.weighted_cross_entropy(*inputs[:2], seven, **options).loss
+        options = {"bias": inputs[2], "active": active, "config": chosen}
+        loss = loose.weighted_cross_entropy(*inputs[:2], seven, **options).loss
         found.append([t.double() for t in (loss.detach(), *torch.autograd.grad(loss, inputs))])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -235,7 +242,7 @@ def test_fp16_gradients_do_not_underflow_before_they_are_summed(backend, device)
     case = case_on(device, dtype=torch.float16, seed=13, masked=0.0)
 
     def loss(h, w, b, config):
-        return dk.weighted_cross_entropy(h, w, case.targets, bias=b, normalizer=1e6, config=config).loss * 1e6
+        return dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, normalizer=1e6, config=config).loss * 1e6
 
     close(three(loss, case, torch.float16, backend), torch.float16, scale=float(T * V))
 

@@ -1,5 +1,6 @@
 """How ops run on a GPU: what repeats, what waits, what memory they take, on which stream, in a graph, and compiled."""
 
+import loose
 import pytest
 import torch
 from small_ops import D, T, V, case_on, config, leaves, policy_data
@@ -22,7 +23,7 @@ def inputs_of(device, dtype=torch.bfloat16, seed=0, shape=(T, D, V)):
 def step(inputs, data, chosen):
     """(loss, gradients) of PPO with an entropy bonus."""
     h, w, b = inputs
-    out = dk.policy_loss(h, w, bias=b, spec=dk.PolicySpec(entropy_coef=0.01), config=chosen, **data)
+    out = loose.policy_loss(h, dk.Head(w, bias=b), spec=dk.PolicySpec(entropy_coef=0.01), config=chosen, **data)
     return (out.loss, *torch.autograd.grad(out.loss, inputs))
 
 
@@ -38,7 +39,9 @@ def test_results_repeat_bitwise(backend, device, dtype):
 def test_scores_repeat_bitwise(backend, device):
     (h, w, b), data = inputs_of(device)
     with torch.no_grad():
-        scores = [dk.linear_logprob(h, w, data["targets"], bias=b, config=config(backend)).logprobs for _ in range(3)]
+        scores = [
+            dk.linear_logprob(h, dk.Head(w, bias=b), data["targets"], config=config(backend)).logprobs for _ in range(3)
+        ]
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
 
@@ -130,7 +133,7 @@ def test_a_step_compiles_as_one_graph(backend, device, cuda):
 
     def whole(h, projection):
         hidden = torch.tanh(h @ projection)
-        loss = dk.policy_loss(hidden, w, bias=b, config=config(backend), **data).loss
+        loss = loose.policy_loss(hidden, dk.Head(w, bias=b), config=config(backend), **data).loss
         logprobs = dk.linear_logprob(hidden, w, data["targets"], config=config(backend)).logprobs
         return loss + logprobs.mean()
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+import loose
 import pytest
 import test_triton_distill_ops as distilling
 import torch
@@ -25,7 +26,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize("name", SPECS)
 def test_every_loss_in_bf16(library, monkeypatch, name):
     spec, case = SPECS[name], make_case(70, 33, 1001, dtype=torch.bfloat16, seed=2)
-    exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, temperature=0.7).logprobs
+    exact = dk.linear_logprob(case.hidden, dk.Head(case.weight, bias=case.bias, temperature=0.7), case.targets).logprobs
     edges = (0.8, 1.2, 1.28, 1.4, 1.5, 3.0)
     data = {"old_logprobs": off_the_edges(exact + case.noise, exact, edges), "ref_logprobs": exact + 0.1}
     data |= {"rollout_logprobs": exact - 0.1, "cu_seqlens": torch.tensor([0, 11, 12, 30, 70], dtype=torch.int32)}
@@ -33,7 +34,7 @@ def test_every_loss_in_bf16(library, monkeypatch, name):
     def loss(hidden, weight, bias, backend):
         config = dk.KernelConfig(backend=backend, workspace_bytes=1 << 18)
         head = {"bias": bias, "temperature": 0.7}
-        return dk.policy_loss(
+        return loose.policy_loss(
             hidden, weight, case.targets, case.advantages, **data, **head, spec=spec, config=config
         ).loss
 
@@ -64,7 +65,9 @@ def test_distillation(library, monkeypatch, op, mode, dtype):
 
     def alone(h, w, b, config):
         known, options = teacher(dtype, h.dtype), {"targets": case.targets, "spec": spec, "softcap": 5.0}
-        return dk.distill_loss(h, w, known, case.token_weights, bias=b, temperature=0.7, config=config, **options).loss
+        return loose.distill_loss(
+            h, dk.Head(w, bias=b, temperature=0.7), known, case.token_weights, config=config, **options
+        ).loss
 
     loss = alone if op == "distill" else distilling.hybrid(case, mode, dtype, distilling.ACTIVE, temperature=0.8)
     ours = dataclasses.replace(distilling.config(dtype), backend="cuda")

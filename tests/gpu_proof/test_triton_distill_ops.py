@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 
@@ -21,9 +22,12 @@ ACTIVE = torch.tensor([t for t in range(T) if t % 5 != 2])
 SEEN = make_case(T, D + 3, V, seed=1)
 POLICY = dk.PolicySpec(objective="reinforce", entropy_coef=0.02, z_loss_coef=0.01)
 EXPLORED = {
-    "exploration": dk.ExplorationSpec(), "turn_ids": TURNS, "mean_difference": 0.1, "mean_entropy": 3.0,
+    "exploration": dk.ExplorationSpec(),
+    "turn_ids": TURNS,
+    "mean_difference": 0.1,
+    "mean_entropy": 3.0,
     "rebellious_weights": torch.linspace(0.0, 2.0, T),
-}  # fmt: skip
+}
 
 
 def config(dtype=torch.float32, **options):
@@ -38,7 +42,7 @@ def config(dtype=torch.float32, **options):
 def head_of(dtype, kind, lora=None):
     """The teacher's head with numbers exact in `dtype`, as `kind`."""
     tensors = (t.to(dtype).to(kind) for t in (SEEN.hidden, SEEN.weight, SEEN.bias))
-    return dk.TeacherHead(*tensors, lora=lora, temperature=torch.linspace(0.5, 2.0, T), softcap=6.0, logit_scale=0.8)
+    return dk.Teacher(*tensors, lora=lora, temperature=torch.linspace(0.5, 2.0, T), softcap=6.0, logit_scale=0.8)
 
 
 def stored(dtype, kind, rest=True):
@@ -78,7 +82,7 @@ def test_distill_loss(mode, dtype):
 
     def op(h, w, b, config):
         known = teacher(dtype, h.dtype)
-        return dk.distill_loss(h, w, known, case.token_weights, bias=b, config=config, **options).loss
+        return loose.distill_loss(h, dk.Head(w, bias=b), known, case.token_weights, config=config, **options).loss
 
     check(op, case, dtype)
 
@@ -88,11 +92,22 @@ def hybrid(case, mode, dtype, active=None, **options):
     explored = EXPLORED if teacher is head_of else {}
 
     def op(h, w, b, config):
-        return dk.self_distill_loss(
-            h, w, case.targets, teacher(dtype, h.dtype), case.advantages, distill_weights=case.token_weights,
-            policy_weights=case.token_weights.roll(3), has_teacher=HAS_TEACHER, policy=POLICY, distill=spec, bias=b,
-            active=active, config=config, **explored, **options,
-        ).loss  # fmt: skip
+        return loose.self_distill_loss(
+            h,
+            dk.Head(w, bias=b),
+            case.targets,
+            teacher(dtype, h.dtype),
+            case.advantages,
+            distill_weights=case.token_weights,
+            policy_weights=case.token_weights.roll(3),
+            has_teacher=HAS_TEACHER,
+            policy=POLICY,
+            distill=spec,
+            active=active,
+            config=config,
+            **explored,
+            **options,
+        ).loss
 
     return op
 
@@ -123,7 +138,7 @@ def test_low_rank_heads_on_both_sides(mode, dtype):
         leaves = [t.clone().requires_grad_() for t in (case.hidden.to(kind), A, B)]
         known = head_of(dtype, kind, dk.LoRAHead(*its, 1.5)) if teacher is head_of else teacher(dtype, kind)
         own = dk.LoRAHead(leaves[1], leaves[2], 0.5)
-        out = dk.distill_loss(leaves[0], case.weight.to(kind), known, spec=spec, lora=own, config=chosen)
+        out = dk.distill_loss(leaves[0], dk.Head(case.weight.to(kind), lora=own), known, spec=spec, config=chosen)
         return (out.loss.detach(), *torch.autograd.grad(out.loss, leaves))
 
     actual, own, exact = run(dtype, config(dtype)), run(dtype, REFERENCE), run(torch.float64, REFERENCE)
@@ -141,10 +156,20 @@ def test_outputs_and_metrics(active):
     names += ("difference", "rhythm", "gate", "rebellious", "clipped")
     for dtype, chosen in ((torch.float32, config()), (torch.float64, REFERENCE)):
         h, w, b = case.leaves(dtype)
-        out = dk.self_distill_loss(
-            h, w, case.targets, head_of(torch.float32, dtype), case.advantages, distill_weights=case.token_weights,
-            policy_weights=None, has_teacher=HAS_TEACHER, bias=b, active=active, outputs=names, config=chosen, **EXPLORED,
-        )  # fmt: skip
+        out = loose.self_distill_loss(
+            h,
+            dk.Head(w, bias=b),
+            case.targets,
+            head_of(torch.float32, dtype),
+            case.advantages,
+            distill_weights=case.token_weights,
+            policy_weights=None,
+            has_teacher=HAS_TEACHER,
+            active=active,
+            outputs=names,
+            config=chosen,
+            **EXPLORED,
+        )
         found.append(out)
     for name in names:
         actual, exact = (out.outputs[name].double() for out in found)
@@ -197,11 +222,17 @@ def test_a_teachers_id_outside_the_vocabulary_makes_the_loss_nan_where_it_is_rea
 def test_topk_logprobs(dtype, active):
     case, head = make_case(T, D, V, seed=9, dtype=dtype), {"temperature": 0.7, "softcap": 4.0, "logit_scale": -1.2}
     for k in (1, 9, V):
-        found = dk.topk_logprobs(
-            case.hidden.to(dtype), case.weight.to(dtype), k, bias=case.bias.to(dtype), active=active, config=config(dtype),
+        found = loose.topk_logprobs(
+            case.hidden.to(dtype),
+            dk.Head(case.weight.to(dtype), bias=case.bias.to(dtype)),
+            k,
+            active=active,
+            config=config(dtype),
             **head,
-        )  # fmt: skip
-        exact = dk.topk_logprobs(case.hidden, case.weight, k, bias=case.bias, active=active, config=REFERENCE, **head)
+        )
+        exact = loose.topk_logprobs(
+            case.hidden, dk.Head(case.weight, bias=case.bias), k, active=active, config=REFERENCE, **head
+        )
         torch.testing.assert_close(found.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.rest.double(), exact.rest, rtol=1e-4, atol=1e-5)
         differ = found.ids != exact.ids  # only where two log-probs are one in fp32
@@ -219,7 +250,7 @@ def test_fp16_gradients_do_not_underflow_before_they_are_summed():
 
     def op(h, w, b, config):
         known = head_of(torch.float16, h.dtype)
-        return dk.distill_loss(h, w, known, bias=b, normalizer=1e6, config=config).loss * 1e6
+        return dk.distill_loss(h, dk.Head(w, bias=b), known, normalizer=1e6, config=config).loss * 1e6
 
     check(op, case, torch.float16)
 
@@ -229,7 +260,7 @@ def test_an_fp32_head_under_narrower_hidden_states_on_both_sides():
 
     def run(kinds, chosen):
         h, w = (t.to(kind).requires_grad_() for t, kind in zip((case.hidden, case.weight), kinds))
-        known = dk.TeacherHead(SEEN.hidden.to(dtype).to(kinds[0]), SEEN.weight.float().to(kinds[1]))
+        known = dk.Teacher(SEEN.hidden.to(dtype).to(kinds[0]), SEEN.weight.float().to(kinds[1]))
         loss = dk.distill_loss(h, w, known, config=chosen).loss
         return (loss.detach(), *torch.autograd.grad(loss, (h, w)))
 
@@ -243,12 +274,16 @@ def test_evaluation_repeats_and_nothing_taught_is_zero():
     h, w, b = case.leaves(torch.bfloat16)
     known = head_of(torch.bfloat16, torch.bfloat16)
     with torch.no_grad():
-        once, again = (dk.distill_loss(h, w, known, bias=b, config=config(torch.bfloat16)).loss for _ in range(2))
-    trained = dk.distill_loss(h, w, known, bias=b, config=config(torch.bfloat16)).loss
+        once, again = (
+            dk.distill_loss(h, dk.Head(w, bias=b), known, config=config(torch.bfloat16)).loss for _ in range(2)
+        )
+    trained = dk.distill_loss(h, dk.Head(w, bias=b), known, config=config(torch.bfloat16)).loss
     assert torch.equal(once, again)
     torch.testing.assert_close(trained.detach(), once)
     for active in (None, ACTIVE):
-        none = dk.distill_loss(h, w, known, torch.zeros(T), bias=b, active=active, config=config(torch.bfloat16))
+        none = dk.distill_loss(
+            h, dk.Head(w, bias=b), known, torch.zeros(T), active=active, config=config(torch.bfloat16)
+        )
         assert float(none.loss.detach()) == 0
         assert all(bool((g == 0).all()) for g in torch.autograd.grad(none.loss, (h, w, b)))
 
@@ -258,7 +293,7 @@ def test_accumulating_into_grad_adds_to_what_is_there():
     for dtype, chosen in ((torch.float32, config(accumulate_into_grad=2.0)), (torch.float64, REFERENCE)):
         h, w, b = case.leaves(dtype)
         w.grad = torch.ones_like(w)
-        (2.0 * dk.distill_loss(h, w, head_of(torch.float32, dtype), bias=b, config=chosen).loss).backward()
+        (2.0 * dk.distill_loss(h, dk.Head(w, bias=b), head_of(torch.float32, dtype), config=chosen).loss).backward()
         results.append((h.grad, w.grad, b.grad))
     for a, e in zip(*results):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
@@ -279,4 +314,4 @@ def test_float64_is_refused_by_name():
     case = make_case(10, D, V, masked=0.0)
     h, w, _ = case.leaves(torch.float64)
     with pytest.raises(TypeError, match=r"backend='triton' computes in float32.*float64"):
-        dk.distill_loss(h, w, dk.TeacherHead(case.hidden, case.weight), config=config())
+        dk.distill_loss(h, w, dk.Teacher(case.hidden, case.weight), config=config())

@@ -15,7 +15,7 @@ from row_oracle import make_rows
 from teacher_oracle import make_pair
 
 import drift_kernels as dk
-from drift_kernels import distill_autograd, gpu_sweep, sweeps
+from drift_kernels import gpu_sweep, registered, sweeps
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.contract import Chunk
 from drift_kernels.backends.triton import scorer
@@ -82,7 +82,7 @@ def staged():
     case = make_case(ops.T, ops.D, ops.V, seed=28)
 
     def loss(h, w, b, config):
-        return dk.weighted_cross_entropy(h, w, case.targets, case.token_weights, bias=b, config=config).loss
+        return dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, case.token_weights, config=config).loss
 
     ops.close(ops.NAMES, *ops.three(loss, case, torch.float32), torch.float32)
 
@@ -199,7 +199,7 @@ def mutate(room, old, new, folder, monkeypatch):
     if room == "gpu_sweep":
         monkeypatch.setattr(sweeps, "GpuSweep", mutant.GpuSweep)
     if room == "distill_driver":
-        monkeypatch.setattr(distill_autograd, "distill_driver", mutant)
+        monkeypatch.setattr(registered, "distill_driver", mutant)
     if room in DRIVERS:
         return
     for user in ("rows", "scorer", "distill", "buckets"):

@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 
@@ -63,7 +64,7 @@ def test_weighted_cross_entropy(dtype, masked):
 
     def loss(h, w, b, config):
         options = {"bias": b, "softcap": 2.0, "temperature": 0.7, "config": config}
-        return dk.weighted_cross_entropy(h, w, case.targets, weights, **options).loss
+        return loose.weighted_cross_entropy(h, w, case.targets, weights, **options).loss
 
     close(NAMES, *three(loss, case, dtype), dtype)
 
@@ -73,7 +74,9 @@ def test_weighted_cross_entropy(dtype, masked):
 def test_policy_loss(name, dtype):
     spec, case = SPECS[name], make_case(T, D, V, dtype=dtype, seed=1)
     with torch.no_grad():
-        exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, config=REFERENCE).logprobs
+        exact = dk.linear_logprob(
+            case.hidden, dk.Head(case.weight, bias=case.bias), case.targets, config=REFERENCE
+        ).logprobs
     margin = 1e-3 if dtype == torch.float32 else 0.05
     data = {
         "old_logprobs": off_the_edges(exact + case.noise, exact, (0.8, 1.2, 1.28), margin),
@@ -86,7 +89,9 @@ def test_policy_loss(name, dtype):
         del data["rollout_logprobs"]
 
     def loss(h, w, b, config):
-        return dk.policy_loss(h, w, case.targets, case.advantages, bias=b, spec=spec, config=config, **data).loss
+        return loose.policy_loss(
+            h, dk.Head(w, bias=b), case.targets, case.advantages, spec=spec, config=config, **data
+        ).loss
 
     actual, own, exact = three(loss, case, dtype)
     close(NAMES, actual, own, exact, dtype, scale=max(1.0, float(exact[0].abs())))
@@ -102,7 +107,7 @@ def test_every_output(head):
     for dtype, chosen in ((torch.float32, config()), (torch.float64, REFERENCE)):
         h, w, b = case.leaves(dtype)
         options = {"bias": b, "outputs": POLICY_OUTPUTS, "config": chosen, **data, **head}
-        found.append(dk.policy_loss(h, w, case.targets, case.advantages.to(dtype), **options))
+        found.append(loose.policy_loss(h, w, case.targets, case.advantages.to(dtype), **options))
     for name in POLICY_OUTPUTS:
         torch.testing.assert_close(found[0].outputs[name].double(), found[1].outputs[name], rtol=3e-5, atol=3e-5)
     for name, (total, count) in found[0].metrics.items():
@@ -116,7 +121,7 @@ def test_linear_logprob_under_a_loss_of_ones_own(dtype, entropy):
     case = make_case(T, D, V, dtype=dtype, seed=3)
 
     def loss(h, w, b, config):
-        out = dk.linear_logprob(h, w, case.targets, bias=b, return_entropy=entropy, config=config)
+        out = dk.linear_logprob(h, dk.Head(w, bias=b), case.targets, entropy_gradient=entropy, config=config)
         total = (out.logprobs * case.advantages.to(out.logprobs.dtype)).sum()
         return total + 0.1 * out.entropy.square().sum() if entropy else total
 
@@ -129,7 +134,7 @@ def test_a_frozen_head_keeps_the_jacobian():
 
     def run(dtype, chosen):
         h, w, b = case.leaves(dtype)
-        out = dk.linear_logprob(h, w.detach(), case.targets, bias=b.detach(), config=chosen).logprobs
+        out = dk.linear_logprob(h, dk.Head(w.detach(), bias=b.detach()), case.targets, config=chosen).logprobs
         return torch.autograd.grad((out * case.advantages.to(dtype)).sum(), h)[0]
 
     torch.testing.assert_close(
@@ -146,7 +151,7 @@ def test_pointwise_loss(dtype):
             return -advantages * logp * (1 - logp.exp()) ** 2
 
         data = case.advantages.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
-        return dk.pointwise_loss(h, w, case.targets, focal, data, bias=b, softcap=4.0, config=config).loss
+        return dk.pointwise_loss(h, dk.Head(w, bias=b, softcap=4.0), case.targets, focal, data, config=config).loss
 
     close(NAMES, *three(loss, case, dtype), dtype)
 
@@ -163,8 +168,8 @@ def test_several_targets_a_row(dtype):
 
     def loss(h, w, b, config):
         options = {"rows": owner, "bias": b, "spec": spec, "config": config, "temperature": 0.8}
-        policy = dk.policy_loss(h, w, targets, advantages.to(h.dtype), **options).loss
-        logprobs = dk.linear_logprob(h, w, targets, rows=owner, bias=b, return_entropy=True, config=config)
+        policy = loose.policy_loss(h, w, targets, advantages.to(h.dtype), **options).loss
+        logprobs = dk.linear_logprob(h, dk.Head(w, bias=b), targets, rows=owner, entropy_gradient=True, config=config)
         return policy + logprobs.logprobs.mean() + logprobs.entropy.square().mean()
 
     close(NAMES, *three(loss, case, dtype), dtype)
@@ -180,7 +185,7 @@ def test_a_lora_head(dtype):
         h, w = (t.to(kind) for t in (case.hidden, case.weight))
         leaves = [t.to(kind).clone().requires_grad_() for t in (h, A, B)]
         lora = dk.LoRAHead(leaves[1], leaves[2], 0.5)
-        out = dk.weighted_cross_entropy(leaves[0], w, case.targets, lora=lora, config=chosen)
+        out = dk.weighted_cross_entropy(leaves[0], dk.Head(w, lora=lora), case.targets, config=chosen)
         return (out.loss.detach(), *torch.autograd.grad(out.loss, leaves))
 
     actual, own, exact = run(dtype, config(dtype)), run(dtype, REFERENCE), run(torch.float64, REFERENCE)
@@ -195,7 +200,7 @@ def test_fp16_gradients_do_not_underflow_before_they_are_summed():
     case = make_case(T, D, V, dtype=torch.float16, seed=8, masked=0.0)
 
     def loss(h, w, b, config):
-        return dk.weighted_cross_entropy(h, w, case.targets, bias=b, normalizer=1e6, config=config).loss * 1e6
+        return dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, normalizer=1e6, config=config).loss * 1e6
 
     actual, own, exact = three(loss, case, torch.float16)
     close(NAMES, actual, own, exact, torch.float16, scale=float(exact[0]))
@@ -210,13 +215,20 @@ def test_active_rows_are_taken_without_reading_the_targets(entries, monkeypatch)
     monkeypatch.setattr(Plan, "of", lambda *args: planned.append(args))
     monkeypatch.setattr(cpu_sweep, "check_targets", lambda *args: planned.append(args))
     h, w, b = case.leaves(torch.float32)
-    out = dk.policy_loss(h, w, case.targets, case.advantages, active=active, bias=b, outputs=OUTPUTS, config=config())
+    out = dk.policy_loss(
+        h, dk.Head(w, bias=b), case.targets, case.advantages, active=active, outputs=OUTPUTS, config=config()
+    )
     grads = torch.autograd.grad(out.loss, (h, w, b))
     assert not planned
     monkeypatch.undo()
     leaves = case.leaves(torch.float64)
     exact = dk.policy_loss(
-        *leaves[:2], case.targets, case.advantages, active=active, bias=leaves[2], outputs=OUTPUTS, config=REFERENCE
+        *leaves[:2],
+        case.targets,
+        dk.Head(case.advantages, bias=leaves[2]),
+        active=active,
+        outputs=OUTPUTS,
+        config=REFERENCE,
     )
     wanted = torch.autograd.grad(exact.loss, leaves)
     for name in OUTPUTS:
@@ -233,7 +245,7 @@ def test_an_ignored_index_inside_the_vocabulary_takes_no_part():
     results = []
     for dtype, chosen in ((torch.float32, config()), (torch.float64, REFERENCE)):
         h, w, b = case.leaves(dtype)
-        loss = dk.weighted_cross_entropy(h, w, targets, bias=b, ignore_index=7, active=active, config=chosen).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), targets, active=active, config=chosen).loss
         results.append((loss, *torch.autograd.grad(loss, (h, w, b))))
     for a, e in zip(*results):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
@@ -245,13 +257,13 @@ def test_a_target_outside_the_vocabulary_is_nan():
         targets = case.targets.clone()
         targets[5] = bad
         h, w, b = case.leaves(torch.float32)
-        assert bool(dk.weighted_cross_entropy(h, w, targets, bias=b, config=config()).loss.isnan())
+        assert bool(dk.weighted_cross_entropy(h, dk.Head(w, bias=b), targets, config=config()).loss.isnan())
 
 
 def test_nothing_active_is_zero():
     case = make_case(10, D, V, seed=12)
     h, w, b = case.leaves(torch.bfloat16)
-    out = dk.weighted_cross_entropy(h, w, torch.full((10,), -100), bias=b, config=config(torch.bfloat16))
+    out = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), torch.full((10,), -100), config=config(torch.bfloat16))
     grads = torch.autograd.grad(out.loss, (h, w, b))
     assert float(out.loss.detach()) == 0
     assert all(bool((g == 0).all()) for g in grads)
@@ -263,7 +275,7 @@ def test_accumulating_into_grad_adds_to_what_is_there():
     for dtype, chosen in ((torch.float32, config(accumulate_into_grad=2.0)), (torch.float64, REFERENCE)):
         h, w, b = case.leaves(dtype)
         w.grad = torch.ones_like(w)
-        loss = dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=chosen).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, config=chosen).loss
         (2.0 * loss).backward()
         results.append((h.grad, w.grad, b.grad))
     for a, e in zip(*results):
@@ -275,13 +287,13 @@ def test_results_repeat_bitwise_and_evaluation_needs_no_gradient_buffer():
 
     def run():
         h, w, b = case.leaves(torch.bfloat16)
-        loss = dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=config(torch.bfloat16)).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, config=config(torch.bfloat16)).loss
         return (loss, *torch.autograd.grad(loss, (h, w, b)))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
     with torch.no_grad():
         h, w, b = case.leaves(torch.bfloat16)
-        loss = dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=config(torch.bfloat16)).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, config=config(torch.bfloat16)).loss
     torch.testing.assert_close(loss, run()[0])
 
 
@@ -328,7 +340,7 @@ def test_products_run_once_a_buffer(monkeypatch):
         gpu_sweep, "multiply", lambda a, b, out, **k: calls.append((*a.shape, k)) or original(a, b, out, **k)
     )
     h, w, b = case.leaves(torch.float32)
-    dk.weighted_cross_entropy(h, w, case.targets, bias=b, config=config()).loss.backward()
+    dk.weighted_cross_entropy(h, dk.Head(w, bias=b), case.targets, config=config()).loss.backward()
     weight = [shape for shape in calls if shape[0] == V]
     assert [shape[1] for shape in weight] == [40, 40, 10]
     assert sweeps.GpuSweep is gpu_sweep.GpuSweep
@@ -341,7 +353,7 @@ def test_an_fp32_head_under_narrower_hidden_states(dtype):
 
     def run(kinds, chosen):
         h, w = (t.to(dtype).to(kind).requires_grad_() for t, kind in zip((case.hidden, case.weight), kinds))
-        loss = dk.weighted_cross_entropy(h, w, case.targets, softcap=3.0, config=chosen).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, softcap=3.0), case.targets, config=chosen).loss
         scores = dk.linear_logprob(h, w, case.targets, config=chosen).logprobs
         return (loss.detach(), *torch.autograd.grad(loss - scores.mean(), (h, w)))
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import drift_kernels as dk
 from drift_kernels import distill_driver, driver
 from drift_kernels.calls import Call, DistillCall, HeadOptions
-from drift_kernels.divergences import DistillTokens, Teacher
+from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import Tokens
 from drift_kernels.tensors import Inputs
 
@@ -116,11 +116,11 @@ def lessons_and_teacher(dtype, kind, lora=False):
     def make(*shape, kind=torch.float32):
         return torch.empty(shape, dtype=kind, device="meta")
 
-    heads = Teacher(make(T, D, kind=dtype), make(V, D, kind=dtype), make(V), temperature=make(T))
+    heads = TeacherTensors(make(T, D, kind=dtype), make(V, D, kind=dtype), make(V), temperature=make(T))
     if lora:
         heads = dataclasses.replace(heads, lora_a=make(16, D, kind=dtype), lora_b=make(V, 16, kind=dtype))
-    stored = Teacher(ids=make(T, 100, kind=torch.int64), logprobs=make(T, 100))
-    teacher = {"head": heads, "ids": stored, "sampled": Teacher(sampled=make(T))}[kind]
+    stored = TeacherTensors(ids=make(T, 100, kind=torch.int64), logprobs=make(T, 100))
+    teacher = {"head": heads, "ids": stored, "sampled": TeacherTensors(sampled=make(T))}[kind]
     flags = [make(T, kind=torch.bool) for _ in range(2)]
     return DistillTokens(make(T), *flags, make(T), make(), make()), teacher
 

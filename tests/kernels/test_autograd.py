@@ -2,6 +2,7 @@
 
 import gc
 
+import loose
 import pytest
 import torch
 
@@ -15,27 +16,33 @@ OLD = torch.full((30,), -4.1, dtype=torch.float64)
 
 
 def cross_entropy(h, w, b, **options):
-    return dk.weighted_cross_entropy(h, w, CASE.targets, CASE.token_weights, bias=b, config=MANY, **options).loss
+    return loose.weighted_cross_entropy(
+        h, dk.Head(w, bias=b), CASE.targets, CASE.token_weights, config=MANY, **options
+    ).loss
 
 
 def policy(h, w, b, **options):
     spec = dk.PolicySpec(kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02)
     data = {"old_logprobs": OLD, "ref_logprobs": OLD + 0.1, "token_weights": CASE.token_weights}
-    return dk.policy_loss(h, w, CASE.targets, CASE.advantages, bias=b, spec=spec, config=MANY, **data, **options).loss
+    return loose.policy_loss(
+        h, dk.Head(w, bias=b), CASE.targets, CASE.advantages, spec=spec, config=MANY, **data, **options
+    ).loss
 
 
 def pointwise(h, w, b, **options):
-    return dk.pointwise_loss(
-        h, w, CASE.targets, lambda logp, a: a * logp.square(), CASE.advantages, bias=b, config=MANY, **options
+    return loose.pointwise_loss(
+        h, dk.Head(w, bias=b), CASE.targets, lambda logp, a: a * logp.square(), CASE.advantages, config=MANY, **options
     ).loss
 
 
 def logprob(h, w, b):
-    return dk.linear_logprob(h, w, CASE.targets, bias=b, config=MANY).logprobs.mul(CASE.noise).sum()
+    return dk.linear_logprob(h, dk.Head(w, bias=b), CASE.targets, config=MANY).logprobs.mul(CASE.noise).sum()
 
 
 def logprob_and_entropy(h, w, b):
-    out = dk.linear_logprob(h, w, CASE.targets, bias=b, return_entropy=True, temperature=1.3, softcap=4.0, config=MANY)
+    out = dk.linear_logprob(
+        h, dk.Head(w, bias=b, temperature=1.3, softcap=4.0), CASE.targets, entropy_gradient=True, config=MANY
+    )
     assert out.entropy is not None
     return (out.logprobs * CASE.noise).sum() + (out.entropy.square() * CASE.advantages).sum()
 
@@ -45,7 +52,7 @@ def sequences(h, w, b):
     spec = dk.PolicySpec.preset("gspo", clip_low=0.2, clip_high=0.3, kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02)
     data = {"old_logprobs": OLD, "ref_logprobs": OLD + 0.1, "token_weights": CASE.token_weights}
     data |= {"cu_seqlens": torch.tensor([0, 6, 26, 30])}
-    return dk.policy_loss(h, w, CASE.targets, CASE.advantages, bias=b, spec=spec, config=MANY, **data).loss
+    return loose.policy_loss(h, dk.Head(w, bias=b), CASE.targets, CASE.advantages, spec=spec, config=MANY, **data).loss
 
 
 OPS = [cross_entropy, policy, pointwise, sequences, logprob, logprob_and_entropy]
@@ -123,7 +130,7 @@ def test_rows_that_nothing_reads_are_not_computed(monkeypatch):
 
     def rows_of(spec=dk.PolicySpec(), **options):
         data = {"old_logprobs": OLD, "ref_logprobs": OLD, "token_weights": CASE.token_weights}
-        dk.policy_loss(h, w, y, CASE.advantages, spec=spec, **data, **options)
+        loose.policy_loss(h, w, y, CASE.advantages, spec=spec, **data, **options)
         return computed[-1]
 
     assert rows_of() == int(paid.sum()) < int(weighted.sum()) < int(unmasked.sum())
@@ -142,10 +149,10 @@ def test_active_equals_masking():
     targets = torch.full_like(CASE.targets, -100).index_copy(0, active, CASE.targets[active])
     results = []
     for y, options in ((CASE.targets, {"active": active}), (targets, {})):
-        out = dk.policy_loss(
+        out = loose.policy_loss(
             leaves[0], leaves[1], y, CASE.advantages, old_logprobs=OLD, outputs=("logprobs",), **options
         )
-        single = dk.linear_logprob(leaves[0], leaves[1], y, **options).logprobs
+        single = loose.linear_logprob(leaves[0], leaves[1], y, **options).logprobs
         results.append((out.loss, out.logprobs, single, torch.autograd.grad(out.loss + single.sum(), leaves[:2])))
     torch.testing.assert_close(results[0], results[1])
 
@@ -162,9 +169,11 @@ def test_nothing_to_train_gives_zero(backend, kind):
     else:
         weights = torch.zeros_like(weights)
     config = dk.KernelConfig(backend=backend)
-    ce = dk.weighted_cross_entropy(hidden, leaves[1], targets, weights, bias=leaves[2], config=config)
-    pg = dk.policy_loss(hidden, leaves[1], targets, weights, token_weights=weights, bias=leaves[2], config=config)
-    logprobs = dk.linear_logprob(hidden, leaves[1], targets, bias=leaves[2], config=config).logprobs
+    ce = dk.weighted_cross_entropy(hidden, dk.Head(leaves[1], bias=leaves[2]), targets, weights, config=config)
+    pg = dk.policy_loss(
+        hidden, dk.Head(leaves[1], bias=leaves[2]), targets, weights, token_weights=weights, config=config
+    )
+    logprobs = dk.linear_logprob(hidden, dk.Head(leaves[1], bias=leaves[2]), targets, config=config).logprobs
     assert ce.loss.item() == pg.loss.item() == 0
     grads = torch.autograd.grad(ce.loss + pg.loss + 0 * logprobs.sum(), leaves)
     assert all(g.abs().sum() == 0 for g in grads)
@@ -175,7 +184,7 @@ def test_nan_in_an_active_row_shows_and_elsewhere_does_not():
         hidden, w, b = CASE.leaves(torch.float32)
         with torch.no_grad():
             hidden[row] = float("nan")
-        loss = dk.weighted_cross_entropy(hidden, w, CASE.targets, bias=b).loss
+        loss = dk.weighted_cross_entropy(hidden, dk.Head(w, bias=b), CASE.targets).loss
         loss.backward()
         assert loss.isnan() == shows
         assert w.grad.isnan().any() == shows
@@ -208,11 +217,11 @@ def test_results_repeat_bitwise_and_logprobs_are_never_positive():
 def test_autocast_and_mixed_dtypes():
     h, w, b = CASE.leaves(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = dk.weighted_cross_entropy(h, w, CASE.targets, bias=b).loss
+        loss = dk.weighted_cross_entropy(h, dk.Head(w, bias=b), CASE.targets).loss
     loss.backward()
     assert loss.dtype == torch.float32
     assert w.grad.dtype == torch.float32
-    want = dk.weighted_cross_entropy(h.bfloat16(), w.bfloat16(), CASE.targets, bias=b.bfloat16()).loss
+    want = dk.weighted_cross_entropy(h.bfloat16(), dk.Head(w.bfloat16(), bias=b.bfloat16()), CASE.targets).loss
     torch.testing.assert_close(loss, want)
     with pytest.raises(TypeError, match=r"weight is torch.float16 but hidden is torch.bfloat16"):
         dk.weighted_cross_entropy(h.bfloat16(), w.half(), CASE.targets)
@@ -240,7 +249,7 @@ def test_a_small_models_step_compiles_as_one_graph():
 
     def step(ids, targets, advantages, old):
         hidden = backbone(ids)
-        ce = dk.weighted_cross_entropy(hidden, head, targets, advantages.abs(), softcap=5.0).loss
+        ce = dk.weighted_cross_entropy(hidden, dk.Head(head, softcap=5.0), targets, advantages.abs()).loss
         out = dk.policy_loss(
             hidden,
             head,
@@ -253,13 +262,12 @@ def test_a_small_models_step_compiles_as_one_graph():
         logprobs = dk.linear_logprob(hidden, head, targets).logprobs
         whole = dk.policy_loss(
             hidden,
-            head,
+            dk.Head(head, lora=dk.LoRAHead(*low_rank, 0.5)),
             targets,
             advantages[:3],
             old_logprobs=old,
             cu_seqlens=torch.tensor([0, 10, 20, 30]),
             spec=dk.PolicySpec.preset("gspo"),
-            lora=dk.LoRAHead(*low_rank, 0.5),
         )
         return ce + out.loss + whole.loss + (logprobs * advantages).mean(), out.outputs["entropy"]
 
@@ -276,7 +284,7 @@ def test_expanded_incoming_gradients(of):
     targets, grads = CASE.targets.abs() % 61, []
     for backend in ("cpu", "reference"):
         leaves = CASE.leaves(torch.float64)
-        out = dk.linear_logprob(*leaves[:2], targets, return_entropy=True, config=dk.KernelConfig(backend=backend))
+        out = dk.linear_logprob(*leaves[:2], targets, entropy_gradient=True, config=dk.KernelConfig(backend=backend))
         grads.append(torch.autograd.grad(getattr(out, of).sum(), leaves[:2]))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 from distill_cases import (
@@ -132,11 +133,13 @@ def test_error_is_within_twice_that_of_torch(shape, alpha, dtype, mode):
 
     def fused(h, w, b):
         th, tw, tb = (t.detach() for t in teacher.leaves(dtype))
-        known = dk.TeacherHead(th, tw, tb)
+        known = dk.Teacher(th, dk.Head(tw, bias=tb))
         if mode != "vocabulary":
             rest = log_t.scatter(-1, ids, -math.inf).logsumexp(-1)
             known = dk.TeacherTopK(ids, log_t.gather(-1, ids), rest)
-        return dk.distill_loss(h, w, known, case.token_weights, spec=spec, bias=b, temperature=0.7, config=small).loss
+        return dk.distill_loss(
+            h, dk.Head(w, bias=b, temperature=0.7), known, case.token_weights, spec=spec, config=small
+        ).loss
 
     def eager(h, w, b):
         log_s = logits_of(h, w, b, 0.7).log_softmax(-1)
@@ -168,17 +171,15 @@ def test_a_temperature_a_row_padded_inputs_and_low_rank_heads(lora, backend):
     own, its = (dk.LoRAHead(rank[0], rank[1], 0.5), dk.LoRAHead(rank[2], rank[3], 2.0)) if lora else (None, None)
 
     def fused(h, w, b):
-        teacher = dk.TeacherHead(
-            TEACHER_HIDDEN.reshape(5, 6, 5), TEACHER_WEIGHT, lora=its, temperature=cold.reshape(5, 6)
+        teacher = dk.Teacher(
+            TEACHER_HIDDEN.reshape(5, 6, 5), dk.Head(TEACHER_WEIGHT, lora=its, temperature=cold.reshape(5, 6))
         )
         shaped = {"targets": CASE.targets.reshape(5, 6), "temperature": warm.reshape(5, 6)}
-        out = dk.distill_loss(
+        out = loose.distill_loss(
             h.reshape(5, 6, 9),
-            w,
+            dk.Head(w, bias=b, lora=own),
             teacher,
             WEIGHTS.reshape(5, 6),
-            bias=b,
-            lora=own,
             config=config,
             outputs=("divergence",),
             **shaped,
@@ -216,13 +217,13 @@ def test_outputs_and_metrics():
         config = dk.KernelConfig(backend=backend, workspace_bytes=MANY.workspace_bytes)
         args = (CASE.hidden, CASE.weight, TEACHER, WEIGHTS)
         options = {"targets": CASE.targets, "bias": CASE.bias, "config": config, **HEAD}
-        out = dk.distill_loss(*args, outputs=names, **options)
+        out = loose.distill_loss(*args, outputs=names, **options)
         for name in names:
             torch.testing.assert_close(out.outputs[name], torch.where(mask, exact[name], 0.0), rtol=1e-9, atol=1e-12)
         counts = mask & (WEIGHTS != 0)
         want = (exact["divergence"][counts].sum(), counts.sum())
         torch.testing.assert_close(out.metrics["divergence"], want)
-        torch.testing.assert_close(dk.distill_loss(*args, **options).metrics["divergence"], want)
+        torch.testing.assert_close(loose.distill_loss(*args, **options).metrics["divergence"], want)
 
 
 @settings(max_examples=25, deadline=None)
@@ -234,12 +235,11 @@ def test_chunks_splits_and_order_do_not_matter(mode, workspace, cut, order):
     def part(h, w, b, index, config=MANY):
         return dk.distill_loss(
             h[index],
-            w,
+            dk.Head(w, bias=b),
             rows_of(teacher, index),
             WEIGHTS[index],
             targets=CASE.targets[index],
             spec=spec,
-            bias=b,
             normalizer=total,
             config=config,
         ).loss

@@ -1,5 +1,6 @@
 """Distillation's autograd contract: gradcheck, what is computed for whom, one graph."""
 
+import loose
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,13 @@ from drift_kernels.testing import make_case
 def test_gradcheck_through_the_real_driver(mode):
     case, seen, spec = make_case(12, 4, 11, seed=3), TEACHER_HIDDEN[:12], MODES[mode][1]
     head = TEACHER_WEIGHT[:11]
-    teacher = dk.topk_logprobs(seen, head, 4) if mode == "stored" else dk.TeacherHead(seen, head)
+    teacher = dk.topk_logprobs(seen, head, 4) if mode == "stored" else dk.Teacher(seen, head)
     options = {"spec": spec, "softcap": 4.0, "config": dk.KernelConfig(workspace_bytes=8 * 60 * 3)}
 
     def op(h, w, b):
-        return dk.distill_loss(h, w, teacher, case.token_weights, targets=case.targets, bias=b, **options).loss
+        return loose.distill_loss(
+            h, dk.Head(w, bias=b), teacher, case.token_weights, targets=case.targets, **options
+        ).loss
 
     assert torch.autograd.gradcheck(op, case.leaves(torch.float64), atol=1e-6)
 
@@ -73,14 +76,14 @@ def test_a_head_that_student_and_teacher_share_is_differentiated_through_the_stu
     hidden, weight = (t.detach().clone().requires_grad_() for t in (CASE.hidden, CASE.weight))
     teacher_hidden = TEACHER_HIDDEN.repeat(1, 2)[:, :9]
     config = dk.KernelConfig(backend=backend)
-    out = dk.distill_loss(hidden, weight, dk.TeacherHead(teacher_hidden, weight), config=config)
+    out = dk.distill_loss(hidden, weight, dk.Teacher(teacher_hidden, weight), config=config)
     s, t = (F.linear(h, w).log_softmax(-1) for h, w in ((hidden, weight), (teacher_hidden, weight.detach())))
     exact = jsd(s, t, 0.5).mean()
     torch.testing.assert_close(out.loss, exact)
     grads = (torch.autograd.grad(loss, (hidden, weight)) for loss in (out.loss, exact))
     torch.testing.assert_close(next(grads), next(grads))
     with pytest.raises(ValueError, match=r"teacher.hidden requires grad"):
-        dk.distill_loss(hidden, weight, dk.TeacherHead(hidden, weight), config=config)
+        dk.distill_loss(hidden, weight, dk.Teacher(hidden, weight), config=config)
 
 
 def test_weight_gradients_added_in_place():
@@ -101,13 +104,7 @@ def test_a_step_compiles_as_one_graph():
         hidden = backbone(ids)
         spec = dk.DistillSpec(importance_clip=2.0)
         full = dk.distill_loss(
-            hidden,
-            head,
-            dk.TeacherHead(hidden.detach() * 2, head),
-            weights,
-            targets=targets,
-            old_logprobs=OLD,
-            spec=spec,
+            hidden, head, dk.Teacher(hidden.detach() * 2, head), weights, targets=targets, old_logprobs=OLD, spec=spec
         )
         kept = dk.topk_logprobs(TEACHER_HIDDEN, TEACHER_WEIGHT, 5)
         return full.loss + dk.distill_loss(hidden, head, kept, weights).loss, full.metrics["divergence"][0]

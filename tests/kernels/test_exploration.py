@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,10 +147,9 @@ def test_rows_outside_any_turn_have_nothing_before_them(backend):
         CASE.advantages,
         distill_weights=None,
         policy_weights=None,
-        exploration=dk.ExplorationSpec(),
-        turn_ids=TURNS.clamp(max=0),
         outputs=("difference",),
         config=dk.KernelConfig(backend=backend),
+        exploration=dk.Exploration(dk.ExplorationSpec(), turn_ids=TURNS.clamp(max=0)),
     )
     assert (out.outputs["difference"][TURNS < 0] == 0).all()
     assert (out.outputs["difference"] > 0).any()
@@ -178,11 +178,13 @@ def test_sequences_split_over_calls_add_up(backend):
     metrics = []
 
     def part(h, w, b, s):
-        teacher = dk.TeacherHead(SEEN[s], TEACHER_WEIGHT, temperature=1.2)
+        teacher = dk.Teacher(SEEN[s], dk.Head(TEACHER_WEIGHT, temperature=1.2))
         data = {"distill_weights": DISTILL_WEIGHTS, "policy_weights": POLICY_WEIGHTS, "old_logprobs": OLD}
         data |= {"has_teacher": HAS_TEACHER, "turn_ids": TURNS, "rebellious_weights": REBELLIOUS}
         data = {name: value[s] for name, value in data.items()}
-        out = dk.self_distill_loss(h[s], w, TARGETS[s], teacher, CASE.advantages[s], bias=b, **data, **explored, **HEAD)
+        out = loose.self_distill_loss(
+            h[s], dk.Head(w, bias=b), TARGETS[s], teacher, CASE.advantages[s], **data, **explored, **HEAD
+        )
         metrics.append(out.metrics)
         return out.loss
 
@@ -220,19 +222,19 @@ def test_padded_rows_are_turns_of_their_own(backend):
     }
     args = (CASE.hidden, CASE.weight, CASE.targets, TEACHER, CASE.advantages)
     weights = {"distill_weights": DISTILL_WEIGHTS, "policy_weights": None}
-    packed = dk.self_distill_loss(
-        *args, turn_ids=turns, cu_seqlens=torch.tensor([0, 10, 20, 30, 40]), **weights, **options
+    packed = loose.self_distill_loss(
+        *args, cu_seqlens=torch.tensor([0, 10, 20, 30, 40]), **weights, **options, turn_ids=turns
     )
-    padded = dk.self_distill_loss(
+    padded = loose.self_distill_loss(
         CASE.hidden.reshape(*shape, D),
         CASE.weight,
         CASE.targets.reshape(shape),
-        dk.TeacherHead(SEEN.reshape(*shape, 5), TEACHER_WEIGHT, temperature=1.2),
+        dk.Teacher(SEEN.reshape(*shape, 5), dk.Head(TEACHER_WEIGHT, temperature=1.2)),
         torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
-        turn_ids=turns.reshape(shape),
         distill_weights=DISTILL_WEIGHTS.reshape(shape),
         policy_weights=None,
         **options,
+        turn_ids=turns.reshape(shape),
     )
     torch.testing.assert_close(padded.outputs["difference"].reshape(-1), packed.outputs["difference"])
     assert (packed.outputs["difference"][[0, 10, 20, 30]] == 0).all()

@@ -199,7 +199,7 @@ def test_hidden_states_and_heads_of_whole_ops(dtype):
     def call(hidden, weight, seen, theirs):
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         policy = dk.policy_loss(*leaves, targets, ONE.float(), old_logprobs=old, spec=PolicySpec(entropy_coef=0.1)).loss
-        distill = dk.distill_loss(*leaves, dk.TeacherHead(seen, theirs), targets=targets).loss
+        distill = dk.distill_loss(*leaves, dk.Teacher(seen, theirs), targets=targets).loss
         scored = dk.linear_logprob(*leaves, targets).logprobs
         kept = dk.topk_logprobs(seen, theirs, 2)
         grads = torch.autograd.grad(policy + distill + scored.sum(), leaves)

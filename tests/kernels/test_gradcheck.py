@@ -1,5 +1,6 @@
 """Finite differences of every op where hidden rows are shared, left out, or of their own temperature."""
 
+import loose
 import pytest
 import torch
 
@@ -26,33 +27,33 @@ def policy(h, w, b, targets, values, preset, **options):
     spec = dk.PolicySpec.preset(preset, clip_high=0.4, kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02)
     old = torch.full(values.shape, -2.0).double()
     data = {"old_logprobs": old, "ref_logprobs": old + 0.1, "segment_ids": torch.arange(len(values)) // 4}
-    return dk.policy_loss(h, w, targets, values, bias=b, spec=spec, config=TIGHT, **data, **options).loss
+    return loose.policy_loss(h, dk.Head(w, bias=b), targets, values, spec=spec, config=TIGHT, **data, **options).loss
 
 
 def scores(h, w, b, targets, values, entropy=True, **options):
-    out = dk.linear_logprob(h, w, targets, bias=b, return_entropy=entropy, config=TIGHT, **options)
+    out = loose.linear_logprob(h, dk.Head(w, bias=b), targets, entropy_gradient=entropy, config=TIGHT, **options)
     return (out.logprobs * values).sum() + (0 if out.entropy is None else (out.entropy.square() * values).sum())
 
 
 def pointwise(h, w, b, targets, values, **options):
     options |= {"bias": b, "config": TIGHT}
-    return dk.pointwise_loss(h, w, targets, lambda logp, a: a * logp.square(), values, **options).loss
+    return loose.pointwise_loss(h, w, targets, lambda logp, a: a * logp.square(), values, **options).loss
 
 
 def distilled(h, w, b, targets, values, **options):
     options |= {"bias": b, "config": TIGHT, "targets": targets}
-    return dk.distill_loss(h, w, dk.TeacherHead(SEEN, TEACHER_WEIGHT), values.abs(), **options).loss
+    return loose.distill_loss(h, w, dk.Teacher(SEEN, TEACHER_WEIGHT), values.abs(), **options).loss
 
 
 def hybrid(h, w, b, targets, values, **options):
     options |= {"bias": b, "config": TIGHT, "old_logprobs": torch.full(values.shape, -2.0).double()}
     options |= {"distill_weights": values.abs(), "policy_weights": None, "distill": dk.DistillSpec(0.3, 4)}
-    return dk.self_distill_loss(h, w, targets, dk.TeacherHead(SEEN, TEACHER_WEIGHT), values, **options).loss
+    return loose.self_distill_loss(h, w, targets, dk.Teacher(SEEN, TEACHER_WEIGHT), values, **options).loss
 
 
 OPS = {
     "cross entropy": lambda h, w, b, targets, values, **options: (
-        dk.weighted_cross_entropy(h, w, targets, values.abs(), bias=b, config=TIGHT, **options).loss
+        loose.weighted_cross_entropy(h, dk.Head(w, bias=b), targets, values.abs(), config=TIGHT, **options).loss
     ),
     "policy": lambda *args, **options: policy(*args, preset="ppo", **options),
     "one ratio a sequence": lambda *args, **options: policy(*args, preset="gspo", **options),

@@ -1,5 +1,6 @@
 """Kinds of heads: LoRA without the merged weight, frozen, tied, fp32 master weights, gradients added in place."""
 
+import loose
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ def losses(hidden, weight, bias=None, config=MANY, **head):
     """One number of every op, so that each op's gradients count."""
     common = {"bias": bias, "config": config, "softcap": 4.0, **head}
     args = (hidden, weight, CASE.targets)
-    ce = dk.weighted_cross_entropy(*args, CASE.token_weights, **common).loss
-    ppo = dk.policy_loss(*args, CASE.advantages, old_logprobs=OLD, **common).loss
-    gspo = dk.policy_loss(
+    ce = loose.weighted_cross_entropy(*args, CASE.token_weights, **common).loss
+    ppo = loose.policy_loss(*args, CASE.advantages, old_logprobs=OLD, **common).loss
+    gspo = loose.policy_loss(
         *args, CASE.advantages, old_logprobs=OLD, cu_seqlens=SEGMENTS, spec=dk.PolicySpec.preset("gspo"), **common
     ).loss
-    pointwise = dk.pointwise_loss(*args, lambda logp, a: a * logp.square(), CASE.advantages, **common).loss
-    plain = dk.linear_logprob(*args, return_entropy=True, **common)
+    pointwise = loose.pointwise_loss(*args, lambda logp, a: a * logp.square(), CASE.advantages, **common).loss
+    plain = loose.linear_logprob(*args, entropy_gradient=True, **common)
     return ce + ppo + gspo + pointwise + (plain.logprobs * CASE.noise).sum() + plain.entropy.square().sum()
 
 
@@ -58,13 +59,13 @@ def test_a_frozen_weight_under_lora_gets_no_gradient_and_costs_none():
     head = dk.LoRAHead(A, B, 0.7)
 
     def fused(h, A, B):
-        return dk.weighted_cross_entropy(h, w, CASE.targets, lora=dk.LoRAHead(A, B, 0.7), config=MANY).loss
+        return dk.weighted_cross_entropy(h, dk.Head(w, lora=dk.LoRAHead(A, B, 0.7)), CASE.targets, config=MANY).loss
 
     def merged(h, A, B):
         return dk.weighted_cross_entropy(h, w + 0.7 * B @ A, CASE.targets).loss
 
     torch.testing.assert_close(gradients(fused, (h, A, B)), gradients(merged, (h, A, B)), rtol=1e-10, atol=1e-12)
-    loss = dk.weighted_cross_entropy(h, w, CASE.targets, lora=head).loss
+    loss = dk.weighted_cross_entropy(h, dk.Head(w, lora=head), CASE.targets).loss
     saved = loss.grad_fn.saved_tensors
     assert max(t.numel() for t in saved) < w.numel(), "a gradient of the frozen weight's size was made"
 
@@ -74,13 +75,15 @@ def test_a_lora_head_makes_nothing_of_the_weights_size(dtype, monkeypatch):
     """Neither W + scale·B·A, nor its gradient where W is frozen, of student and teacher."""
     h, w, b = (t.detach() for t in CASE.leaves(dtype))
     A, B = low_rank(dtype)
-    teacher = dk.TeacherHead(h, w, lora=dk.LoRAHead(A.detach(), B.detach(), 0.3))
+    teacher = dk.Teacher(h, dk.Head(w, lora=dk.LoRAHead(A.detach(), B.detach(), 0.3)))
     config = room_for(2, h, w)
 
     def everything(h, lora):
-        distilled = dk.distill_loss(h, w, teacher, lora=lora, config=config).loss
+        distilled = dk.distill_loss(h, dk.Head(w, lora=lora), teacher, config=config).loss
         both = {"distill_weights": None, "policy_weights": None}
-        hybrid = dk.self_distill_loss(h, w, CASE.targets, teacher, CASE.advantages, lora=lora, config=config, **both)
+        hybrid = loose.self_distill_loss(
+            h, dk.Head(w, lora=lora), CASE.targets, teacher, CASE.advantages, config=config, **both
+        )
         return losses(h, w, b, config, lora=lora) + distilled + hybrid.loss
 
     hidden, trained = h.clone().requires_grad_(), w.clone().requires_grad_()
@@ -88,7 +91,7 @@ def test_a_lora_head_makes_nothing_of_the_weights_size(dtype, monkeypatch):
         everything(hidden, dk.LoRAHead(A, B, 0.7)).backward()
         assert A.grad.abs().sum() > 0
         assert not blocks.found
-        dk.weighted_cross_entropy(h, trained, CASE.targets, lora=teacher.lora, config=config)
+        dk.weighted_cross_entropy(h, dk.Head(trained, lora=teacher.head.lora), CASE.targets, config=config)
         assert blocks.found  # the gradient of one that is trained
 
 
@@ -100,7 +103,9 @@ def test_gradcheck_through_a_lora_head():
     config = dk.KernelConfig(workspace_bytes=8 * (7 + 10) * 2)
 
     def op(h, w, b, A, B):
-        return dk.weighted_cross_entropy(h, w, case.targets, bias=b, lora=dk.LoRAHead(A, B, 0.5), config=config).loss
+        return dk.weighted_cross_entropy(
+            h, dk.Head(w, bias=b, lora=dk.LoRAHead(A, B, 0.5)), case.targets, config=config
+        ).loss
 
     assert torch.autograd.gradcheck(op, (h, w, b, A, B))
 
@@ -115,7 +120,7 @@ def test_bad_lora_heads_are_named():
         ((A, B), TypeError, "it must be LoRAHead"),
     ):
         with pytest.raises(error, match=words):
-            dk.weighted_cross_entropy(h, w, CASE.targets, lora=lora)
+            dk.weighted_cross_entropy(h, dk.Head(w, lora=lora), CASE.targets)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -285,7 +290,7 @@ def test_accumulate_into_grad_is_refused_where_others_wait_for_the_gradient(monk
     refused(other, r"weight\.grad is torch\.bfloat16")
 
     def loss(*args, **options):
-        return dk.weighted_cross_entropy(*args, **options).loss
+        return loose.weighted_cross_entropy(*args, **options).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     refused(w, "a compiled graph may move or repeat it", compiled)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import loose
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,8 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"targets": torch.arange(6).int()}, TypeError, "must be int64"),
         ({"targets": torch.tensor([0, 1, 2, 3, 4, 11])}, IndexError, r"0…11.*\[0, 11\).*ignore_index=-100"),
         ({"targets": torch.tensor([0, 1, 2, 3, 4, -1])}, IndexError, "-1…4"),
-        ({"weight": torch.randn(11, 5)}, ValueError, "weight"),
-        ({"weight": torch.randn(11, 4).double()}, TypeError, "weight is torch.float64"),
+        ({"head": torch.randn(11, 5)}, ValueError, "weight"),
+        ({"head": torch.randn(11, 4).double()}, TypeError, "weight is torch.float64"),
         ({"hidden": torch.ones(6, 4).int()}, TypeError, "hidden has dtype"),
         ({"bias": torch.randn(4)}, ValueError, r"bias has shape \(4,\)"),
         ({"temperature": 0.0}, ValueError, "temperature=0.0"),
@@ -65,13 +66,12 @@ H, W, Y, A = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6), torch.ones(
         ({"advantages": torch.ones(6, requires_grad=True)}, ValueError, "advantages requires grad"),
         ({"outputs": "entropy"}, TypeError, "pass a tuple of names"),
         ({"temperature": "2"}, TypeError, "temperature='2' must be a number"),
-        ({"ignore_index": None}, TypeError, "ignore_index=None"),
     ],
 )
 def test_policy_loss_names_what_is_wrong(change, error, words):
-    args = {"hidden": H, "weight": W, "targets": Y, "advantages": A} | change
+    args = {"hidden": H, "head": W, "targets": Y, "advantages": A} | change
     with pytest.raises(error, match=words):
-        dk.policy_loss(**args)
+        loose.policy_loss(**args)
 
 
 @pytest.mark.parametrize(
@@ -103,23 +103,23 @@ def test_specs_are_checked(options, words):
 def test_a_temperature_a_row_is_positive_where_it_counts(backend):
     """A padded row may hold anything; a greedy sample's 0 would be NaN, and a negative one another distribution."""
     config = dk.KernelConfig(backend=backend)
-    teacher = dk.TeacherHead(H, W)
+    teacher = dk.Teacher(H, W)
     masked = Y.clone()
     masked[1] = -100
     for bad in (0.0, -1.0):
         warm = torch.ones(len(Y), dtype=H.dtype)
         warm[1] = bad
         for op in (
-            lambda y, t: dk.linear_logprob(H, W, y, temperature=t, config=config).logprobs.sum(),
-            lambda y, t: dk.weighted_cross_entropy(H, W, y, temperature=t, config=config).loss,
-            lambda y, t: dk.distill_loss(H, W, teacher, targets=y, temperature=t, config=config).loss,
-            lambda y, t: dk.distill_loss(H, W, dk.TeacherHead(H, W, temperature=t), targets=y, config=config).loss,
+            lambda y, t: dk.linear_logprob(H, dk.Head(W, temperature=t), y, config=config).logprobs.sum(),
+            lambda y, t: dk.weighted_cross_entropy(H, dk.Head(W, temperature=t), y, config=config).loss,
+            lambda y, t: dk.distill_loss(H, dk.Head(W, temperature=t), teacher, targets=y, config=config).loss,
+            lambda y, t: dk.distill_loss(H, W, dk.Teacher(H, dk.Head(W, temperature=t)), targets=y, config=config).loss,
         ):
             assert op(masked, warm).isfinite()
             with pytest.raises(ValueError, match="it must be positive"):
                 op(Y, warm)
     with pytest.raises(ValueError, match="temperature requires grad"):
-        dk.linear_logprob(H, W, Y, temperature=torch.ones(len(Y), requires_grad=True))
+        dk.linear_logprob(H, dk.Head(W, temperature=torch.ones(len(Y), requires_grad=True)), Y)
 
 
 def test_odd_tensors_and_options_are_named():
@@ -137,7 +137,7 @@ def test_odd_tensors_and_options_are_named():
     refused(
         ValueError, "may read that token alone", dk.pointwise_loss, H, W, Y, lambda logp: torch.ones(len(Y)) * logp[0]
     )
-    teacher = dk.TeacherHead(H, W)
+    teacher = dk.Teacher(H, W)
     refused(TypeError, "spec=None must be a DistillSpec", dk.distill_loss, H, W, teacher, spec=None)
     weights = {"distill_weights": None, "policy_weights": None}
     both = (dk.self_distill_loss, H, W, Y, teacher, A)
@@ -145,8 +145,9 @@ def test_odd_tensors_and_options_are_named():
     refused(TypeError, "distill=0.5 must be a DistillSpec", *both, distill=0.5, **weights)
     refused(TypeError, "exploration=True must be", *both, exploration=True, **weights)
     refused(TypeError, "has_teacher is a list", *both, has_teacher=[True] * len(Y), **weights)
-    explored = {"exploration": dk.ExplorationSpec(), **weights}
-    refused(TypeError, "turn_ids is a list", *both, turn_ids=[0] * len(Y), **explored)
+    turns = dk.Exploration(dk.ExplorationSpec(), [0] * len(Y))
+    refused(TypeError, "turn_ids is a list", *both, exploration=turns, **weights)
+    refused(TypeError, "head is a list", dk.linear_logprob, H, [1.0], Y)
     for coef in (math.nan, math.inf, "a", torch.ones(3)):
         refused(ValueError, "distill_coef=", *both, distill_coef=coef, **weights)
 
@@ -180,7 +181,9 @@ def test_numbers_of_other_libraries_and_infinite_bounds_travel():
     spec = dk.PolicySpec(clip_high=np.float64(0.28), correction="token_truncate", correction_bounds=(0, math.inf))
     data = {"old_logprobs": -A, "rollout_logprobs": -A}
     losses = [
-        dk.policy_loss(H, W, Y, A, spec=spec, softcap=np.float64(30), config=dk.KernelConfig(backend=b), **data).loss
+        loose.policy_loss(
+            H, dk.Head(W, softcap=np.float64(30)), Y, A, spec=spec, config=dk.KernelConfig(backend=b), **data
+        ).loss
         for b in ("cpu", "reference")
     ]
     torch.testing.assert_close(losses[0], losses[1])

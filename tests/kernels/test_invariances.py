@@ -7,6 +7,7 @@ Other ops: `test_every_op_invariances`.
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import loose
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -113,7 +114,9 @@ def run(batch: Batch, spec: dk.PolicySpec, normalizer: float | None = 7.0, sampl
     if "segment_ids" not in options and batch.hidden.dim() == 2:
         options["cu_seqlens"] = batch.cu
     options.setdefault("generator", torch.Generator().manual_seed(0))
-    loss = dk.policy_loss(h, w, batch.targets, advantages, spec=spec, normalizer=normalizer, **tokens, **options).loss
+    loss = loose.policy_loss(
+        h, w, batch.targets, advantages, spec=spec, normalizer=normalizer, **tokens, **options
+    ).loss
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 

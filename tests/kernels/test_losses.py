@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import loose
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def test_weighted_cross_entropy(shape, dtype, softcap, isa):
 
     def fused(h, w, b):
         options = {"bias": b, "temperature": 0.7, "softcap": softcap, "config": SMALL}
-        return dk.weighted_cross_entropy(h, w, case.targets, weights, **options).loss
+        return loose.weighted_cross_entropy(h, w, case.targets, weights, **options).loss
 
     def eager(h, w, b):
         return eager_cross_entropy(h, w, b, case.targets, weights, 0.7, softcap)
@@ -77,14 +78,14 @@ def test_each_instruction_set_has_sweeps_of_its_own():
     try:
         for name in ISAS:
             _cpu.limit_isa(name)
-            found[name] = dk.linear_logprob(*args, return_entropy=True)
+            found[name] = dk.linear_logprob(*args, entropy_gradient=True)
         assert ISAS[0] == "baseline"
         assert len({tuple(out.entropy.tolist()) for out in found.values()}) == len(ISAS)
         with pytest.raises(ValueError, match="this CPU has no 'sse9'"):
             _cpu.limit_isa("sse9")
     finally:
         _cpu.limit_isa(None)
-    again = dk.linear_logprob(*args, return_entropy=True).entropy
+    again = dk.linear_logprob(*args, entropy_gradient=True).entropy
     assert torch.equal(again, found[ISAS[-1]].entropy)
 
 
@@ -106,7 +107,7 @@ def ppo(hidden, weight, bias, case, old, low=0.2, high=0.28):
 def test_policy_loss_is_ppo(shape, dtype, isa):
     case = make_case(*shape, dtype=dtype)
     exact_logp = dk.linear_logprob(
-        case.hidden, case.weight, case.targets, bias=case.bias, config=dk.KernelConfig(backend="reference")
+        case.hidden, dk.Head(case.weight, bias=case.bias), case.targets, config=dk.KernelConfig(backend="reference")
     ).logprobs
     # ratios in half precision move by the error of the log-prob: keep every token clear of a bound by more than that
     old = off_the_edges(exact_logp + case.noise, exact_logp, (0.8, 1.28), 1e-3 if dtype == torch.float32 else 0.08)
@@ -114,7 +115,7 @@ def test_policy_loss_is_ppo(shape, dtype, isa):
 
     def fused(h, w, b):
         return dk.policy_loss(
-            h, w, case.targets, case.advantages, old_logprobs=old, bias=b, spec=spec, config=SMALL
+            h, dk.Head(w, bias=b), case.targets, case.advantages, old_logprobs=old, spec=spec, config=SMALL
         ).loss
 
     def eager(h, w, b):
@@ -174,7 +175,7 @@ def test_every_spec_in_double_equals_autograd(name, head, isa):
     if head.get("temperature") == "row":
         head = {"temperature": torch.linspace(0.5, 2.0, 40)}
     with torch.no_grad():
-        exact = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, **head).logprobs
+        exact = loose.linear_logprob(case.hidden, dk.Head(case.weight, bias=case.bias), case.targets, **head).logprobs
     data = {
         "old_logprobs": off_the_edges(exact + case.noise, exact, (0.8, 1.2, 1.4, 1.5)),
         "ref_logprobs": exact + 0.5 * case.noise.roll(1),
@@ -186,12 +187,11 @@ def test_every_spec_in_double_equals_autograd(name, head, isa):
     def run(backend):
         config = dk.KernelConfig(backend=backend, workspace_bytes=8 * (61 + 18) * 11)
         leaves = case.leaves(torch.float64)
-        out = dk.policy_loss(
+        out = loose.policy_loss(
             leaves[0],
-            leaves[1],
+            dk.Head(leaves[1], bias=leaves[2]),
             case.targets,
             case.advantages,
-            bias=leaves[2],
             spec=spec,
             outputs=outputs,
             config=config,
@@ -219,13 +219,13 @@ def test_on_policy_is_ratio_one(name):
         pytest.skip("compares with old_logprobs, which it needs")
     case = make_case(20, 9, 61, seed=4)
     with torch.no_grad():
-        own = dk.linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias).logprobs
+        own = dk.linear_logprob(case.hidden, dk.Head(case.weight, bias=case.bias), case.targets).logprobs
     common = {"spec": spec, "ref_logprobs": own + case.noise, "cu_seqlens": torch.tensor([0, 11, 20])}
 
     def run(h, w, b, old):
         generator = torch.Generator().manual_seed(0)
         options = {"old_logprobs": old, "bias": b, "generator": generator, **common}
-        return dk.policy_loss(h, w, case.targets, case.advantages, **options).loss
+        return loose.policy_loss(h, w, case.targets, case.advantages, **options).loss
 
     without, given = (gradients(lambda *x, o=o: run(*x, o), case.leaves(torch.float64)) for o in (None, own))
     torch.testing.assert_close(without, given, rtol=1e-9, atol=1e-12)
@@ -261,7 +261,7 @@ def test_further_outputs_beside_gradients():
     for backend in ("cpu", "reference"):
         h, w, b = case.leaves(torch.float64)
         config = dk.KernelConfig(backend=backend)
-        out = dk.linear_logprob(h, w, case.targets, bias=b, outputs=names, config=config)
+        out = dk.linear_logprob(h, dk.Head(w, bias=b), case.targets, outputs=names, config=config)
         assert not any(value.requires_grad for value in out.outputs.values())
         found.append((out.logprobs, out.outputs, *torch.autograd.grad(out.logprobs.sum(), (h, w, b))))
     torch.testing.assert_close(*found)
@@ -296,7 +296,9 @@ def test_pointwise_loss_takes_any_function(backend):
     config = dk.KernelConfig(backend=backend, workspace_bytes=8 * 80 * 11)
 
     def fused(h, w, b):
-        return dk.pointwise_loss(h, w, case.targets, focal, case.advantages, bias=b, softcap=4.0, config=config).loss
+        return dk.pointwise_loss(
+            h, dk.Head(w, bias=b, softcap=4.0), case.targets, focal, case.advantages, config=config
+        ).loss
 
     def eager(h, w, b):
         mask = case.targets >= 0
@@ -388,33 +390,29 @@ def test_several_targets_a_row(backend):
     def shared(h, w, b):
         out = dk.policy_loss(
             h,
-            w,
+            dk.Head(w, bias=b, temperature=temperature),
             targets,
             advantages,
             old_logprobs=old,
             rows=rows,
-            bias=b,
-            temperature=temperature,
             spec=spec,
             config=config,
             outputs=("logprobs", "entropy"),
         )
-        logprobs = dk.linear_logprob(h, w, targets, rows=rows, bias=b, return_entropy=True, config=config)
+        logprobs = dk.linear_logprob(h, dk.Head(w, bias=b), targets, rows=rows, entropy_gradient=True, config=config)
         return out.loss + (logprobs.logprobs * advantages).sum() + logprobs.entropy.square().sum(), out
 
     def repeated(h, w, b):
         out = dk.policy_loss(
             h[rows],
-            w,
+            dk.Head(w, bias=b, temperature=temperature[rows]),
             targets,
             advantages,
             old_logprobs=old,
-            bias=b,
-            temperature=temperature[rows],
             spec=spec,
             outputs=("logprobs", "entropy"),
         )
-        logprobs = dk.linear_logprob(h[rows], w, targets, bias=b, return_entropy=True)
+        logprobs = dk.linear_logprob(h[rows], dk.Head(w, bias=b), targets, entropy_gradient=True)
         return out.loss + (logprobs.logprobs * advantages).sum() + logprobs.entropy.square().sum(), out
 
     results = [gradients(lambda *x, f=f: f(*x)[0], case.leaves(torch.float64)) for f in (shared, repeated)]
@@ -428,8 +426,8 @@ def test_several_targets_a_row(backend):
 def test_softcap_keeps_its_digits_whatever_its_size(softcap, isa):
     case = make_case(20, 9, 61, masked=0.0)
     leaves = [t.float() for t in (case.hidden, case.weight)]
-    exact = dk.linear_logprob(case.hidden, case.weight, case.targets, softcap=softcap).logprobs
-    actual = dk.linear_logprob(*leaves, case.targets, softcap=softcap).logprobs
+    exact = dk.linear_logprob(case.hidden, dk.Head(case.weight, softcap=softcap), case.targets).logprobs
+    actual = dk.linear_logprob(leaves[0], dk.Head(leaves[1], softcap=softcap), case.targets).logprobs
     assert (actual.double() - exact).abs().max() < 5e-6
 
 
@@ -463,6 +461,6 @@ def test_gmpo_reads_the_mean_advantage_also_where_no_weighted_token_has_one(back
     logp = torch.log_softmax(case.hidden @ case.weight.t(), -1).gather(1, case.targets[:, None])[:, 0]
     options = {"old_logprobs": logp - 0.05, "token_weights": weights, "cu_seqlens": torch.tensor([0, 2, 4])}
     options |= {"spec": dk.PolicySpec.preset("gmpo"), "config": dk.KernelConfig(backend=backend)}
-    loss = dk.policy_loss(case.hidden, case.weight, case.targets, advantages, **options).loss
+    loss = loose.policy_loss(case.hidden, case.weight, case.targets, advantages, **options).loss
     mean_log_ratio = (0.05 + 0.0) / 2  # of sign(A)·min(…): a token without an advantage has none
     torch.testing.assert_close(loss, torch.tensor(-1.5 * math.exp(mean_log_ratio) / 2 / 2).double())

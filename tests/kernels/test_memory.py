@@ -115,7 +115,7 @@ def test_what_earlier_calls_left_there_changes_nothing(dtype, workspace, cold):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 def test_kernels_touch_nothing_behind_their_tensors():
     """In a process that the first byte too far would end."""
-    script = Path(__file__).parent / "guarded.py"
+    script = Path(__file__).parents[1] / "support" / "guard_pages.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-3000:]}"
     assert run.stdout.split("\n")[:-1] == [f"{isa} clean" for isa in _cpu.isas()]

@@ -1,5 +1,6 @@
 """What each loss costs, by counting the rows that go through each matrix product: the table of docs/losses.md."""
 
+import loose
 import pytest
 import torch
 from count_products import clear, room_for, watch_products
@@ -48,7 +49,7 @@ def leaves(dtype=torch.float64, frozen=False):
 def policy_loss(h, w, spec, config, **options):
     data = {"old_logprobs": OLD, "ref_logprobs": OLD, "rollout_logprobs": OLD + CASE.noise, "token_weights": WEIGHTS}
     data |= {"cu_seqlens": CU, "config": config, "generator": torch.Generator().manual_seed(0)}
-    return dk.policy_loss(h, w, CASE.targets, ADVANTAGES, spec=spec, **data, **options).loss
+    return loose.policy_loss(h, w, CASE.targets, ADVANTAGES, spec=spec, **data, **options).loss
 
 
 LORA = dk.LoRAHead(torch.ones(2, D).double().requires_grad_(), torch.ones(V, 2).double().requires_grad_(), 0.1)
@@ -102,7 +103,7 @@ def test_policy_losses(name, frozen, dtype, seen):
 @pytest.mark.parametrize("name", ["ppo", "gspo", "kl_cov"])
 def test_a_lora_head_costs_what_its_frozen_weight_does(name, seen):
     h, w = leaves(frozen=True)
-    policy_loss(h, w, SPECS[name], room_for(T, h, w), lora=LORA).backward()
+    policy_loss(h, dk.Head(w, lora=LORA), SPECS[name], room_for(T, h, w)).backward()
     assert LORA.B.grad is not None
     assert seen == costs(read_rows(SPECS[name]), live_rows(policy_loss, h, w, SPECS[name], lora=LORA), frozen=True)
 
@@ -144,7 +145,7 @@ ACTIVE = {"active": torch.arange(0, T, 2), "temperature": torch.linspace(0.5, 2,
     [
         pytest.param({}, True, id="plain"),
         pytest.param(ACTIVE, True, id="some rows"),
-        pytest.param({"return_entropy": True}, False, id="entropy"),
+        pytest.param({"entropy_gradient": True}, False, id="entropy"),
         pytest.param({"rows": torch.arange(T)}, False, id="rows"),
         pytest.param({"lora": LORA}, False, id="lora that is trained"),
     ],
@@ -154,7 +155,7 @@ def test_linear_logprob_on_a_frozen_head(options, keeps, seen):
     h, w = leaves(frozen=True)
     read = MASK if "active" not in options else MASK & (torch.arange(T) % 2 == 0)
     read, live = int(read.sum()), int((read & (SEGMENTS < 3)).sum())
-    logprobs = dk.linear_logprob(h, w, CASE.targets, config=room_for(5, h, w), **options).logprobs
+    logprobs = loose.linear_logprob(h, w, CASE.targets, config=room_for(5, h, w), **options).logprobs
     assert seen == costs(read, read if keeps else 0, frozen=True)
     torch.autograd.grad(sequence_ratio(logprobs), h)
     assert seen == (costs(read, read, True) if keeps else costs(read, live, True, passes=2))
@@ -162,9 +163,9 @@ def test_linear_logprob_on_a_frozen_head(options, keeps, seen):
 
 STORED = dk.topk_logprobs(*TEACHER, 6)
 LESSONS = {
-    "full": (dk.TeacherHead(*TEACHER), dk.DistillSpec(0.3)),
-    "forward": (dk.TeacherHead(*TEACHER), dk.DistillSpec(0.0)),
-    "top_k": (dk.TeacherHead(*TEACHER), dk.DistillSpec(1.0, 5)),
+    "full": (dk.Teacher(*TEACHER), dk.DistillSpec(0.3)),
+    "forward": (dk.Teacher(*TEACHER), dk.DistillSpec(0.0)),
+    "top_k": (dk.Teacher(*TEACHER), dk.DistillSpec(1.0, 5)),
     "stored": (STORED, dk.DistillSpec(0.3, tail=False)),
     "sampled": (dk.TeacherLogprobs(OLD), dk.DistillSpec(1.0)),
 }
@@ -176,10 +177,10 @@ def test_distillation(name, frozen, seen):
     h, w = leaves(frozen=frozen)
     teacher, spec = LESSONS[name]
     options = {"targets": CASE.targets, "spec": spec, "config": room_for(9, h, w)}
-    dk.distill_loss(h, w, teacher, WEIGHTS, **options)
+    loose.distill_loss(h, w, teacher, WEIGHTS, **options)
     read = int((MASK & (WEIGHTS != 0)).sum())
     assert live_rows(dk.distill_loss, h, w, teacher, WEIGHTS, **options) == read
-    assert seen == costs(read, read, frozen) | {"teacher": read if isinstance(teacher, dk.TeacherHead) else 0}
+    assert seen == costs(read, read, frozen) | {"teacher": read if isinstance(teacher, dk.Teacher) else 0}
 
 
 EXPLORED = {"exploration": dk.ExplorationSpec(entropy_warmup=True), "turn_ids": TURNS, "mean_difference": 0.2}
@@ -192,17 +193,17 @@ def test_policy_and_distillation_together(name, dtype, seen):
     """Where every row has both terms: student's logits, teacher's, dhidden and dweight once a row, which is 8 units."""
     (teacher, spec), options = LESSONS[name.split(",")[0]], EXPLORED if "explored" in name else {}
     h, w = leaves(dtype)
-    if isinstance(teacher, dk.TeacherHead):
-        teacher = dk.TeacherHead(*(t.to(dtype) for t in TEACHER))
+    if isinstance(teacher, dk.Teacher):
+        teacher = dk.Teacher(*(t.to(dtype) for t in TEACHER))
     data = (CASE.targets.abs() % V, teacher, torch.ones(T).double())
     weights = {"distill_weights": None, "policy_weights": None}
     common = {**weights, "distill": spec, "config": room_for(9, h, w), **options}
-    with_head = T if isinstance(teacher, dk.TeacherHead) else 0
-    dk.self_distill_loss(h, w, *data, **common)
-    assert live_rows(dk.self_distill_loss, h, w, *data, **common) == T
+    with_head = T if isinstance(teacher, dk.Teacher) else 0
+    loose.self_distill_loss(h, w, *data, **common)
+    assert live_rows(loose.self_distill_loss, h, w, *data, **common) == T
     assert seen == costs(T, T, False) | {"teacher": with_head}
     clear(seen)
-    dk.self_distill_loss(h, w.detach(), *data, **common)
+    loose.self_distill_loss(h, w.detach(), *data, **common)
     assert seen == costs(T, T, True) | {"teacher": with_head}
 
 
@@ -213,11 +214,11 @@ def test_policy_and_distillation_apart(options, seen):
     distill_weights, policy_weights = WEIGHTS.roll(3), WEIGHTS
     common = {"old_logprobs": OLD, "has_teacher": TAUGHT, "config": room_for(9, h, w), **options}
     common |= {"distill_weights": distill_weights, "policy_weights": policy_weights}
-    data = (CASE.targets, dk.TeacherHead(*TEACHER), ADVANTAGES)
-    dk.self_distill_loss(h, w, *data, **common)
+    data = (CASE.targets, dk.Teacher(*TEACHER), ADVANTAGES)
+    loose.self_distill_loss(h, w, *data, **common)
     taught = MASK & TAUGHT & ((distill_weights != 0) | bool(options))
     read = taught | (MASK & (policy_weights != 0) & (ADVANTAGES != 0))
-    live = live_rows(dk.self_distill_loss, h, w, *data, **common)
+    live = live_rows(loose.self_distill_loss, h, w, *data, **common)
     assert 0 < taught.sum() < read.sum() < MASK.sum()
     assert live < read.sum()
     assert seen == costs(int(read.sum()), live, False) | {"teacher": int(taught.sum())}

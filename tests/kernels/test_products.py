@@ -317,7 +317,9 @@ def test_all_ways_give_the_same_loss_and_gradients(dtype, masked, isa, monkeypat
 
     def run(dtype, config):
         def loss(h, w, b):
-            return dk.weighted_cross_entropy(h, w, case.targets, case.token_weights, bias=b, config=config).loss
+            return dk.weighted_cross_entropy(
+                h, dk.Head(w, bias=b), case.targets, case.token_weights, config=config
+            ).loss
 
         return gradients(loss, case.leaves(dtype))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import loose
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,24 +40,26 @@ def policy(h, w, b, preset="ppo", targets=CASE.targets, old_logprobs=OLD, **opti
     advantages = torch.ones(targets.shape)
     data = {"old_logprobs": old_logprobs, "ref_logprobs": old_logprobs, "token_weights": advantages, "config": FEW}
     outputs = ("logprobs", "ratio", "kl")
-    return dk.policy_loss(h, w, targets, advantages, bias=b, spec=spec, outputs=outputs, **data, **options).loss
+    return loose.policy_loss(
+        h, dk.Head(w, bias=b), targets, advantages, spec=spec, outputs=outputs, **data, **options
+    ).loss
 
 
 def scores(h, w, b, targets=CASE.targets, **options):
-    out = dk.linear_logprob(h, w, targets, bias=b, config=FEW, outputs=("lse", "is_top1"), **options)
+    out = loose.linear_logprob(h, dk.Head(w, bias=b), targets, config=FEW, outputs=("lse", "is_top1"), **options)
     return out.logprobs.sum() + (0 if out.entropy is None else out.entropy.sum())
 
 
 def distilled(h, w, b, teacher=None, **options):
-    teacher = teacher or dk.TeacherHead(SEEN, HEAD)
+    teacher = teacher or dk.Teacher(SEEN, HEAD)
     options = {"targets": CASE.targets, "bias": b, "config": FEW, "outputs": ("entropy", "divergence"), **options}
-    return dk.distill_loss(h, w, teacher, CASE.token_weights, **options).loss
+    return loose.distill_loss(h, w, teacher, CASE.token_weights, **options).loss
 
 
 def hybrid(h, w, b, teacher=None, **options):
-    teacher = teacher or dk.TeacherHead(SEEN, HEAD)
+    teacher = teacher or dk.Teacher(SEEN, HEAD)
     data = {"distill_weights": CASE.token_weights, "policy_weights": None, "old_logprobs": OLD, "bias": b}
-    return dk.self_distill_loss(h, w, CASE.targets, teacher, CASE.advantages, config=FEW, **data, **options).loss
+    return loose.self_distill_loss(h, w, CASE.targets, teacher, CASE.advantages, config=FEW, **data, **options).loss
 
 
 EXPLORED = {
@@ -68,11 +71,15 @@ EXPLORED = {
     "has_teacher": torch.arange(T) < 15,
     "outputs": ("rhythm", "gate", "teacher_entropy"),
 }
-LOW_RANK_TEACHER = dk.TeacherHead(SEEN, HEAD, torch.randn(V, generator=RANDOM), lora(4), SOME["temperature"])
+LOW_RANK_TEACHER = dk.Teacher(
+    SEEN, dk.Head(HEAD, bias=torch.randn(V, generator=RANDOM), lora=lora(4), temperature=SOME["temperature"])
+)
 KEPT = dk.topk_logprobs(SEEN, HEAD, 4)
 SAMPLED = {"teacher": dk.TeacherLogprobs(OLD), "spec": dk.DistillSpec(1.0)}
 CASES = {
-    "cross entropy": lambda h, w, b: dk.weighted_cross_entropy(h, w, CASE.targets, lora=lora(D), **SOME).loss,
+    "cross entropy": lambda h, w, b: (
+        loose.weighted_cross_entropy(h, dk.Head(w, lora=lora(D)), CASE.targets, **SOME).loss
+    ),
     "policy": lambda h, w, b: policy(h, w, b, lora=lora(D)),
     "policy, some": lambda h, w, b: policy(h, w, None, **SOME),
     "policy, shared": lambda h, w, b: policy(h, w, b, **SHARED, **ENTRIES),
@@ -82,7 +89,7 @@ CASES = {
     "kl_cov": lambda h, w, b: policy(h, w, b, "kl_cov"),
     "clip_cov, shared": lambda h, w, b: policy(h, w, b, "clip_cov", **SHARED, **ENTRIES),
     "frozen": lambda h, w, b: policy(h, w.detach(), None, lora=lora(D)),
-    "scores": lambda h, w, b: scores(h, w, b, return_entropy=True, lora=lora(D), **SOME),
+    "scores": lambda h, w, b: scores(h, w, b, entropy_gradient=True, lora=lora(D), **SOME),
     "scores, shared": lambda h, w, b: scores(h, w, b, targets=ENTRIES["targets"], **SHARED),
     "scores, frozen": lambda h, w, b: scores(h, w.detach(), b.detach(), **SOME),
     "distilled": lambda h, w, b: distilled(h, w, b, lora=lora(D), teacher=LOW_RANK_TEACHER, **SOME),
@@ -95,7 +102,7 @@ CASES = {
         h, w, b, LOW_RANK_TEACHER, lora=lora(D), distill=dk.DistillSpec(0.3, 4), **EXPLORED, **SOME
     ),
     "hybrid, kept": lambda h, w, b: hybrid(h, w, None, KEPT, ref_logprobs=OLD, policy=dk.PolicySpec(kl_coef=0.1)),
-    "top k": lambda h, w, b: dk.topk_logprobs(h, w, 4, bias=b, config=FEW, **SOME).logprobs,
+    "top k": lambda h, w, b: loose.topk_logprobs(h, dk.Head(w, bias=b), 4, config=FEW, **SOME).logprobs,
 }
 
 
@@ -143,14 +150,14 @@ def test_shared_rows_two_passes_and_a_kept_teacher_compile_as_one_graph():
         shared = {"rows": rows, "active": SHARED["active"], "temperature": SHARED["temperature"], "config": FEW}
         old, segments = torch.full(targets.shape, -3.0), torch.arange(targets.numel()) // 8
         data = {"old_logprobs": old, "segment_ids": segments, "bias": b}
-        ppo = dk.policy_loss(h, w, targets, advantages, spec=dk.PolicySpec(entropy_coef=0.1), **data, **shared)
-        twice = dk.policy_loss(h, w, targets, advantages[:4], spec=dk.PolicySpec.preset("gspo"), **data, **shared)
-        scores = dk.linear_logprob(h, w, targets, return_entropy=True, **shared)
+        ppo = loose.policy_loss(h, w, targets, advantages, spec=dk.PolicySpec(entropy_coef=0.1), **data, **shared)
+        twice = loose.policy_loss(h, w, targets, advantages[:4], spec=dk.PolicySpec.preset("gspo"), **data, **shared)
+        scores = loose.linear_logprob(h, w, targets, entropy_gradient=True, **shared)
         long = dk.policy_loss(
             h, w, CASE.targets, CASE.advantages, cu_seqlens=cu, spec=dk.PolicySpec.preset("gmpo"), config=FEW
         )
         kept = dk.topk_logprobs(h.detach() * 2, w.detach(), 4, config=FEW)
-        taught = dk.distill_loss(h, w, kept, kept.logprobs[:, 0].exp(), targets=kept.ids[:, 0], bias=b)
+        taught = dk.distill_loss(h, dk.Head(w, bias=b), kept, kept.logprobs[:, 0].exp(), targets=kept.ids[:, 0])
         loss = ppo.loss + twice.loss + long.loss + taught.loss + scores.logprobs.square().sum() + scores.entropy.sum()
         return loss, kept.ids, kept.logprobs.exp().sum(-1) + kept.rest.exp()
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import loose
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def test_every_token_clipped(backend, name, side):
     data = {"old_logprobs": LOGP - side, "cu_seqlens": CU, "spec": spec, "config": on(backend)}
 
     def fused(h, w, b):
-        return dk.policy_loss(h, w, CASE.targets, advantages, bias=b, **data).loss
+        return loose.policy_loss(h, dk.Head(w, bias=b), CASE.targets, advantages, **data).loss
 
     def written_out(h, w, b):
         logp = own(h, w, b)
@@ -73,7 +74,9 @@ def test_every_token_clipped(backend, name, side):
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
     assert any(grad.any() for grad in found[1:]) == (name == "cispo")
     with torch.no_grad():
-        metrics = dk.policy_loss(CASE.hidden, CASE.weight, CASE.targets, advantages, bias=CASE.bias, **data).metrics
+        metrics = loose.policy_loss(
+            CASE.hidden, dk.Head(CASE.weight, bias=CASE.bias), CASE.targets, advantages, **data
+        ).metrics
     counts = {end: tuple(map(int, metrics[f"clip_ratio/{end}_mean"])) for end in ("high", "low")}
     assert counts == {"high": (COUNT * (side > 0), COUNT), "low": (COUNT * (side < 0), COUNT)}
 
@@ -87,7 +90,7 @@ def test_beyond_the_other_bound_no_token_is_clipped(backend, name, side):
     data = {"old_logprobs": LOGP + side, "cu_seqlens": CU, "spec": spec, "config": on(backend)}
 
     def fused(h, w, b):
-        return dk.policy_loss(h, w, CASE.targets, advantages, bias=b, **data).loss
+        return loose.policy_loss(h, dk.Head(w, bias=b), CASE.targets, advantages, **data).loss
 
     def written_out(h, w, b):
         return aggregated(-advantages[OWNER] * (own(h, w, b) - LOGP - side).exp(), spec)
@@ -127,7 +130,7 @@ def test_nothing_overflows_without_a_sign(backend, name, dtype):
             for sign in (1.0, -1.0):
                 noise = torch.Generator().manual_seed(0)
                 advantages = sign * SIZES.to(dtype)
-                loss = dk.policy_loss(
+                loss = loose.policy_loss(
                     *leaves[:2],
                     CASE.targets,
                     advantages,
@@ -163,12 +166,11 @@ def test_what_a_ratio_that_overflows_is_held_at(backend, name, shift):
         "dppo_unbounded": -A * r * LOGP * (shift > 0),  # the old one would be e^196, and lies beyond any bound
         "corrected_token_truncate": -A * r,
     }[name]
-    loss = dk.policy_loss(
+    loss = loose.policy_loss(
         CASE.hidden,
-        CASE.weight,
+        dk.Head(CASE.weight, bias=CASE.bias),
         CASE.targets,
         advantages,
-        bias=CASE.bias,
         spec=spec,
         cu_seqlens=CU,
         config=on(backend),
@@ -204,7 +206,7 @@ def test_targets_that_dominate_and_that_vanish(backend, name, scale, dtype):
         return loss.mean() if spec.aggregation == "token_mean" else (loss[:2].mean() + loss[2]) / 2
 
     def fused(h, w):
-        return dk.policy_loss(h, w, targets, torch.ones(4, dtype=dtype), **old, **options).loss
+        return loose.policy_loss(h, w, targets, torch.ones(4, dtype=dtype), **old, **options).loss
 
     def leaves(dtype):
         return tuple(t.to(dtype).requires_grad_() for t in (torch.ones(4, 4), weight.clone()))
@@ -229,7 +231,7 @@ def test_entropies_of_near_certainty(backend, scale):
         return (-(log_p.exp() * log_p).sum(-1) * torch.tensor([1.0, 2.0])).sum()
 
     def fused(h, w):
-        out = dk.linear_logprob(h, w, targets, return_entropy=True, config=on(backend))
+        out = dk.linear_logprob(h, w, targets, entropy_gradient=True, config=on(backend))
         return (out.entropy * torch.tensor([1.0, 2.0])).sum()
 
     def leaves():
@@ -246,7 +248,7 @@ def test_a_hybrid_over_a_vocabulary_of_one(backend, kind):
     g = torch.Generator().manual_seed(0)
     hidden, weight, seen, theirs = (torch.randn(n, 3, generator=g) for n in (6, 1, 6, 1))
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    teacher = dk.TeacherHead(seen, theirs)
+    teacher = dk.Teacher(seen, theirs)
     if kind == "stored":
         teacher = dk.topk_logprobs(seen, theirs, 1)
     elif kind == "sampled":
@@ -255,7 +257,7 @@ def test_a_hybrid_over_a_vocabulary_of_one(backend, kind):
     explored |= {"rebellious_weights": torch.ones(6), "mean_difference": 0.1, "mean_entropy": 1.0}
     advantages = torch.tensor([1.0, -2.0, 9.0, 0.5, 3.0, 0.0])
     spec = {"student's top 1": {"top_k": 1}, "sampled": {"alpha": 1.0}}.get(kind, {})
-    out = dk.self_distill_loss(
+    out = loose.self_distill_loss(
         *leaves,
         torch.tensor([0, 0, -100, 0, 0, 0]),
         teacher,

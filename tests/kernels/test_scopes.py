@@ -1,5 +1,6 @@
 """Losses that read whole sequences: how many rows go through which product, and when two passes are one."""
 
+import loose
 import pytest
 import torch
 from count_products import watch_products
@@ -28,7 +29,7 @@ def run(case, advantages, cu, spec=GSPO, rows=1000, seed=0, **options):
     g = torch.Generator().manual_seed(seed)
     old = own + 0.05 * torch.randn(own.shape, generator=g, dtype=torch.float64)
     config = workspace(rows)
-    out = dk.policy_loss(
+    out = loose.policy_loss(
         h, w, case.targets, advantages, old_logprobs=old, cu_seqlens=cu, spec=spec, config=config, **options
     )
     return out, lambda: torch.autograd.grad(out.loss, (h, w))
@@ -90,7 +91,7 @@ def test_rows_shared_by_sequences():
         h, w, _ = case.leaves(torch.float64)
         hidden, options = (h, {"rows": rows}) if shared else (h[rows], {})
         for budget in (1000, 5):
-            out = dk.policy_loss(
+            out = loose.policy_loss(
                 hidden,
                 w,
                 targets,

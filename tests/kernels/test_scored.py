@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import loose
 import pytest
 import torch
 from preset_specs import PRESET_SPECS
@@ -48,7 +49,7 @@ def test_it_is_what_policy_loss_adds_up(name, padded):
         targets, advantages, mask = (t.reshape(4, 6) for t in (targets, advantages, mask))
         data = {k: v.reshape(4, 6) for k, v in data.items()}
     leaves = [hidden.clone().requires_grad_() for _ in range(2)]
-    whole = dk.policy_loss(
+    whole = loose.policy_loss(
         leaves[0], CASE.weight, targets, advantages, spec=spec, outputs=("ratio", "clipped"), **where, **data
     )
     whole.loss.backward()

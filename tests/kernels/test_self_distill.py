@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 from self_distill_cases import (
@@ -50,7 +51,7 @@ def test_is_both_losses_apart(policy, teacher, backend):
 
     def apart(h, w, b, full=False):
         common = {"bias": b, "old_logprobs": OLD, "normalizer": total, **HEAD}
-        policy = dk.policy_loss(
+        policy = loose.policy_loss(
             h,
             w,
             TARGETS,
@@ -61,7 +62,7 @@ def test_is_both_losses_apart(policy, teacher, backend):
             **data,
             **common,
         )
-        distilled = dk.distill_loss(
+        distilled = loose.distill_loss(
             h, w, known, DISTILL_WEIGHTS, targets=TARGETS, spec=distill, outputs=outputs[5:], **common
         )
         return (policy, distilled) if full else policy.loss + 0.3 * distilled.loss
@@ -112,9 +113,9 @@ def test_low_rank_heads_are_the_merged_ones(teacher, backend, dtype, near):
         weight = w.detach() if frozen else w
         weight = weight if fused else weight + 0.7 * B @ A
         taught = known
-        if isinstance(known, dk.TeacherHead):
-            merged = dk.TeacherHead(seen, head + 0.3 * c @ a, temperature=1.2)
-            taught = dk.TeacherHead(seen, head, lora=dk.LoRAHead(a, c, 0.3), temperature=1.2) if fused else merged
+        if isinstance(known, dk.Teacher):
+            merged = dk.Teacher(seen, dk.Head(head + 0.3 * c @ a, temperature=1.2))
+            taught = dk.Teacher(seen, dk.Head(head, lora=dk.LoRAHead(a, c, 0.3), temperature=1.2)) if fused else merged
         config = dk.KernelConfig(backend=backend if fused else "reference", workspace_bytes=MANY.workspace_bytes)
         loss = hybrid(h, weight, b, taught, lora=lora, config=config, **options)
         return [t.detach().double() for t in (loss, *torch.autograd.grad(loss, leaves))]
@@ -170,9 +171,9 @@ def test_gradcheck_through_the_real_driver(k):
     def op(h, w, b):
         return dk.self_distill_loss(
             h,
-            w,
+            dk.Head(w, bias=b, softcap=4.0),
             SMALL.targets,
-            dk.TeacherHead(*SMALL_TEACHER),
+            dk.Teacher(*SMALL_TEACHER),
             SMALL.advantages,
             distill_weights=SMALL.token_weights,
             policy_weights=None,
@@ -180,8 +181,6 @@ def test_gradcheck_through_the_real_driver(k):
             ref_logprobs=torch.full((14,), -2.4).double(),
             policy=dk.PolicySpec(objective="sapo", kl_coef=0.1, entropy_coef=0.05, z_loss_coef=0.02),
             distill=dk.DistillSpec(0.4, k),
-            bias=b,
-            softcap=4.0,
             config=dk.KernelConfig(workspace_bytes=8 * 60 * 4),
         ).loss
 
@@ -213,22 +212,23 @@ def test_autograd_contract(monkeypatch):
 @pytest.mark.parametrize("size", [0, T])
 def test_nothing_to_train_gives_zero(size, backend):
     leaves, s = CASE.leaves(torch.float64), slice(0, size)
-    teacher = dk.TeacherHead(SEEN[s], TEACHER_WEIGHT)
+    teacher = dk.Teacher(SEEN[s], TEACHER_WEIGHT)
     out = dk.self_distill_loss(
         leaves[0][s],
-        leaves[1],
+        dk.Head(leaves[1], bias=leaves[2]),
         torch.full((size,), -100),
         teacher,
         CASE.advantages[s],
         distill_weights=None,
         policy_weights=None,
-        exploration=dk.ExplorationSpec(entropy_warmup=True),
-        turn_ids=TURNS[s],
-        rebellious_weights=REBELLIOUS[s],
-        mean_difference=torch.tensor(0.1),
-        mean_entropy=2.0,
-        bias=leaves[2],
         config=dk.KernelConfig(backend=backend),
+        exploration=dk.Exploration(
+            dk.ExplorationSpec(entropy_warmup=True),
+            turn_ids=TURNS[s],
+            weights=REBELLIOUS[s],
+            mean_difference=torch.tensor(0.1),
+            mean_entropy=2.0,
+        ),
     )
     assert out.loss.item() == 0
     assert all(g.abs().sum() == 0 for g in torch.autograd.grad(out.loss, leaves))
@@ -251,18 +251,19 @@ def test_half_precision_agrees_with_double(dtype):
         h, w, b = case.leaves(d)
         out = dk.self_distill_loss(
             h,
-            w,
+            dk.Head(w, bias=b),
             case.targets,
-            dk.TeacherHead(seen.to(d), w),
+            dk.Teacher(seen.to(d), w),
             case.advantages,
             distill_weights=case.token_weights,
             policy_weights=None,
-            exploration=dk.ExplorationSpec(entropy_warmup=True),
-            turn_ids=turns,
-            rebellious_weights=case.token_weights,
-            mean_difference=0.1,
-            mean_entropy=7.0,
-            bias=b,
+            exploration=dk.Exploration(
+                dk.ExplorationSpec(entropy_warmup=True),
+                turn_ids=turns,
+                weights=case.token_weights,
+                mean_difference=0.1,
+                mean_entropy=7.0,
+            ),
         )
         results.append([t.detach().double() for t in (out.loss, *torch.autograd.grad(out.loss, (h, w, b)))])
     for a, e in zip(*results):
@@ -280,11 +281,10 @@ def test_what_cannot_be_honoured_raises():
     refused("cu_seqlens", policy=POLICIES["corrected"], rollout_logprobs=OLD)
     refused("importance_clip=2.0 needs old_logprobs", distill=dk.DistillSpec(importance_clip=2.0), old_logprobs=None)
     explored = {"exploration": dk.ExplorationSpec()}
-    refused("needs turn_ids", **explored)
     refused("turn_ids must be integers", turn_ids=TURNS[:3], **explored)
-    refused("pass a TeacherHead", TEACHERS["stored"][0], turn_ids=TURNS, **explored)
+    refused("pass a Teacher", TEACHERS["stored"][0], turn_ids=TURNS, **explored)
     refused("mean_entropy has shape", turn_ids=TURNS, mean_entropy=torch.ones(2), **explored)
-    refused("go with exploration", rebellious_weights=REBELLIOUS)
+    refused("must be None if teacher is None", None)
     refused("outputs has 'rhythm'", outputs=("rhythm",))
     refused("has_teacher must be bool", has_teacher=torch.ones(T))
     refused("policy_weights has shape", policy_weights=torch.ones(3))
@@ -305,15 +305,13 @@ def test_a_step_compiles_as_one_graph():
             hidden,
             head,
             targets,
-            dk.TeacherHead(hidden.detach() * 2, head),
+            dk.Teacher(hidden.detach() * 2, head),
             advantages,
             distill_weights=DISTILL_WEIGHTS,
             policy_weights=POLICY_WEIGHTS,
             old_logprobs=old,
             policy=dk.PolicySpec(entropy_coef=0.1),
-            exploration=dk.ExplorationSpec(),
-            turn_ids=turns,
-            mean_difference=mean,
+            exploration=dk.Exploration(dk.ExplorationSpec(), turn_ids=turns, mean_difference=mean),
         )
         return out.loss, out.metrics["difference"][0]
 

@@ -2,6 +2,7 @@
 
 import math
 
+import loose
 import pytest
 import torch
 from distill_cases import (
@@ -22,13 +23,15 @@ def test_topk_logprobs(backend):
     log_p = logits_of(CASE.hidden, CASE.weight, CASE.bias, **HEAD).log_softmax(-1)
     active = torch.tensor([2, 3, 11, 29])
     for k in (1, 7, 60, 61):
-        found = dk.topk_logprobs(CASE.hidden, CASE.weight, k, bias=CASE.bias, config=config, **HEAD)
+        found = loose.topk_logprobs(CASE.hidden, dk.Head(CASE.weight, bias=CASE.bias), k, config=config, **HEAD)
         values, ids = log_p.topk(k)
         assert torch.equal(found.ids, ids)
         torch.testing.assert_close(found.logprobs, values)
         rest = log_p.scatter(-1, ids, -math.inf).logsumexp(-1) if k < 61 else torch.full((30,), -math.inf).double()
         torch.testing.assert_close(found.rest, rest)
-        some = dk.topk_logprobs(CASE.hidden, CASE.weight, k, bias=CASE.bias, config=config, active=active, **HEAD)
+        some = loose.topk_logprobs(
+            CASE.hidden, dk.Head(CASE.weight, bias=CASE.bias), k, config=config, active=active, **HEAD
+        )
         assert torch.equal(some.ids[active], ids[active])
         torch.testing.assert_close(some.rest[active], rest[active])
         assert some.logprobs.abs().sum() == some.logprobs[active].abs().sum()

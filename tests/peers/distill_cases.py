@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import loose
 import torch
 from hypothesis import strategies as st
 from peer_cases import Batch, D, Result, V, assert_agree, batches, gradients, make_batch
@@ -31,8 +32,8 @@ class Lesson:
     def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.hidden.to(dtype) @ self.weight.to(dtype).T
 
-    def head(self, dtype: torch.dtype, **options) -> dk.TeacherHead:
-        return dk.TeacherHead(self.hidden.to(dtype), self.weight.to(dtype), **options)
+    def head(self, dtype: torch.dtype, **options) -> dk.Teacher:
+        return dk.Teacher(self.hidden.to(dtype), dk.Head(self.weight.to(dtype), **options))
 
     def top(self, dtype: torch.dtype, k: int) -> dk.TeacherTopK:
         """Its k likeliest tokens, as a server would send them."""
@@ -68,7 +69,7 @@ def ours(
     config = dk.KernelConfig(backend="cpu", workspace_bytes=x.workspace)
     if given.pop("old", False):
         given["old_logprobs"] = x.old
-    out = dk.distill_loss(x.hidden, x.weight, teacher(dtype), targets=targets, spec=spec, config=config, **given)
+    out = loose.distill_loss(x.hidden, x.weight, teacher(dtype), targets=targets, spec=spec, config=config, **given)
     return gradients(out.loss, x)
 
 

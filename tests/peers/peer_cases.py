@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import loose
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -170,7 +171,9 @@ def ours(batch: Batch, spec: dk.PolicySpec, dtype: torch.dtype, packed: bool, **
         per_token["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), x.lengths.cumsum(0)])
     advantages = x.advantages if x.advantages.dim() == 1 else pick(x.advantages)
     config = dk.KernelConfig(backend=given.pop("backend", "cpu"), workspace_bytes=batch.workspace)
-    out = dk.policy_loss(pick(x.hidden), x.weight, targets, advantages, spec=spec, config=config, **per_token, **given)
+    out = loose.policy_loss(
+        pick(x.hidden), x.weight, targets, advantages, spec=spec, config=config, **per_token, **given
+    )
     dhidden, dweight = torch.autograd.grad(out.loss, (x.hidden, x.weight))
     metrics = {name: float(total) / max(float(count), 1) for name, (total, count) in out.metrics.items()}
     return Result(out.loss.detach(), dhidden, dweight, metrics)

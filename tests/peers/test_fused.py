@@ -1,5 +1,6 @@
 """Fused heads and losses of TRL, Liger and Apple, as far as they run on a CPU, against ours."""
 
+import loose
 import pytest
 import torch
 from cut_cross_entropy import linear_cross_entropy
@@ -33,12 +34,11 @@ def test_trl_chunked_log_probs(bias, softcap, temperature, logit_scale):
                 hidden, weight, b if bias else None, case.targets, temperature, 17, softcap, logit_scale, TRL_OUTPUTS
             )
         else:
-            out = dk.linear_logprob(
+            out = loose.linear_logprob(
                 hidden,
-                weight,
+                dk.Head(weight, bias=b if bias else None),
                 case.targets,
-                bias=b if bias else None,
-                return_entropy=True,
+                entropy_gradient=True,
                 outputs=TRL_OUTPUTS[1:],
                 config=dk.KernelConfig(backend="cpu", workspace_bytes=10 * (101 + 12) * 4),
                 **head,
@@ -69,7 +69,7 @@ def test_liger_chunked_log_probs(temperature):
         if theirs:
             logp = _ChunkedSelectiveLogProbFunction.apply(hidden, weight, case.targets, bias, temperature, 17)
         else:
-            logp = dk.linear_logprob(hidden, weight, case.targets, bias=bias, temperature=temperature).logprobs
+            logp = dk.linear_logprob(hidden, dk.Head(weight, bias=bias, temperature=temperature), case.targets).logprobs
         loss = (logp * case.advantages.float()).sum()
         found.append((logp.detach(), *torch.autograd.grad(loss, (hidden, weight, bias))))
     for a, b in zip(*found):
@@ -168,7 +168,7 @@ def test_apple_cut_cross_entropy(softcap):
             loss = (nll * case.token_weights.float()).sum()
         else:
             out = dk.weighted_cross_entropy(
-                hidden, weight, case.targets, case.token_weights.float(), softcap=softcap, normalizer=1.0
+                hidden, dk.Head(weight, softcap=softcap), case.targets, case.token_weights.float(), normalizer=1.0
             )
             loss = out.loss
         found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import loose
 import pytest
 import torch
 from distill_cases import assert_same_divergence, lessons, make_lesson, ours, theirs
@@ -72,14 +73,12 @@ def test_chunked_divergence(beta, bias):
             teacher_final_logit_softcapping=its["softcap"],
             temperature=temperature,
         )
-        out = dk.distill_loss(
+        out = loose.distill_loss(
             x.hidden,
-            x.weight,
+            dk.Head(x.weight, bias=biases[0], temperature=temperature),
             lesson.head(torch.float32, bias=biases[1], temperature=temperature, **its),
             targets=labels(x),
             spec=dk.DistillSpec(beta),
-            bias=biases[0],
-            temperature=temperature,
             normalizer=items,
             outputs=("entropy",),
             config=dk.KernelConfig(backend="cpu", workspace_bytes=x.workspace),
@@ -184,7 +183,7 @@ def test_on_policy_distillation_takes_the_top_k_of_the_one_whose_expectation_it_
             head = lesson.head(dtype, temperature=temperature)
             if beta:
                 return head
-            return dk.topk_logprobs(head.hidden, head.weight, k, temperature=temperature)
+            return dk.topk_logprobs(head.hidden, dk.Head(head.weight, temperature=temperature), k)
 
         spec = dk.DistillSpec(beta, top_k=k, tail=tail)
         assert_same_divergence(lesson, opd, teacher, spec, temperature=temperature)

@@ -312,7 +312,9 @@ def test_fused_linear_for_ppo(dtype, temperature):
         if fused:
             logp, entropy = FusedLinearForPPO(chunk_size=4)(x.hidden, x.weight, x.targets, temperature)
         else:
-            out = dk.linear_logprob(x.hidden, x.weight, x.targets, return_entropy=True, temperature=temperature)
+            out = dk.linear_logprob(
+                x.hidden, dk.Head(x.weight, temperature=temperature), x.targets, entropy_gradient=True
+            )
             logp, entropy = out.logprobs, out.entropy
         loss = (logp * x.ref).sum() + (entropy * x.old).sum()
         found.append((logp.detach(), entropy.detach(), *torch.autograd.grad(loss, (x.hidden, x.weight))))

@@ -1,5 +1,6 @@
 """A small student and teacher, every kind of teacher beside it, and divergences written out over full logits."""
 
+import loose
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +17,9 @@ RANDOM = torch.Generator().manual_seed(5)
 TEACHER_HIDDEN = torch.randn(30, 5, generator=RANDOM, dtype=torch.float64)
 TEACHER_WEIGHT = torch.randn(61, 5, generator=RANDOM, dtype=torch.float64)
 TEACHER_BIAS = torch.randn(61, generator=RANDOM, dtype=torch.float64)
-TEACHER = dk.TeacherHead(TEACHER_HIDDEN, TEACHER_WEIGHT, TEACHER_BIAS, temperature=1.3, softcap=6.0, logit_scale=0.8)
+TEACHER = dk.Teacher(
+    TEACHER_HIDDEN, dk.Head(TEACHER_WEIGHT, bias=TEACHER_BIAS, temperature=1.3, softcap=6.0, logit_scale=0.8)
+)
 HEAD = {"temperature": 0.7, "softcap": 4.0, "logit_scale": 1.2}
 
 
@@ -56,14 +59,14 @@ def teacher_log_probs():
 
 def stored(k=7):
     return dk.topk_logprobs(
-        TEACHER_HIDDEN, TEACHER_WEIGHT, k, bias=TEACHER_BIAS, temperature=1.3, softcap=6.0, logit_scale=0.8
+        TEACHER_HIDDEN, dk.Head(TEACHER_WEIGHT, bias=TEACHER_BIAS, temperature=1.3, softcap=6.0, logit_scale=0.8), k
     )
 
 
 def loss_of(teacher, spec, config=MANY, **options):
     def run(h, w, b):
-        return dk.distill_loss(
-            h, w, teacher, WEIGHTS, targets=CASE.targets, spec=spec, bias=b, config=config, **HEAD, **options
+        return loose.distill_loss(
+            h, dk.Head(w, bias=b), teacher, WEIGHTS, targets=CASE.targets, spec=spec, config=config, **HEAD, **options
         ).loss
 
     return run
@@ -85,8 +88,8 @@ MODES = {
 
 
 def rows_of(teacher, index):
-    if isinstance(teacher, dk.TeacherHead):
-        return dk.TeacherHead(teacher.hidden[index], teacher.weight, teacher.bias, None, 1.3, 6.0, 0.8)
+    if isinstance(teacher, dk.Teacher):
+        return dk.Teacher(teacher.hidden[index], teacher.head)
     if isinstance(teacher, dk.TeacherTopK):
         return dk.TeacherTopK(teacher.ids[index], teacher.logprobs[index], teacher.rest[index])
     return dk.TeacherLogprobs(teacher.logprobs[index])

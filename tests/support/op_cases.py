@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import loose
 import torch
 from torch import Tensor
 
@@ -120,9 +121,9 @@ def make(lengths: list[int], seed: int) -> Batch:
     targets[rand(T) < 0.25] = -100
     tokens = {"hidden": randn(T, D), "seen": randn(T, SEEN_D), "temperature": 0.5 + rand(T)}
     batch = Batch(lengths, head, tokens | {"targets": targets, "teacher_temperature": 0.5 + rand(T)})
-    own = dk.linear_logprob(tokens["hidden"], head["weight"], targets, **head_of(batch)).logprobs
+    own = loose.linear_logprob(tokens["hidden"], head["weight"], targets, **head_of(batch)).logprobs
     old = own + 0.2 * randn(T)
-    kept = dk.topk_logprobs(tokens["seen"], head["teacher_weight"], K, bias=head["teacher_bias"])
+    kept = dk.topk_logprobs(tokens["seen"], dk.Head(head["teacher_weight"], bias=head["teacher_bias"]), K)
     assert kept.rest is not None
     per_token = {
         "advantages": some_zero(randn(T)),
@@ -151,10 +152,20 @@ def data_of(x: Batch, *names: str) -> dict[str, Tensor]:
     return {name: x.tokens[name] for name in names}
 
 
-def teacher_head(x: Batch) -> dk.TeacherHead:
+def teacher_head(x: Batch) -> dk.Teacher:
     lora = dk.LoRAHead(x.head["teacher_A"], x.head["teacher_B"], 0.7)
     weight, bias = x.head["teacher_weight"], x.head["teacher_bias"]
-    return dk.TeacherHead(x.tokens["seen"], weight, bias, lora, x.tokens["teacher_temperature"], x.softcap, 1.1)
+    return dk.Teacher(
+        x.tokens["seen"],
+        dk.Head(
+            weight,
+            bias=bias,
+            lora=lora,
+            temperature=x.tokens["teacher_temperature"],
+            softcap=x.softcap,
+            logit_scale=1.1,
+        ),
+    )
 
 
 def stored(x: Batch) -> dk.TeacherTopK:
@@ -176,8 +187,8 @@ GSPO = dk.PolicySpec.preset("gspo", clip_low=0.1, clip_high=0.1, kl_coef=0.1)
 def linear_logprob(entropy: bool):
     def run(x, config, normalizer, names):
         hidden, weight, targets = x.tokens["hidden"], x.head["weight"], x.tokens["targets"]
-        out = dk.linear_logprob(
-            hidden, weight, targets, return_entropy=entropy, outputs=names, config=config, **head_of(x)
+        out = loose.linear_logprob(
+            hidden, weight, targets, entropy_gradient=entropy, outputs=names, config=config, **head_of(x)
         )
         weights = x.tokens["token_weights"]
         loss = (out.logprobs * weights).sum()
@@ -191,14 +202,14 @@ def linear_logprob(entropy: bool):
 def weighted_cross_entropy(x, config, normalizer, names):
     head, t = x.head, x.tokens
     options = {"normalizer": normalizer, "outputs": names, "config": config, **head_of(x)}
-    return dk.weighted_cross_entropy(t["hidden"], head["weight"], t["targets"], t["token_weights"], **options)
+    return loose.weighted_cross_entropy(t["hidden"], head["weight"], t["targets"], t["token_weights"], **options)
 
 
 def pointwise_loss(x, config, normalizer, names):
     head, t = x.head, x.tokens
     options = {"normalizer": normalizer, "outputs": names, "config": config, **head_of(x)}
     data = (t["advantages"], t["token_weights"])
-    return dk.pointwise_loss(t["hidden"], head["weight"], t["targets"], focal, *data, **options)
+    return loose.pointwise_loss(t["hidden"], head["weight"], t["targets"], focal, *data, **options)
 
 
 def policy_loss(spec):
@@ -206,7 +217,7 @@ def policy_loss(spec):
         t = x.tokens
         data = data_of(x, "old_logprobs", "ref_logprobs", "token_weights") | (x.ends if spec.scope != "token" else {})
         options = {"spec": spec, "normalizer": normalizer, "outputs": names, "config": config, **head_of(x)}
-        return dk.policy_loss(t["hidden"], x.head["weight"], t["targets"], t["advantages"], **data, **options)
+        return loose.policy_loss(t["hidden"], x.head["weight"], t["targets"], t["advantages"], **data, **options)
 
     return run
 
@@ -216,7 +227,7 @@ def distill_loss(teacher, **spec):
         data = data_of(x, "token_weights", "targets", "old_logprobs")
         options = {"normalizer": normalizer, "outputs": names, "config": config, **head_of(x)}
         options["spec"] = dk.DistillSpec(**spec)
-        return dk.distill_loss(x.tokens["hidden"], x.head["weight"], teacher(x), **data, **options)
+        return loose.distill_loss(x.tokens["hidden"], x.head["weight"], teacher(x), **data, **options)
 
     return run
 
@@ -229,7 +240,7 @@ def self_distill_loss(teacher, exploration=None, **spec):
         if exploration is not None:
             data |= data_of(x, "turn_ids", "rebellious_weights") | x.ends
             options |= {"exploration": exploration, "mean_difference": 0.2, "mean_entropy": 2.0}
-        return dk.self_distill_loss(
+        return loose.self_distill_loss(
             t["hidden"],
             x.head["weight"],
             t["targets"],
@@ -248,7 +259,7 @@ def self_distill_loss(teacher, exploration=None, **spec):
 
 def topk_logprobs(x, config, normalizer, names):
     """Without a gradient; its sum stands for a loss."""
-    kept = dk.topk_logprobs(x.tokens["hidden"], x.head["weight"], K, config=config, **head_of(x))
+    kept = loose.topk_logprobs(x.tokens["hidden"], x.head["weight"], K, config=config, **head_of(x))
     where = (x.tokens["targets"] >= 0).to(kept.logprobs.dtype) * x.tokens["token_weights"].to(kept.logprobs.dtype)
     total = (kept.logprobs.sum(-1) * where + kept.rest * where).sum() / (1.0 if normalizer is None else normalizer)
     real = x.tokens["targets"] >= 0

@@ -1,5 +1,6 @@
 """One packed batch of turns with a policy loss and a teacher, and both losses over it."""
 
+import loose
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +17,7 @@ TARGETS = CASE.targets.masked_fill(TURNS < 0, -100)
 MASK = TARGETS >= 0
 SEEN = torch.randn(T, 5, generator=RANDOM, dtype=torch.float64)
 TEACHER_WEIGHT = torch.randn(V, 5, generator=RANDOM, dtype=torch.float64) * 0.5
-TEACHER = dk.TeacherHead(SEEN, TEACHER_WEIGHT, temperature=1.2)
+TEACHER = dk.Teacher(SEEN, dk.Head(TEACHER_WEIGHT, temperature=1.2))
 HAS_TEACHER = torch.arange(T) < 34
 LOG_T = (F.linear(SEEN, TEACHER_WEIGHT) / 1.2).log_softmax(-1)
 POLICY_WEIGHTS = CASE.token_weights
@@ -39,7 +40,7 @@ def hybrid(h, w, b, teacher=TEACHER, full=False, **options):
         **HEAD,
         **options,
     }
-    out = dk.self_distill_loss(h, w, TARGETS, teacher, CASE.advantages, **options)
+    out = loose.self_distill_loss(h, w, TARGETS, teacher, CASE.advantages, **options)
     return out if full else out.loss
 
 

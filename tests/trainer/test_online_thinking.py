@@ -115,7 +115,7 @@ def test_the_trust_region_mixes_logits(tmp_path):
     packs = pack([s.trajectory for s in samples], 4096, turns="assistant")
     sides = [[samples[index] for index in batch.indices] for batch in packs]
     [head], [batch], [side] = branches._teach(sides, packs, teacher), packs, sides
-    logits, starts = head.hidden @ head.weight.T, batch.cu_seqlens.tolist()
+    logits, starts = head.hidden @ head.head.weight.T, batch.cu_seqlens.tolist()
     for sample, start in zip(side, starts):
         if sample.taught is None:
             continue

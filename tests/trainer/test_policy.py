@@ -73,7 +73,7 @@ def test_lora_trains_adapters_alone_and_saves_them(tmp_path):
     trained = [name for name, p in lora.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
-    assert not lora.head()[0].requires_grad
+    assert not lora.head().weight.requires_grad
     with torch.no_grad():
         for p in lora.model.parameters():
             if p.requires_grad:
@@ -97,7 +97,7 @@ def test_adapters_on_the_head_are_refused(tmp_path):
     load_policy(ModelConfig(), seed=1).save(tmp_path)
     policy = load_policy(ModelConfig(path=str(tmp_path), lora=LoRAConfig(rank=2, alpha=4.0, target_modules=["q_proj"])))
     policy.causal_lm.set_output_embeddings(torch.nn.Sequential(policy.causal_lm.get_output_embeddings()))
-    with pytest.raises(NotImplementedError, match="lm_head is a Sequential"):
+    with pytest.raises(NotImplementedError, match="the head is a Sequential"):
         policy.head()
 
 
@@ -116,9 +116,8 @@ def test_packed_log_probs_are_those_of_the_model_alone_and_of_the_sampler(policy
         for i, (p, s) in enumerate(zip(prompts, samples))
     ]
     for batch in pack(trajectories, 4096):
-        weight, bias = policy.head()
         with torch.no_grad():
-            packed = dk.linear_logprob(policy.hidden(batch), weight, batch.targets, bias=bias).logprobs
+            packed = dk.linear_logprob(policy.hidden(batch), policy.head(), batch.targets).logprobs
         torch.testing.assert_close(packed[batch.active], batch.rollout_logprobs[batch.active], rtol=1e-4, atol=1e-4)
     for t in trajectories:
         with policy.inference():

@@ -97,7 +97,7 @@ def test_packs_line_up_token_by_token(policy):
     [theirs] = pack(teachers, 4096, turns="assistant")
     assert torch.equal(ours.targets[ours.response_mask], theirs.targets[theirs.response_mask])
     with policy.inference():
-        scored = drift_kernels.linear_logprob(policy.hidden(theirs), policy.head()[0], theirs.targets)
+        scored = drift_kernels.linear_logprob(policy.hidden(theirs), policy.head().weight, theirs.targets)
         expected = []
         for teacher in teachers:
             ids = torch.tensor(teacher.token_ids)

@@ -196,7 +196,7 @@ def test_recorded_log_probs_are_those_that_training_computes(policy, guessing, h
     compared = 0
     for batch in pack(trajectories, 512, turns="assistant"):
         with torch.no_grad():
-            ours = dk.linear_logprob(policy.hidden(batch), policy.head()[0], batch.targets).logprobs
+            ours = dk.linear_logprob(policy.hidden(batch), policy.head().weight, batch.targets).logprobs
         torch.testing.assert_close(ours[batch.active], batch.rollout_logprobs[batch.active], rtol=1e-4, atol=1e-4)
         compared += len(batch.active)
     assert compared == sum(sum(t["loss_mask"]) for row in rows for t in [row, *row.get("earlier_turns", [])])

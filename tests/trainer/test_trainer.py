@@ -300,7 +300,7 @@ def test_lora_moves_only_the_adapters():
     assert stats.losses[-1] < stats.losses[0]
     changed = {name for name, now in policy.weights().items() if not torch.equal(now, before[name])}
     assert changed == {name for name in before if "lora_" in name}
-    assert not policy.head()[0].requires_grad
+    assert not policy.head().weight.requires_grad
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

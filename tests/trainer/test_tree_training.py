@@ -115,7 +115,7 @@ SPECS = {
 def test_every_policy_loss_is_the_same_with_its_outputs_and_metrics(policy, name, made):
     spec = SPECS[name]
     [shared], [flat] = tree(made, 10_000, turns="assistant"), pack(made, 10_000, turns="assistant")
-    weight = policy.head()[0]
+    weight = policy.head()
     found = []
     for batch in (flat, shared):
         is_tree = batch is shared
@@ -158,12 +158,12 @@ def test_distillation_from_a_teacher_is_the_same_with_rows_gathered(policy, name
         one.advantage, one.logprobs = 0.5 - i % 2, None
     spec = {"kl": dk.DistillSpec(alpha=1.0), "top_k": dk.DistillSpec(top_k=4)}.get(name, dk.DistillSpec(alpha=0.5))
     [shared], [flat] = tree(made, 10_000, turns="assistant"), pack(made, 10_000, turns="assistant")
-    weight, other = policy.head()[0], torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(3)) * 0.3
+    weight, other = policy.head(), torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(3)) * 0.3
     found = []
     for batch in (flat, shared):
         hidden = layout.hidden_states(policy, batch)
         with torch.no_grad():
-            teacher = dk.TeacherHead(layout.hidden_states(policy, batch) * 1.1, other)
+            teacher = dk.Teacher(layout.hidden_states(policy, batch) * 1.1, other)
         if name == "hybrid":
             out = dk.self_distill_loss(
                 hidden, weight, flat.targets, teacher, flat.advantages, distill_weights=None, policy_weights=None

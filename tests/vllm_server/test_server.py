@@ -66,7 +66,7 @@ def gap(policy, prompts, samples, temperature):
 def prompts_of(policy, count=8):
     draw = torch.Generator().manual_seed(5)
     sizes = torch.randint(1, 40, (count,), generator=draw).tolist()
-    return [torch.randint(policy.head()[0].shape[0], (size,), generator=draw).tolist() for size in sizes]
+    return [torch.randint(policy.head().weight.shape[0], (size,), generator=draw).tolist() for size in sizes]
 
 
 class Watched(VLLMEngine):

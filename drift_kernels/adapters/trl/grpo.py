@@ -18,8 +18,9 @@ from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
-from drift_kernels.adapters._common import Head, run_inside_forward, unwrap_peft
+from drift_kernels.adapters._common import run_inside_forward
 from drift_kernels.adapters.trl.swap import SUPPORTED
+from drift_kernels.head.models import unwrap_peft
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
@@ -145,17 +146,17 @@ class DriftGRPOTrainer(GRPOTrainer):
         normalizer = self._normalizer(inputs, mask)
         spec = self._with_bonus(self._spec_for(inputs), normalizer, mask)
 
-        def inside(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        def inside(hidden: Tensor, head: dk.Head) -> dict[str, Tensor]:
             hidden = hidden[:, -length - 1 : -1]  # row i predicts completion token i
             autocast = nullcontext()
             if self.args.cast_lm_head_to_fp32:
                 hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-            options = {"temperature": self.temperature, "config": self._kernel, **head.options()}
+            head, options = head.at(self.temperature), dict[str, Any](config=self._kernel)
             with autocast:
                 chosen = self._high_entropy(hidden, head, targets, mask, options)
                 out = dk.policy_loss(
                     hidden,
-                    head.weight,
+                    head,
                     targets,
                     spec=spec,
                     outputs=("logprobs", "entropy"),
@@ -172,12 +173,14 @@ class DriftGRPOTrainer(GRPOTrainer):
                 drift_inside=inside,
             )
 
-    def _high_entropy(self, hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, options: Any) -> Tensor | None:
+    def _high_entropy(
+        self, hidden: Tensor, head: dk.Head, targets: Tensor, mask: Tensor, options: Any
+    ) -> Tensor | None:
         """Which tokens top_entropy_quantile leaves [B, T], from a scoring pass; None where it leaves all."""
         if self.top_entropy_quantile >= 1.0:
             return None
         with torch.no_grad():
-            scored = dk.linear_logprob(hidden, head.weight, targets, outputs=("entropy",), **options)
+            scored = dk.linear_logprob(hidden, head, targets, outputs=("entropy",), **options)
         return self.get_high_entropy_mask(scored.outputs["entropy"], mask, 1 - self.top_entropy_quantile)
 
     def _corrected(self) -> bool:

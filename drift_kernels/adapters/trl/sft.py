@@ -15,8 +15,9 @@ from torch import Tensor
 from trl import SFTTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
-from drift_kernels.adapters._common import Head, WeightedCollator, run_inside_forward, shifted, unwrap_peft
+from drift_kernels.adapters._common import WeightedCollator, run_inside_forward
 from drift_kernels.adapters.trl.swap import SUPPORTED
+from drift_kernels.head.models import unwrap_peft
 
 NORMALIZE = ("tokens", "weights", "samples", "sample_weights")
 
@@ -106,8 +107,8 @@ class DriftSFTTrainer(SFTTrainer):
 
     def _factors(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch, [B, L] each, row i by what it predicts: targets, factors of −log p, shares of the denominator."""
-        targets, weights = shifted(batch["labels"], -100), shifted(batch["token_weights"], 0)
-        shares = shifted(batch["token_shares"], 0) if "token_shares" in batch else torch.ones_like(weights)
+        targets, weights = dk.shift(batch["labels"], fill=-100), dk.shift(batch["token_weights"])
+        shares = dk.shift(batch["token_shares"]) if "token_shares" in batch else torch.ones_like(weights)
         counted = shares if self.normalize in ("tokens", "samples") else shares * weights
         return targets, shares * weights, torch.where(targets != -100, counted, 0.0)
 
@@ -128,16 +129,15 @@ class DriftSFTTrainer(SFTTrainer):
         total = torch.where(total == 0, torch.ones_like(total), total)
         inputs = {name: value for name, value in inputs.items() if name not in ("token_weights", "token_shares")}
 
-        def inside(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        def inside(hidden: Tensor, head: dk.Head) -> dict[str, Tensor]:
             out = dk.weighted_cross_entropy(
                 hidden,
-                head.weight,
+                head,
                 targets.to(hidden.device),
                 factors.to(hidden.device),
                 normalizer=total,
                 outputs=("entropy", "is_top1"),
                 config=self._kernel,
-                **head.options(),
             )
             return {"loss": out.loss, **out.outputs}
 

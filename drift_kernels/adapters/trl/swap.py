@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import drift_kernels as dk
-from drift_kernels.adapters._common import Support, zero3_enabled
+from drift_kernels.adapters._common import Support
+from drift_kernels.head.models import is_zero3
 
 SUPPORTED = Support("trl", "1.16", "2")
 SUPPORTED.check()
@@ -65,7 +66,7 @@ class FusedLogProb:
         outputs: tuple[str, ...] = OPTIONAL,
     ) -> PerToken:
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1) [N], None for what `outputs` does not name."""
-        if zero3_enabled():
+        if is_zero3():
             raise NotImplementedError(
                 "DeepSpeed ZeRO-3 is not supported: its head is empty outside TRL's own function; use ZeRO-2 or FSDP2, "
                 "or drift_kernels.adapters.trl.disable()"
@@ -75,14 +76,12 @@ class FusedLogProb:
             bias = None if bias is None else bias.to(hidden.dtype)
         found = dk.linear_logprob(
             hidden,
-            weight,
+            dk.Head(
+                weight, bias=bias, temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale
+            ),
             targets,
-            return_entropy="entropy" in outputs,
+            entropy_gradient="entropy" in outputs,
             outputs=tuple(name for name in OPTIONAL[1:] if name in outputs),
-            bias=bias,
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
             config=cls.config,
         )
         entropy = None if found.entropy is None else found.entropy.float()

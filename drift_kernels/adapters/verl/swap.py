@@ -26,7 +26,7 @@ SEAMS = {
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, config: dk.KernelConfig
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor, config: dk.KernelConfig
 ) -> tuple[Tensor, Tensor]:
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         raise NotImplementedError("a temperature per sample is not supported by verl's fused kernels, nor here")
@@ -34,10 +34,12 @@ def _score(
         weight = _gathered(weight)
     found = dk.linear_logprob(
         hidden,
-        weight.to(hidden.dtype) if not torch.is_autocast_enabled(hidden.device.type) else weight,
+        dk.Head(
+            weight.to(hidden.dtype) if not torch.is_autocast_enabled(hidden.device.type) else weight,
+            temperature=float(temperature),
+        ),
         labels.to(torch.int64),
-        return_entropy=True,
-        temperature=float(temperature),
+        entropy_gradient=True,
         config=config,
     )
     assert found.entropy is not None
