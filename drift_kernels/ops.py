@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import backends, whole
+from drift_kernels.alignment import check_old_logprobs
 from drift_kernels.autograd import FusedLoss, LinearLogprobs, PointwiseWork, PolicyWork
 from drift_kernels.calls import Call, KernelConfig
 from drift_kernels.closures import check_pointwise
@@ -184,6 +185,8 @@ def policy_loss(
     check_data("advantages", advantages, flat.targets.device)
     segments, count = segments_of(flat, spec, advantages, cu_seqlens, segment_ids)
     data = caller_tokens(flat, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights)
+    if old_logprobs is not None:
+        warn_if_token_aligned(flat, mask, old_logprobs, config)
     tokens, factor = folded_tokens(flat, mask, segments, count, data, spec)
     if spec.objective == "clip_cov":
         noise = torch.rand(mask.shape, generator=generator, dtype=flat.dtype, device=mask.device)
@@ -251,3 +254,15 @@ def _policy(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) 
         return whole.policy(flat, tokens, call, denominator)
     loss, stacked = FusedLoss.apply(*flat.operands(), PolicyWork(layout_of(flat), tokens, denominator, call))
     return loss, dict(zip(call.outputs, stacked))
+
+
+def warn_if_token_aligned(flat: Flat, mask: Tensor, old: Tensor, config: KernelConfig) -> None:
+    """`check_old_logprobs` of a call; not with `rows`, whose entries need not follow each other, or a temperature of each row."""
+    if flat.temperature is not None or flat.rows is not None:
+        return
+
+    def logprobs_of(entries: Tensor) -> Tensor:
+        scratch = KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
+        return linear_logprob(flat.hidden[entries], flat.head, flat.targets[entries], config=scratch).logprobs
+
+    check_old_logprobs(old.reshape(-1), mask, flat.shape, logprobs_of)

@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from drift_kernels.tensors import is_dtensor
 
 LENGTHS = (9, 140)  # the second one is longer than the blocks of block-wise layers (64, 128)
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of half types: HALF
@@ -200,7 +201,7 @@ def _lengths_for(config: Any) -> tuple[int, int]:
 def _computed_in(model: Any) -> torch.dtype:
     """The type that the check computes in: float32, unless the attention takes half types alone."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP2 gathers them itself
+    sharded = any(is_dtensor(p) for p in model.parameters())  # FSDP2 gathers them itself
     return dtype if sharded or _half_only(model) or dtype == torch.float64 else torch.float32
 
 

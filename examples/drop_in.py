@@ -25,14 +25,17 @@ def main(steps: int = 20) -> list[float]:
     model = Qwen2ForCausalLM(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     input_ids = torch.randint(0, 1000, (4, 32))
-    weights = torch.rand(4, 32)
-    weights[:, :16] = 0  # a prompt: its rows never reach a matrix product with the vocabulary
+    weights = torch.rand(4, 32)  # a weight a token
+    weights[:, :16] = (
+        0  # a prompt: its tokens are not trained, and their rows never reach a product with the vocabulary
+    )
+    token_weights = dk.shift(weights)  # aligned with targets: row i has the weight of token i + 1, which it predicts
 
     losses = []
     for _ in range(steps):
         hidden = model.model(input_ids).last_hidden_state  # [B, L, D]; the head is not called
         targets = dk.shift_targets(input_ids)  # [B, L], -100 at the end of each row
-        out = dk.weighted_cross_entropy(hidden, model.lm_head.weight, targets, weights)
+        out = dk.weighted_cross_entropy(hidden, model.lm_head.weight, targets, token_weights)
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ["checks", "spec", "distill_spec", "calls", "formulas", "divergences", "exploration", "tensors", "plan"]
+KERNELS = [
+    "native",
+    "alignment",
+    "checks",
+    "spec",
+    "distill_spec",
+    "calls",
+    "formulas",
+    "divergences",
+    "exploration",
+    "tensors",
+    "plan",
+]
 KERNELS += ["outputs", "head", "inputs", "folding", "closures", "teachers", "backends", "memory", "products"]
 KERNELS += ["pieces", "cpu_sweep", "gpu_sweep", "sweeps", "token_terms", "driver", "distill_driver"]
 KERNELS += ["registered", "scored", "autograd", "whole", "ops", "distill_ops", "testing", "conversation", "packs"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 from drift_kernels.backends import structs
 from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.formulas import Tokens
+from drift_kernels.native import extension as _cpu
 from drift_kernels.spec import PolicySpec
 
 CPU = torch.device("cpu")
@@ -119,8 +119,14 @@ def compact(logits: Tensor, live: Tensor) -> tuple[int, Tensor | None]:
     return (count, None) if count == logits.shape[0] else (count, order[:count])
 
 
-has_gemm = _cpu.has_gemm  # () -> bool
-has_bf16_gemm = _cpu.has_bf16_gemm  # () -> bool
+def has_gemm() -> bool:
+    return _cpu.has_gemm()
+
+
+def has_bf16_gemm() -> bool:
+    return _cpu.has_bf16_gemm()
+
+
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/gemm.h: Type
 
 

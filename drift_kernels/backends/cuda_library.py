@@ -11,7 +11,7 @@ from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
+from drift_kernels.native import extension as _cpu
 
 BUILD = "FORCE_CUDA=1 pip install --no-build-isolation -e . (needs nvcc; CUDA_HOME names its toolkit)"
 HINTS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drift_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
 from drift_kernels.backends.params import ENTRY_OUTPUTS, POLICY_OUTPUTS, ROW_OUTPUTS, policy_numbers
 from drift_kernels.formulas import Tokens
+from drift_kernels.native import extension as _cpu
 from drift_kernels.spec import PolicySpec
 
 
