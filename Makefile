@@ -38,10 +38,10 @@ test-peers: $(VENV)/.peers $(VERL)/.installed
 	$(VERL)/bin/python -m pytest tests/peers/test_verl_correction.py
 	$(VERL)/bin/python -m pytest tests/peers/test_verl_distill.py
 
-# Trainers pin what they like: a virtual environment of their own, and the list of what ran in docs/adapters.md.
+# Trainers pin what they like: a virtual environment of their own, and the list of what ran in tests/adapters/ran.txt.
 ADAPTERS := .venv-adapters
 test-adapters: $(ADAPTERS)/.installed
-	$(ADAPTERS)/bin/python -m pytest tests/adapters -q --adapters-report=docs/adapters.md
+	$(ADAPTERS)/bin/python -m pytest tests/adapters -q --adapters-report=tests/adapters/ran.txt
 
 # verl and torchtitan without their requirements: each asks for versions that the others do not have, for parts not used here
 $(ADAPTERS)/.installed: $(SOURCES) Makefile
@@ -94,11 +94,22 @@ wheel: $(WHEEL)/.torch
 $(WHEEL)/.torch:
 	$(call with_torch,$(WHEEL))
 
+# The documentation site, in site/. Nothing is imported: an environment of its own, without torch; ruff breaks the lines of signatures.
+DOCS := .venv-docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
+$(DOCS)/.installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1.0,<2" ruff==0.17.6
+	@touch $@
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=min,median,rounds -q
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.sweeps
 	$(BIN)/python -m bench.steps
+	$(BIN)/python -m bench.picture
 
 study: $(VENV)/.installed
 	$(BIN)/drift study configs/study.yaml

@@ -1,7 +1,7 @@
 """Tests of the adapters on the trainers themselves: tiny models from a config, a tokenizer made here, no network.
 
 `make test-adapters` runs them. Where a trainer is missing its file is left out of a plain `pytest` run, and shows as
-"cannot run" in the report (`--adapters-report=FILE` writes that as a table).
+"cannot run" in the report (`--adapters-report=FILE` writes that).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
-BEGIN, END = "<!-- report: written by make test-adapters -->", "<!-- /report -->"
 NEEDS = {
     "test_trl": ("trl", "datasets", "peft"),
     "test_transformers": ("peft", "accelerate"),
@@ -64,7 +63,7 @@ collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--adapters-report", help="a file whose part between report marks becomes the list of results")
+    parser.addoption("--adapters-report", help="a file for the list of results")
 
 
 def pytest_configure(config):
@@ -114,7 +113,4 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.write_sep("=", "adapters")
     terminalreporter.write_line("\n".join(lines))
-    path = Path(target)
-    head, _, rest = path.read_text().partition(BEGIN)
-    tail = rest.partition(END)[2]
-    path.write_text(f"{head}{BEGIN}\n```\n" + "\n".join(lines) + f"\n```\n{END}{tail}")
+    Path(target).write_text("\n".join(lines) + "\n")

@@ -321,5 +321,5 @@ def test_the_backend_can_be_chosen():
 
 @pytest.mark.peers
 def test_trls_own_tests_of_the_function(tmp_path):
-    """Not in its sdist so far; said here, so that the list of docs/adapters.md tells when they come."""
+    """Not in its sdist so far; said here, so that tests/adapters/ran.txt tells when they come."""
     peers.test_module("trl==1.16.0", "tests/test_chunked_logprob.py", tmp_path)

@@ -223,7 +223,7 @@ def test_external_lib_turns_it_on():
 
 @pytest.mark.peers
 def test_verls_own_tests_of_the_kernel(tmp_path):
-    """Not in its sdist so far; said here, so that the list of docs/adapters.md tells when they come."""
+    """Not in its sdist so far; said here, so that tests/adapters/ran.txt tells when they come."""
     peers.test_module("verl==0.9.1", "tests/utils/test_linear_cross_entropy.py", tmp_path)
 
 

@@ -43,12 +43,12 @@ def test_the_readme_trains_packed_sequences_as_if_each_were_alone():
     model = causal_lm(Qwen2Config(**SHAPE, initializer_range=0.2), "sdpa")
     ids = torch.randint(3, VOCAB, (17,), generator=g)
     sampled = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1]).bool()
-    advantages, old_logprobs = torch.tensor([1.0, -0.5, 2.0]), -2.5 + torch.rand(17, generator=g)
+    advantages, sampler_logprobs = torch.tensor([1.0, -0.5, 2.0]), -2.5 + torch.rand(17, generator=g)
 
     expected = torch.zeros(())
-    for part, of, old, advantage in zip(*(t.split(lengths) for t in (ids, sampled, old_logprobs)), advantages):
+    for part, of, old, advantage in zip(*(t.split(lengths) for t in (ids, sampled, sampler_logprobs)), advantages):
         logp = model(part[None, :-1]).logits[0].log_softmax(-1).gather(1, part[1:, None])[:, 0]
-        ratio = (logp - old[:-1]).exp()
+        ratio = (logp - old[1:]).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
         expected = expected + loss[of[1:]].sum() / 10
     expected.backward()
@@ -57,7 +57,11 @@ def test_the_readme_trains_packed_sequences_as_if_each_were_alone():
 
     names = {"model": model, "input_ids": ids[None], "sampled": sampled, "advantages": advantages}
     names["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    names |= {"cu_seqlens": torch.tensor([0, 5, 14, 17]), "old_logprobs": old_logprobs, "global_token_count": 10}
+    names |= {
+        "cu_seqlens": torch.tensor([0, 5, 14, 17]),
+        "sampler_logprobs": sampler_logprobs,
+        "global_token_count": 10,
+    }
     exec(code, names)
     torch.testing.assert_close(names["out"].loss, expected)
     for name, p in model.named_parameters():
