@@ -36,6 +36,7 @@ _REMEDIES = {
     errno.ENOENT: "its folder was removed during the run",
     errno.EIO: "the disk reports an error",
 }
+_TORN = re.compile(r"\.\d+\.partial$")
 _CODE = re.compile(r"\(os error (\d+)\)")
 
 
@@ -81,6 +82,13 @@ def write(path: str | Path, content: str | bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def sweep(path: str | Path) -> None:
+    """Removes what processes that were killed during `write` left anywhere in the folder; for the holder of its lock."""
+    for torn in Path(path).rglob("*.partial"):
+        if _TORN.search(torn.name):
+            torn.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -199,6 +199,7 @@ class TrainConfig(Section):
             "max_skipped",
             "grad_spike",
             "low_ess",
+            "sampler_gap",
             "workspace_bytes",
             "backend",
             "rounds",
@@ -240,6 +241,9 @@ class TrainConfig(Section):
         10.0  # times the median gradient norm of late, beyond which a step is told of
     )
     low_ess: Share = 0.05  # effective sample size as a share of the batch, below which a step is told of
+    sampler_gap: Rate = (
+        1.0  # nats a token between the sampler's log-probs and the policy's, beyond which a step is told of
+    )
     workspace_bytes: Positive | None = None  # of the fused loss; null is the backend's own default
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
 

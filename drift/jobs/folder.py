@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.max_skipped",
     "train.grad_spike",
     "train.low_ess",
+    "train.sampler_gap",
 )  # between two runs in one folder
 
 
@@ -64,11 +65,17 @@ class Clock:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other run gets into the folder. Under torchrun the first rank holds it for all."""
-    if os.environ.get("RANK", "0") != "0":
+    if not _first():
         yield
         return
     with files.lock(folder):
+        files.sweep(folder)
         yield
+
+
+def _first() -> bool:
+    """Whether this process is torchrun's first rank, or was started without torchrun; known before the ranks meet."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def finished(folder: Path, config: Config) -> dict[str, Any] | None:
@@ -93,7 +100,7 @@ def _settings(file: Path) -> Config:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Writes config.yaml; in a folder where a run has got anywhere, only what may differ between two runs may differ."""
+    """Writes config.yaml, on the first rank; in a folder where a run has got anywhere, only MAY_CHANGE may differ."""
     file = folder / "config.yaml"
     if file.exists() and any((folder / name).exists() for name in ("base", "rollouts.jsonl")):
         before, now = _settings(file).model_dump(), config.model_dump()
@@ -105,8 +112,9 @@ def claim(folder: Path, config: Config) -> None:
                 f"{folder} holds a run with other settings: {'; '.join(differ)}. Set them back, give this run another "
                 f"name (name=…), or remove the folder"
             )
-    (folder / "summary.json").unlink(missing_ok=True)
-    files.write(file, dump(config))
+    if _first():
+        (folder / "summary.json").unlink(missing_ok=True)
+        files.write(file, dump(config))
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:

@@ -163,7 +163,7 @@ def check_role(tokenizer: Any, role: str) -> None:
         shown = text(tokenizer, [*messages, {"role": role, "content": _MARK}], add_generation_prompt=True)
         why = None if _MARK in shown else "leaves it out"
     except ChatTemplateError as error:
-        why = f"says {str(error)!r}"
+        why = f"says {str(error.__cause__ or error)!r}"
     if why is not None:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} cannot show a message of role {role!r}: it {why}; take a "

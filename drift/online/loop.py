@@ -176,7 +176,7 @@ class _Loop:
         self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
         self.algorithm = ALGORITHMS[config.online.algorithm]
         self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
-        self.guards = Guards(config.train.grad_spike, config.train.low_ess)
+        self.guards = Guards(config.train.grad_spike, config.train.low_ess, config.train.sampler_gap)
         self.result = StepResult(0.0, 0.0, False)  # of the last step
         self.trajectories: list[Trajectory] = []  # its batch, if it was skipped
         distributed.broadcast(self.optimizer.parameters)
@@ -319,7 +319,7 @@ class _Loop:
             track.say(f"{prefix}: step {step} is skipped: {said}")
         for warning in self.watch.warnings:
             track.say(f"{prefix}: step {step}: {warning}; a collapse? (online.watch)")
-        for warning in self.guards.warnings(result):
+        for warning in self.guards.warnings(result, sampler_kl=measured.get("sampler_kl")):
             track.say(f"{prefix}: step {step}: {warning}")
 
     def close(self) -> None:

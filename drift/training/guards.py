@@ -1,4 +1,5 @@
-"""What stops a training, or is said about it: steps that are not finite, gradient norms that jump, few effective samples.
+"""Signs of trouble in a training: steps that are not finite, gradient norms that jump, few effective samples, a sampler
+whose log-probs differ from the policy's.
 
 A step whose loss or gradient is not finite changes nothing. It is counted, and its batch is written to
 `skipped/` in the run's folder, one trajectory a line with its token ids, turns and weight.
@@ -38,15 +39,19 @@ class Guards:
     """Looks at every step of one training; `warnings` are the last step's, for the log's reader.
 
     spike: how many times the median of recent gradient norms is too much. low_ess: share of the batch that is too few.
+    gap: distance in nats, averaged over tokens, between the sampler's log-probs and the policy's that is too much.
     """
 
-    def __init__(self, spike: float, low_ess: float) -> None:
-        self.spike, self.low_ess = spike, low_ess
+    def __init__(self, spike: float, low_ess: float, gap: float) -> None:
+        self.spike, self.low_ess, self.gap = spike, low_ess, gap
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._few = False
 
-    def warnings(self, result: StepResult, ess: float | None = None) -> list[str]:
-        """One line for each sign of trouble in the step. ess: effective sample size as a share of the batch."""
+    def warnings(self, result: StepResult, ess: float | None = None, sampler_kl: float | None = None) -> list[str]:
+        """One line for each sign of trouble in the step.
+
+        ess: effective sample size as a share of the batch. sampler_kl: mean of the sampler's log-prob − the policy's.
+        """
         said = []
         if not result.skipped:
             usual = median(self._norms) if len(self._norms) >= LEAST else math.inf
@@ -57,6 +62,11 @@ class Guards:
         if few and not self._few:  # once, until it has been better
             said.append(f"the effective sample size is {ess:.1%} of the batch: a few trajectories outweigh all others")
         self._few = few
+        if sampler_kl is not None and not abs(sampler_kl) <= self.gap:
+            said.append(
+                f"the sampler's log-probs are {sampler_kl:+.3g} nats a token from the policy's: the two are not the same "
+                "model, or the importance ratios explode"
+            )
         return said
 
 

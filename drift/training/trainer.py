@@ -129,7 +129,10 @@ def train(
     if the folder holds another training, TrainingError after `config.max_skipped` skipped steps in a row, or if every
     step was skipped.
     """
-    total, guards = _count_steps(len(trajectories), config, steps), Guards(config.grad_spike, config.low_ess)
+    total, guards = (
+        _count_steps(len(trajectories), config, steps),
+        Guards(config.grad_spike, config.low_ess, config.sampler_gap),
+    )
     _check(policy, trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
     where = partial(checkpoint.describe, checkpoint_dir)

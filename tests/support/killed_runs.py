@@ -13,34 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from drift import cli
+from drift.jobs import run as _  # noqa: F401  what a fork needs is imported once, here
 
-ADDITION = {
-    "name": "basic_arithmetic",
-    "options": {
-        "min_terms": 2,
-        "max_terms": 2,
-        "min_digits": 1,
-        "max_digits": 2,
-        "operators": ["+"],
-        "allow_negation": False,
-        "allow_parentheses": False,
-    },
-    "warm_problems": 40,
-    "train_problems": 4,
-    "eval_problems": 8,
-}
 TINY = {
     "seeds": [0],
-    "task": ADDITION,
     "model": {"hidden_size": 32, "layers": 1, "heads": 2},
     "warm_start": {
-        "target_low": 0.02,
+        "target_low": 0.1,
         "target_high": 0.99,
-        "max_steps": 400,
-        "check_every": 40,
-        "check_problems": 10,
+        "max_steps": 200,
+        "check_every": 10,
+        "check_problems": 20,
         "batch_size": 16,
-        "lr": 5e-3,
+        "lr": 1e-2,
     },
     "rollout": {"n": 4, "turns": 2, "max_new_tokens": 6, "batch_size": 8},
     "train": {"lr": 5e-4, "schedule": "linear", "batch_size": 4, "save_every": 1},
@@ -60,8 +45,16 @@ TIMES = ("time", "seconds", "tokens_per", "memory", "tokens_per_second")
 def config_file(folder: Path, kind: str, **sections) -> Path:
     """A config of this kind whose runs go to `folder`/NAME."""
     folder.mkdir(parents=True, exist_ok=True)
+    # which quarter a last digit lies in: learnt, by halves, within 20 steps
+    splits = ("warm", "train", "eval")
+    rows = [{"prompt": f"Say {n}", "answer": str(n % 10 // 3), "split": splits[n // 100]} for n in range(300)]
+    problems = folder / "digits.jsonl"
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"warm_problems": 60, "train_problems": 4, "eval_problems": 8}
+    task = {"kind": "jsonl", "path": str(problems), **sizes}
+    settings = {"name": kind, "output_dir": str(folder), "task": task, **TINY, **CONFIGS[kind], **sections}
     path = folder / f"{kind}.yaml"
-    path.write_text(json.dumps({"name": kind, "output_dir": str(folder), **TINY, **CONFIGS[kind], **sections}))
+    path.write_text(json.dumps(settings))
     return path
 
 

@@ -132,7 +132,8 @@ class Untrained(WordTask):
 
 
 def online_config(folder, **rollout):
-    made = quarters(folder, rollout={"n": 2, "turns": 2, "max_new_tokens": 64, "tool": "calculator", **rollout})
+    rollout = {"n": 2, "turns": 2, "max_new_tokens": 64, "tool": "calculator", **rollout}
+    made = quarters(folder, rollout=rollout, train={"max_tokens": 1024, "max_length": 1024})
     settings = {
         "algorithm": "drift",
         "steps": 2,
@@ -258,9 +259,10 @@ def test_verification_stays_one_call_a_turn(policy):
     assert step == Step([{"role": "user", "content": Feedback("full", 3)(task.made[0], 1, parsed=False)}], answer=None)
 
 
+# Families' ways to show a tool's words, with the end of turn that this tokenizer has.
 LLAMA = (
     "{% for m in messages %}{% if m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n{{ m.content | tojson }}"
-    "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}{% endif %}<|eot_id|>{% endfor %}"
+    "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 QWEN = (
@@ -271,7 +273,7 @@ QWEN = (
 GEMMA = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 SILENT = (
     "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
