@@ -94,7 +94,7 @@ def distillation(T: int, D: int, V: int, workspace: int, k: int | None = None, t
         middle = [Stage(f"fused_distill: read both {often}, write bf16", 0, (8 + 8 * twice + 2) * T * width)]
     else:
         middle = [
-            Stage(f"top_k, k = {k}: read four times", 0, 16 * T * width),
+            Stage(f"top_k, k = {k}: read twice", 0, 8 * T * width),
             Stage("bucket_logprobs of both: read once where the k hold most", 0, 8 * T * width),
             Stage("grad_buckets: read once, write bf16", 0, (4 + 2) * T * width),
         ]

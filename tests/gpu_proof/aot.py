@@ -2,9 +2,8 @@
 
     python aot.py RESULT.json
 
-Writes for each variant and architecture: registers, spilled bytes, shared memory, programs a multiprocessor holds, and which
-instructions were used. Runs in
-a process of its own: under TRITON_INTERPRET kernels are Python functions and cannot be compiled.
+Writes for each variant and architecture: registers, spilled bytes, shared memory, programs a multiprocessor holds, how often
+POPC and BAR occur in the machine code, and which instructions were used. Runs in a process of its own: under TRITON_INTERPRET kernels are Python functions and cannot be compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
-ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}  # compiled for sm_80, sm_90a, sm_100a
+ARCHITECTURES = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12, 0)}  # sm_90a, 100a, 120a
+ROOM = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB of a multiprocessor's shared memory
+WARPS = {80: 64, 90: 64, 100: 64}  # that it holds; 48 on the others
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "cp.async.cg")
 TYPES = {
     torch.float32: "fp32",
@@ -87,20 +88,26 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack and local memory, which is where spills go."""
+def dumped(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of it."""
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of stack and local memory, which is where spills go; POPC and BAR in the machine code."""
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped(cubin, "-res-usage"))}
+    code = dumped(cubin, "-sass")
+    return numbers | {name: len(re.findall(rf"\b{name}\b", code)) for name in ("POPC", "BAR")}
 
 
 def resident(architecture: int, registers: int, shared: int, warps: int) -> int:
-    """Programs that a multiprocessor holds at a time: by its 65,536 registers, its shared memory and its 64 warps."""
-    room = (164 if architecture == 80 else 228) << 10
-    return min(65_536 // (-(-registers // 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps)
+    """Programs that a multiprocessor holds at a time: by its 65,536 registers, shared memory and warps."""
+    room, held = ROOM[architecture] << 10, WARPS.get(architecture, 48)
+    return min(65_536 // (-(-registers // 8) * 8 * 32 * warps), room // (shared + 1024), held // warps)
 
 
 def compiled(kernel: Any, chosen: launch.Launch, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
@@ -118,6 +125,8 @@ def compiled(kernel: Any, chosen: launch.Launch, arguments: dict[str, Any], arch
         "target": target.group(1),
         "registers": found["REG"],
         "spilled": found["STACK"] + found.get("LOCAL", 0),
+        "popc": found["POPC"],
+        "bar": found["BAR"],
         "shared": made.metadata.shared,
         "warps": made.metadata.num_warps,
         "resident": resident(architecture, found["REG"], made.metadata.shared, made.metadata.num_warps),
@@ -247,10 +256,12 @@ def score_variants() -> dict[str, Callable[[], object]]:
     }
 
 
-def main(path: str) -> None:
-    """Compiles all variants and writes the table."""
+def main(path: str, *architectures: str) -> None:
+    """Compiles all variants for all architectures, or those named, and writes the table."""
     lines = []
     for architecture, capability in ARCHITECTURES.items():
+        if architectures and str(architecture) not in architectures:
+            continue
         launch.capability = scorer.capability = lambda device, value=capability: value
         for variant, call in (row_variants() | distill_variants() | score_variants()).items():
             for kernel, chosen, arguments in captured(call):

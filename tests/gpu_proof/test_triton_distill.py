@@ -8,6 +8,7 @@ from row_oracle import make_rows, padded
 from teacher_oracle import bucketed, distilled, logits, make_pair, without_a_target
 
 from drift_kernels.backends import triton as backend
+from drift_kernels.backends.triton import launch
 from drift_kernels.backends.contract import BucketSlopes, Coefs, TeacherChunk
 from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import within_budget
@@ -204,6 +205,18 @@ def test_a_nan_comes_last_and_infinities_in_their_places():
     rows.x[1, 7:4990] = float("-inf")
     for k in (5, 17, 40):
         assert torch.equal(backend.top_k(rows.x, rows.chunk, None, 2, k), largest(rows, k))
+
+
+@pytest.mark.parametrize("k", [40, 200])
+def test_the_largest_may_all_lie_in_one_lane(k):
+    """So that many columns pass the bound by the lanes' maxima. One program takes all rows."""
+    rows = make_rows(3, 9001, seed=14)
+    rows.x[0] = torch.arange(9001).float()
+    rows.x[1, 5 :: launch.KEY_BLOCK] += 50.0
+    rows.x[2] = torch.arange(9001).remainder(launch.KEY_BLOCK).float()  # rising in each block: ties across blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "CANDIDATES", 1)
+        assert torch.equal(backend.top_k(rows.x, rows.chunk, None, 3, k), largest(rows, k))
 
 
 def test_top_k_of_a_large_vocabulary():

@@ -63,13 +63,12 @@ def test_results_do_not_depend_on_the_launch_but_for_rounding(blocks, monkeypatc
 def test_the_number_of_rows_never_compiles_another_kernel():
     """In a process of its own, where kernels are for compiling."""
     code = (
-        "from drift_kernels.backends.triton import rows, scorer\n"
-        "for k in (rows.row_stats_kernel, rows.grad_logits_kernel, rows.fused_policy_kernel, scorer.score_kernel):\n"
+        "from drift_kernels.backends.triton import buckets, distill, rows, scorer\n"
+        "for k in (rows.row_stats_kernel, rows.grad_logits_kernel, rows.fused_policy_kernel, scorer.score_kernel,\n"
+        "          buckets.top_k_kernel):\n"
         "    p = {p.name: p for p in k.params}['rows']\n"
         "    assert p.do_not_specialize and not p.is_constexpr, k\n"
-        "from drift_kernels.backends.triton import buckets, distill\n"
-        "for k in (distill.fused_distill_kernel, buckets.top_k_kernel, buckets.bucket_logprobs_kernel,\n"
-        "          buckets.grad_buckets_kernel):\n"
+        "for k in (distill.fused_distill_kernel, buckets.bucket_logprobs_kernel, buckets.grad_buckets_kernel):\n"
         "    assert not {'rows', 'n'} & {p.name for p in k.params}, k  # a program takes one row\n"
     )
     environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}

@@ -111,6 +111,10 @@ def largest():
     distill_tests.test_a_nan_comes_last_and_infinities_in_their_places()
 
 
+def crowded():
+    distill_tests.test_the_largest_may_all_lie_in_one_lane(40)
+
+
 def buckets():
     pair = make_pair(6, 4099, seed=31, **distill_tests.HEADS["everything"])
     distill_tests.check_buckets(pair, distill_tests.some_ids(pair, 7))
@@ -162,8 +166,12 @@ MUTATIONS = [
     ("buckets", "(bits >> 31) & 0x7FFFFFFF", "(bits >> 31) & 0x0", largest),
     ("buckets", "tl.where(z == 0, 0.0, z)", "z", largest),
     ("buckets", "tl.where(z == z, z, float(\"-inf\"))", "z", largest),
-    ("buckets", "digits > digit", "digits >= digit", largest),
-    ("buckets", "tl.cumsum(same, 0) <= wanted", "tl.cumsum(same, 0) < wanted", largest),
+    ("buckets", "tl.cumsum(same, 0) <= k", "tl.cumsum(same, 0) < k", largest),
+    ("buckets", "(u > best), u, best)", "(u > best), u, u)", largest),
+    ("buckets", "bit = bit >> 1", "bit = bit >> 2", crowded),
+    ("buckets", "larger >= k, candidate", "larger > k, candidate", crowded),
+    ("buckets", "for a in range(LIST, count, LIST):", "for a in range(LIST, LIST, LIST):", crowded),
+    ("buckets", "rows, tl.num_programs(0)):", "rows, rows):", crowded),
     ("buckets", "if kept > 0.5:", "if kept > 2.0:", kept),
     ("buckets", "tl.load(ids + p).to(tl.int32), float(\"-inf\"), z)", "tl.load(ids + p).to(tl.int32), z, z)", kept),
     ("buckets", "tl.load(edges + block + 1)", "tl.load(edges + block)", buckets),

@@ -94,9 +94,9 @@ def test_a_target_outside_the_vocabulary_is_nan():
 
 
 def test_fp32_operands_follow_torchs_setting(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
     assert scorer.precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     assert scorer.precision(torch.float32) == "tf32"
     assert scorer.precision(torch.bfloat16) == "ieee"
 

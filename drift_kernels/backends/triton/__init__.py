@@ -40,6 +40,7 @@ __all__ = [
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRIES = 16  # of a row at once, where a row may have several
 IDS = 128  # of a row at once, among its top k
+CANDIDATES = 1 << 23  # of all programs of `top_k` together: 64 MiB of keys
 STATISTICS = {**ROW_OUTPUTS, **ENTRY_OUTPUTS, "mean_logits": "mean"}  # output → kernel argument
 
 
@@ -264,11 +265,16 @@ def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: 
     """
     _readable("teacher_rows", teacher_rows, logits.device)
     launch = row_launch("top_k", logits)
-    keys = torch.zeros((n, k), dtype=torch.int64, device=logits.device)
-    arguments = {**_one_each(logits, chunk, "targets"), "taught": teacher_rows, "keys": keys, "k": k}
-    arguments |= {"BLOCK": launch.block}
-    run(buckets.top_k_kernel, (logits.shape[0],), logits, launch, arguments)
-    return logits.shape[1] - 1 - (keys.sort(-1, descending=True).values & 0xFFFFFFFF)
+    (C, V), device = logits.shape, logits.device
+    blocks = -(-V // launch.block)
+    room = min(V, k * (blocks + 1)) if k <= launch.block else V  # of a row's candidates
+    grid = min(C, max(1, CANDIDATES // room))
+    keys = torch.zeros((n, k), dtype=torch.int64, device=device)
+    lists = torch.empty((grid, room), dtype=torch.int64, device=device)
+    arguments = {**_one_each(logits, chunk, "targets"), "rows": C, "taught": teacher_rows, "keys": keys, "k": k}
+    arguments |= {"lists": lists, "room": room, "BLOCK": launch.block}
+    run(buckets.top_k_kernel, (grid,), logits, launch, arguments)
+    return logits.shape[1] - 1 - (keys.sort(-1, descending=True).values & 0x7FFFFFFF)
 
 
 def _by_block(ids: Tensor, V: int, block: int) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -15,7 +15,8 @@ from drift_kernels.backends.triton.online import LOWEST, fold, join, logit_slope
 from drift_kernels.backends.triton.rows import block_at, store_block, target_logit, write_gradient
 
 HUGE = tl.constexpr(1e38)  # the largest odds of a bucket against the rest
-BINS = tl.constexpr(2048)  # of a digit of eleven bits
+LIST = tl.constexpr(512)  # candidates that a program of `top_k_kernel` looks at together
+NO_KEY = tl.constexpr(0)  # smaller than the key of any column
 
 
 @triton.jit
@@ -43,58 +44,97 @@ def ordered(z):
 
 
 @triton.jit
-def largest_digit(counts, wanted):
-    """The digit of the `wanted`-th largest among keys that have each digit `counts` times, and how many lie above it."""
-    digits = tl.arange(0, BINS)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    digit = tl.sum((at_least >= wanted).to(tl.int32), axis=0) - 1
-    return digit, tl.sum(tl.where(digits > digit, counts, 0), axis=0)
+def lane_threshold(best, k):
+    """The k-th largest of the lanes' maxima: at least k columns of the row are no smaller."""
+    threshold = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        candidate = threshold | bit
+        enough = tl.sum((best >= candidate).to(tl.int32), axis=0) >= k
+        threshold = tl.where(enough, candidate, threshold)
+        bit = bit >> 1
+    return threshold
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit
+def collect(x, bias, V, scale, cap, inverse, threshold, candidates, k, BLOCK: tl.constexpr):
+    """Writes the keys of columns above `threshold`, and of the first k that equal it, to `candidates`; returns their number."""
+    lanes = tl.arange(0, BLOCK)
+    count = tl.full([], 0, tl.int32)
+    equals = tl.full([], 0, tl.int32)
+    for start in range(0, V, BLOCK):
+        cols = start + lanes
+        u = ordered(block_at(x, bias, start, V, scale, cap, inverse, BLOCK))
+        there = (cols < V) & (u >= threshold)
+        if tl.max(there.to(tl.int32), axis=0) != 0:  # few blocks hold one
+            same = (there & (u == threshold)).to(tl.int32)
+            take = there & ((same == 0) | (equals + tl.cumsum(same, 0) <= k))
+            place = count + tl.cumsum(take.to(tl.int32), 0) - 1
+            key = (u.to(tl.int64) << 31) | (V - 1 - cols).to(tl.int64)
+            tl.store(candidates + place, key, mask=take)
+            count += tl.sum(take.to(tl.int32), axis=0)
+            equals += tl.sum(same, axis=0)
+    return count
+
+
+@triton.jit
+def key_threshold(candidates, count, k):
+    """The k-th largest of `count` different keys. Those of the first LIST stay in registers."""
+    entry = tl.arange(0, LIST)
+    threshold = tl.full([], NO_KEY, tl.int64)
+    first = tl.load(candidates + entry, mask=entry < count, other=NO_KEY)
+    half = tl.full([], 1 << 62, tl.int64)  # of the range above the threshold
+    for _ in range(63):
+        candidate = threshold + half
+        larger = tl.sum((first >= candidate).to(tl.int32), axis=0)
+        for a in range(LIST, count, LIST):
+            key = tl.load(candidates + a + entry, mask=a + entry < count, other=NO_KEY)
+            larger += tl.sum((key >= candidate).to(tl.int32), axis=0)
+        threshold = tl.where(larger >= k, candidate, threshold)
+        half = half >> 1
+    return threshold
+
+
+@triton.jit(do_not_specialize=["rows", "k", "room"])
 def top_k_kernel(
-    x, stride, V, bias, inverses, inverse, scale, cap, taught, keys, k,
+    x, stride, rows, V, bias, inverses, inverse, scale, cap, taught, keys, k, lists, room,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`keys` [n, k] of each row's k largest logits, in no order: (ordered logit, V − 1 − id), all different. Of equal logits
-    the lower ids are taken."""
+    the lower ids are taken.
+
+    A first sweep keeps each lane's maximum. The k-th largest of the maxima bounds the row's k-th largest logit from below, so
+    that a second sweep collects k columns and few more, into the program's part of `lists` [programs, room]. Lanes hold at
+    most ⌈V / BLOCK⌉ columns each, which bounds the number of candidates by `room`. With more than BLOCK ids, all columns are.
+    """
     lanes = tl.arange(0, BLOCK)
-    row = tl.program_id(0).to(tl.int64)
-    j = row if taught is None else tl.load(taught + row)
-    at = x + row * stride
-    inv = inverse if inverses is None else tl.load(inverses + row)
-    if j >= 0:
-        # The k-th largest key, eleven bits a sweep: 31…21, 20…10, 9…0.
-        wanted = k + 0
-        prefix = tl.full([], 0, tl.uint32)
-        for step in tl.static_range(3):
-            low = 21 if step == 0 else 10 if step == 1 else 0
-            bits = 11 if step < 2 else 10
-            counts = tl.zeros([BINS], tl.int32)
-            for start in range(0, V, BLOCK):
-                u = ordered(block_at(at, bias, start, V, scale, cap, inv, BLOCK))
-                there = start + lanes < V
-                if step > 0:
-                    there = there & ((u >> (low + bits)) == prefix)
-                digits = ((u >> low) & ((1 << bits) - 1)).to(tl.int32)
-                counts += tl.histogram(digits, BINS, mask=there)
-            digit, above = largest_digit(counts, wanted)
-            wanted -= above
-            prefix = (prefix << bits) | digit.to(tl.uint32)
-        written = tl.full([], 0, tl.int32)
-        equals = tl.full([], 0, tl.int32)
-        for start in range(0, V, BLOCK):
-            cols = start + lanes
-            u = ordered(block_at(at, bias, start, V, scale, cap, inv, BLOCK))
-            there = (cols < V) & (u >= prefix)
-            if tl.max(there.to(tl.int32), axis=0) != 0:  # few blocks hold one
-                same = (there & (u == prefix)).to(tl.int32)
-                take = there & ((same == 0) | (equals + tl.cumsum(same, 0) <= wanted))
+    entry = tl.arange(0, LIST)
+    candidates = lists + tl.program_id(0).to(tl.int64) * room
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        j = row if taught is None else tl.load(taught + row)
+        at = x + row * stride
+        inv = inverse if inverses is None else tl.load(inverses + row)
+        if j >= 0:
+            threshold = tl.full([], 0, tl.uint32)
+            if k <= BLOCK:
+                best = tl.zeros([BLOCK], tl.uint32)
+                for start in range(0, V, BLOCK):
+                    u = ordered(block_at(at, bias, start, V, scale, cap, inv, BLOCK))
+                    best = tl.where((start + lanes < V) & (u > best), u, best)
+                threshold = lane_threshold(best, k)
+            tl.debug_barrier()  # the candidates of the row before have been read
+            count = collect(at, bias, V, scale, cap, inv, threshold, candidates, k, BLOCK)
+            tl.debug_barrier()  # all candidates are written
+            least = tl.full([], NO_KEY, tl.int64)
+            if count > k:
+                least = key_threshold(candidates, count, k)
+            written = tl.full([], 0, tl.int32)
+            for a in range(0, count, LIST):
+                key = tl.load(candidates + a + entry, mask=a + entry < count, other=NO_KEY)
+                take = (a + entry < count) & (key >= least)
                 place = written + tl.cumsum(take.to(tl.int32), 0) - 1
-                key = ((u.to(tl.int64) - 0x80000000) << 32) | (V - 1 - cols).to(tl.int64)
                 tl.store(keys + j * k + place, key, mask=take)
                 written += tl.sum(take.to(tl.int32), axis=0)
-                equals += tl.sum(same, axis=0)
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of t
 of them, so that a thread has 16 elements (four 16-byte loads) in flight and its running sums fit its registers; rows
 shorter than two blocks share a program until it reads about 64 Ki logits (but for those of distillation).
 Where two rows are read side by side: 1,024 columns a block by 8 warps, since much is computed of them and more threads hide
-it better than longer ones; it needs 40 registers at most.
+it better than longer ones; it needs 40 registers at most. `top_k` has 2,048 columns a block by 8 warps: a column costs it a
+64-bit key and two prefix sums.
 Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 warps, 4 stages; 256 columns on sm_90 where Σe
 is all that is summed (what goes with a tile must fit the registers); 32 of the width and 3 stages on older GPUs, without
 descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, which no tensor core multiplies.
@@ -31,6 +32,7 @@ ROW_BLOCK = 4096
 ELEMENTS_A_WARP = 512
 LOGITS_A_PROGRAM = 1 << 16
 PAIR_BLOCK = 1024
+KEY_BLOCK = 2048
 FEW_ROWS = 64  # of hidden states, to the scorer
 
 
@@ -66,6 +68,15 @@ def pair_rule(vocab: int) -> Launch:
     return Launch(block, block // 128)
 
 
+def key_rule(vocab: int) -> Launch:
+    """Of `top_k`; programs take rows in turn."""
+    block = min(KEY_BLOCK, max(next_power_of_two(vocab), 128))
+    return Launch(block, max(1, block // 256))
+
+
+RULES = {"fused_distill": pair_rule, "top_k": key_rule}  # of the other row kernels: row_rule
+
+
 def score_rule(rows: int, kind: str, capability: tuple[int, int], described: bool, sums_only: bool) -> Launch:
     """Of the scorer over `rows` hidden rows. `kind` is "half", "tf32" or "ieee"; `described`, operands come by descriptors;
     `sums_only`, no sums but Σe are wanted."""
@@ -83,8 +94,7 @@ def score_rule(rows: int, kind: str, capability: tuple[int, int], described: boo
 
 def row_launch(kernel: str, logits: Tensor) -> Launch:
     """For `kernel` over logits [C, V]."""
-    rule = pair_rule if kernel == "fused_distill" else row_rule
-    return overridden(kernel, rule(logits.shape[1]))
+    return overridden(kernel, RULES.get(kernel, row_rule)(logits.shape[1]))
 
 
 def score_launch(hidden: Tensor, kind: str, described: bool, sums_only: bool) -> Launch:

@@ -126,8 +126,8 @@ def splits_of(rows: int, V: int, launch: Launch) -> tuple[int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: as torch would."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How tl.dot multiplies: as torch would. Older settings of torch write this one too; reading them raises once it is used."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def score(hidden: Tensor, weight: Tensor, chunk: Chunk, want: tuple[str, ...]) -> dict[str, Tensor]:
