@@ -56,7 +56,9 @@ def test_every_kernel_is_there_for_every_architecture(table):
 def test_nothing_spills_and_blocks_fit_the_multiprocessor(table):
     for line in table:
         # eight bytes of stack by Triton 3.6 in the one tile that has 255 registers there
-        assert line["spilled"] <= (8 if line["kernel"] == "score_kernel" and line["target"] == "sm_120a" else 0), name(line)
+        assert line["spilled"] <= (8 if line["kernel"] == "score_kernel" and line["target"] == "sm_120a" else 0), name(
+            line
+        )
         assert line["popc"] <= POPC, name(line)
         assert line["bar"] <= BAR, name(line)
         assert line["shared"] <= SHARED[line["target"]], name(line)
