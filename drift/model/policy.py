@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import drift_kernels
 from drift import files
 from drift.config import LoRAConfig, ModelConfig
-from drift.model import tiny
+from drift.model import smollm2, tiny
 from drift.model.attention import layout, register
 from drift.model.borders import needs_borders, run_alone, run_packed
 from drift.model.sandbox import set_defaults
@@ -166,6 +166,9 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         model: Any = tiny.build_model(config, tokenizer, seed, attention)
         model.to(dtype)
     else:
+        if config.path == smollm2.NAME and not Path(config.path).is_dir():
+            config = config.model_copy(update={"path": str(smollm2.folder())})
+        assert config.path is not None
         path, adapters = _adapters(config.path)
         if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
             raise ValueError(
