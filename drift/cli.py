@@ -137,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("eval", _eval, "multi@k and single-turn accuracy of a model")
     with_config(evaluate)
     with_model(evaluate)
-    report = add("report", _report, "write report.html for a run folder, finished or not")
-    report.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, such as runs/quickstart")
+    report = add("report", _report, "write report.html for a run folder, finished or not; compare several")
+    report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run's folder, such as runs/quickstart")
     init = add("init", _init, "copy the shipped configs and examples into a folder", "Nothing is overwritten.")
     init.add_argument("folder", metavar="FOLDER", nargs="?", default=".", type=Path, help="default: this one")
     add("doctor", _doctor, "what is installed, which backends can run, and why not")
@@ -230,21 +230,35 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from drift.config import ConfigError
-
-    if not Path(options.run_dir).is_dir():
-        raise ConfigError(f"RUN_DIR {options.run_dir!r} is not a folder; a run writes to output_dir/name")
-    if not any(
-        (Path(options.run_dir) / name).exists()
-        for name in ("config.yaml", "summary.json", "metrics.jsonl", "rollouts.jsonl")
-    ):
-        inside = sorted(str(path.parent) for path in Path(options.run_dir).glob("*/config.yaml"))
-        hint = f"; did you mean {' or '.join(inside[:5])}?" if inside else "; a run writes one to output_dir/name"
-        raise ConfigError(f"RUN_DIR {options.run_dir!r} holds no run: there is no config.yaml{hint}")
+    for run_dir in options.run_dirs:
+        _check_run_dir(run_dir)
     from drift import report
 
-    print(report.write(options.run_dir))
+    for run_dir in options.run_dirs:
+        print(report.write(run_dir))
+    if len(options.run_dirs) > 1:
+        from rich.console import Console
+
+        from drift.report import compare
+        from drift.report.records import read
+
+        console, runs = Console(), [read(run_dir, rollouts=False) for run_dir in options.run_dirs]
+        for table in filter(None, (compare.results(runs), compare.settings(runs))):
+            console.print(table)
     return 0
+
+
+def _check_run_dir(text: str) -> None:
+    """Raises ConfigError unless the folder holds what a run wrote."""
+    from drift.config import ConfigError
+
+    if not Path(text).is_dir():
+        raise ConfigError(f"RUN_DIR {text!r} is not a folder; a run writes to output_dir/name")
+    names = ("config.yaml", "summary.json", "metrics.jsonl", "rollouts.jsonl")
+    if not any((Path(text) / name).exists() for name in names):
+        inside = sorted(str(path.parent) for path in Path(text).glob("*/config.yaml"))
+        hint = f"; did you mean {' or '.join(inside[:5])}?" if inside else "; a run writes one to output_dir/name"
+        raise ConfigError(f"RUN_DIR {text!r} holds no run: there is no config.yaml{hint}")
 
 
 def _init(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from drift.config.algorithms import ALGORITHMS
 from drift.online.watch import SIGNS
 from drift.report import plots
 from drift.report.online_files import BANDS, Points, Seed, by_difficulty
@@ -51,15 +52,10 @@ def learning(records: Records, seeds: Sequence[Seed]) -> str:
         "Training problems by how often they were solved when first asked: rarely (hard), sometimes, mostly (easy). That first "
         "time is left out; part of the step towards the middle after it is chance."
     )
-    drawn.append(
-        _stacked(
-            "How hard the router finds them",
-            seeds,
-            {f"router/{name}": (name, COLOURS[name]) for name in BANDS},
-            shares=True,
-        )
-    )
-    captions.append("Mean gates over the samples of a step, by the faded history of each problem.")
+    if routes_by_difficulty(records):
+        bands = {f"router/{name}": (name, COLOURS[name]) for name in BANDS}
+        drawn.append(_stacked("How hard the router finds them", seeds, bands, shares=True))
+        captions.append("Mean gates over the samples of a step, by the faded history of each problem.")
     steps = max(len(seed.curves.get("reward", [])) for seed in seeds)
     note = (
         f'<p class="why">{count_of(steps, "step", "steps")}, each a batch of problems that is sampled, routed and trained '
@@ -67,6 +63,12 @@ def learning(records: Records, seeds: Sequence[Seed]) -> str:
         f"{_shaded(seeds)}.</p>"
     )
     return f"<section><h2>Learning, step by step</h2>{note}{_figures(drawn, captions)}</section>"
+
+
+def routes_by_difficulty(records: Records) -> bool:
+    """Whether the run's algorithm reads the router's gates; the others route every problem alike."""
+    online = records.config.online if records.config else None
+    return online is None or ALGORITHMS[online.algorithm].routing == "drift"
 
 
 def name_of(records: Records, series: str, metric: str) -> str:

@@ -63,6 +63,7 @@ def page(records: Records) -> str:
     sections = [
         _header(name, records),
         _missing(records),
+        _nothing_learnt(records),
         online.warnings(seeds),
         results.section(records),
         *(_online(records, seeds) if online_run else [sampling.section(records)]),
@@ -138,17 +139,45 @@ def _missing(records: Records) -> str:
     return f'<div class="notice" role="note"><b>Not everything is here.</b><ul>{items}</ul></div>'
 
 
+def _nothing_learnt(records: Records) -> str:
+    """A notice of trainings whose every step had a gradient of zero."""
+    still = [
+        f"{esc(series)}: {count_of(len(points), 'step', 'steps')}"
+        for series, points in records.curves.get("grad_norm", {}).items()
+        if points and all(value == 0 for _, value in points)
+    ]
+    if not still:
+        return ""
+    items = "".join(f"<li>{item}</li>" for item in still)
+    return (
+        '<div class="notice" role="note"><b>Nothing was learnt: the gradient was 0 in every step.</b>'
+        f"<ul>{items}</ul>Samples of a problem that all have the same reward teach nothing. See how many were solved, and how "
+        "many answers could not be read.</div>"
+    )
+
+
 def _training(records: Records) -> str:
     drawable = _curves(records)
     if not drawable:
         return ""
-    drawn = [(plots.curve(title, series), "") for title, series in drawable.items()]
+    drawn = [(plots.curve(title, series), _about(title, series)) for title, series in drawable.items()]
     more = (
         f"<details><summary>More curves: {len(drawn) - 4}</summary>{figures(drawn[4:])}</details>" if drawn[4:] else ""
     )
     note = '<p class="why">Against optimizer steps. A thin line is a seed, a thick one the mean of an arm.</p>'
     title = "Learning curves" if records.config is None or records.config.online is None else "All other curves"
     return f"<section><h2>{title}</h2>{note}{figures(drawn[:4])}{more}</section>"
+
+
+def _about(title: str, series: dict[str, list[tuple[int, float]]]) -> str:
+    """What to know before reading a curve."""
+    arms = {plots.arm_of(name) for name in series}
+    if title == "loss" and len(arms) > 1:
+        return "Arms weigh tokens differently: their losses cannot be compared with each other, only each with its own past."
+    equal = [arm for arm in ("uniform", "success_only") if arm in arms]
+    if title == "ess" and len(equal) > 1:
+        return "Arms with equal weights, uniform and success_only, lie on each other at 1."
+    return ""
 
 
 def _curves(records: Records) -> dict[str, dict[str, list[tuple[int, float]]]]:

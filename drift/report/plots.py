@@ -248,8 +248,17 @@ def lines(
             axes.set_ylim(max(low, -0.02), min(high, 1.02))
         _shade(axes, phases)
         _finish(axes, len(series) > 1)
+        if not any(value for _, runs in series.values() for run in runs for _, value in run):
+            _say_zero(axes)
 
     return _svg(title, draw)
+
+
+def _say_zero(axes: Axes) -> None:
+    """In place of an axis around nothing: every value is 0."""
+    axes.set_ylim(-1, 1)
+    axes.set_yticks([0], ["0"])
+    axes.text(0.5, 0.6, "0 in every step", transform=axes.transAxes, ha="center")
 
 
 def stacked(title: str, parts: Mapping[str, tuple[str, Runs]], *, phases: Phases = (), shares: bool = False) -> str:
