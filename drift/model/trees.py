@@ -12,6 +12,7 @@ each path's keys; neither has run on a GPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -49,19 +50,21 @@ class Tree:
 
     @classmethod
     def of(cls, starts: list[int], parents: list[int], count: int) -> Tree:
-        """The tree of `count` rows with these segments. Raises ValueError unless they lie depth first."""
+        """The tree of `count` rows with these segments; an only child that follows its parent becomes part of it.
+
+        Raises ValueError unless they lie depth first.
+        """
         stops = [*starts[1:], count]
         if not starts or starts[0] != 0 or len(starts) != len(parents) or any(a >= b for a, b in zip(starts, stops)):
             raise ValueError(f"starts {starts} must begin with 0, rise strictly up to {count} rows, one to a parent")
+        _check_order(parents)
+        starts, parents = _joined(starts, parents)
+        stops = [*starts[1:], count]
         path: list[int] = []
         last, depth, level = list(stops), [0] * len(starts), [0] * len(starts)
         for number, parent in enumerate(parents):
             while path and path[-1] != parent:
                 path.pop()
-            if parent >= 0 and not path:
-                raise ValueError(
-                    f"parents[{number}] is {parent}; segments must lie depth first, a parent before its own"
-                )
             if path:
                 depth[number] = depth[parent] + stops[parent] - starts[parent]
                 level[number] = len(path)
@@ -105,6 +108,33 @@ class Tree:
     def positions(self) -> Tensor:
         """Of each row its depth, [R] int64."""
         return torch.arange(self.total) - self.spread("start") + self.spread("depth")
+
+
+def _check_order(parents: list[int]) -> None:
+    """Raises ValueError unless segments lie depth first: each continues the one before it or one of that one's ancestors."""
+    path: list[int] = []
+    for number, parent in enumerate(parents):
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            raise ValueError(f"parents[{number}] is {parent}; segments must lie depth first, a parent before its own")
+        path.append(number)
+
+
+def _joined(starts: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
+    """Without the borders at which no path branches: there a trajectory ends and another goes on."""
+    children = Counter(parents)
+    joined: list[int] = []  # of each old segment its new number
+    new_starts: list[int] = []
+    new_parents: list[int] = []
+    for start, parent in zip(starts, parents):
+        if parent >= 0 and children[parent] == 1:
+            joined.append(joined[parent])
+            continue
+        joined.append(len(new_starts))
+        new_starts.append(start)
+        new_parents.append(-1 if parent < 0 else joined[parent])
+    return new_starts, new_parents
 
 
 def attend(

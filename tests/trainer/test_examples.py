@@ -11,6 +11,7 @@ from transformers.models.qwen2 import Qwen2Config
 from drift import store
 from drift.config import ModelConfig
 from drift.model.policy import load_policy
+from drift.types import Trajectory, Turn
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -66,3 +67,34 @@ def test_the_readme_trains_packed_sequences_as_if_each_were_alone():
     torch.testing.assert_close(names["out"].loss, expected)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_packing_page_trains_on_prefix_trees_as_if_each_trajectory_were_alone():
+    [code] = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs/packing.md").read_text(), re.DOTALL)
+    begin = [3, 4, 5, 6, 7]
+    rows = [[*begin, 8, 9, 10], [*begin, 8, 9, 11, 12], [*begin, 13], [*begin, 8, 9, 10]]
+    trajectories = [Trajectory("p", ids, [Turn(5, len(ids))], weight=1.0 + i, index=i) for i, ids in enumerate(rows)]
+    shape = Qwen2Config(**SHAPE, initializer_range=0.2)
+    seen, expected = [], causal_lm(shape, "sdpa")
+    loss = torch.zeros(())
+    for one in trajectories:
+        logp = expected(torch.tensor([one.token_ids[:-1]])).logits[0].log_softmax(-1)
+        said = logp[4:].gather(1, torch.tensor(one.token_ids[5:])[:, None])
+        loss = loss - one.weight * said.mean() / 4
+    loss.backward()
+
+    class Watch(torch.optim.AdamW):
+        def step(self):
+            seen.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+
+    real, torch.optim.AdamW = torch.optim.AdamW, Watch
+    try:
+        torch.manual_seed(0)
+        names = {"config": shape, "trajectories": trajectories}
+        exec(code, names)
+    finally:
+        torch.optim.AdamW = real
+    assert len(names["batch"].input_ids) == 11
+    torch.testing.assert_close(names["loss"].detach(), loss.detach())
+    for found, p in zip(seen, expected.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-4, atol=1e-6)

@@ -132,16 +132,16 @@ def by_hand(policy, reference, samples, settings, phase, d_mean, h_mean):
     return total, differences, entropies
 
 
-@pytest.mark.parametrize("max_tokens", [4096, 70])
+@pytest.mark.parametrize(("max_tokens", "tree"), [(4096, "off"), (70, "off"), (4096, "on")])
 @pytest.mark.parametrize(
     ("phase", "shared"),
     [(Phase("transition", 0.6), False), (Phase("both", 1.0), True), (Phase("warmup", 0.0, True), False)],
 )
-def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, phase, shared):
-    """Whole vocabulary; a teacher that is not the policy; one pack or several; the sampler's log-probs far off."""
+def test_loss_and_gradient_are_those_of_the_formula(tmp_path, max_tokens, tree, phase, shared):
+    """Whole vocabulary; a teacher that is not the policy; one pack, several, or prefix trees; the sampler's log-probs far off."""
     made = config(
         tmp_path,
-        train={"max_tokens": max_tokens, "max_length": max_tokens},
+        train={"max_tokens": max_tokens, "max_length": max_tokens, "tree": tree},
         online={"distill": {"top_k": None, "weight": 0.7}, "denominators": "shared" if shared else "branch"},
     )
     policy, other = load_policy(made.model, seed=0), load_policy(made.model, seed=1)
@@ -241,6 +241,34 @@ def test_every_algorithm_takes_a_step(tmp_path, algorithm, talkative):
         assert ("buffer/fill" in row) == ("gate" in row) == (algorithm == "drift")
         assert ("teacher_kl" in row) == (algorithm in ("sdpo", "srpo", "drift"))
         assert (row["router/policy_weight"] == 0) == (algorithm == "sdpo")
+
+
+@pytest.mark.parametrize("algorithm", ["gspo", "drift"])
+def test_on_prefix_trees_a_whole_step_has_the_same_metrics_and_weights(tmp_path, algorithm, talkative):
+    logged, ends = {"off": {}, "on": {}}, {}
+
+    class Keeps(Track):
+        def log(self, step, **metrics):
+            logged[tree][step] = metrics
+
+    for tree in logged:
+        made = config(tmp_path, algorithm, online={"steps": 2}, train={"tree": tree, "lr": 1e-4})
+        policy, _ = play_through(made, None, Keeps(None, progress=False))
+        ends[tree] = policy.state()
+    for name, want in ends[
+        "off"
+    ].items():  # Adam divides noise by itself: single weights may be a tenth of a step apart
+        apart = (ends["on"][name] - want).abs()
+        assert apart.max() < 2e-5, name
+        assert apart.mean() < 1e-7, name
+    for step, row in logged["off"].items():
+        shared = logged["on"][step]
+        assert shared.pop("online/tokens_shared") > 0.2
+        assert row.pop("online/tokens_shared") == 0
+        timed = {name for name in row if any(word in name for word in ("time", "seconds", "perf/"))}
+        assert shared.keys() == row.keys()
+        for name in row.keys() - timed:
+            assert shared[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5, nan_ok=True), name
 
 
 def test_lessons_and_routes_of_a_scripted_batch(tmp_path):

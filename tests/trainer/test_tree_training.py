@@ -5,6 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from preset_specs import PRESET_SPECS
 from random_trees import groups
 from tiny_policy import LORA, SHAPE, VOCAB, Policy, config, some
 from transformers.models.gemma3 import Gemma3TextConfig
@@ -100,17 +101,20 @@ def test_two_steps_of_adamw_end_at_the_same_weights_and_count_the_same(options):
 
 
 SPECS = {
-    "grpo": dk.PolicySpec.preset("grpo"),
-    "dapo": dk.PolicySpec.preset("dapo"),
-    "gspo": dk.PolicySpec.preset("gspo"),
+    **PRESET_SPECS,
+    "clip_cov": dk.PolicySpec.preset(
+        "clip_cov", cov_share=1.0, cov_bounds=(-0.1, 5.0)
+    ),  # else it draws tokens by place
+    "kl_cov": dk.PolicySpec.preset("kl_cov", cov_share=0.3),
     "sequence": dk.PolicySpec(aggregation="sequence_mean_token_mean"),
     "corrected": dk.PolicySpec.preset("grpo", correction="token_truncate", correction_bounds=(0.0, 2.0)),
+    "corrected by sequence": dk.PolicySpec.preset("dapo", correction="sequence_mask", correction_bounds=(0.5, 2.0)),
     "kl": dk.PolicySpec(kl_coef=0.1, entropy_coef=0.01),
 }
 
 
 @pytest.mark.parametrize("name", SPECS)
-@settings(max_examples=5, **EXAMPLES)
+@settings(max_examples=4, **EXAMPLES)
 @given(made=groups(vocabulary=12, rich=True))
 def test_every_policy_loss_is_the_same_with_its_outputs_and_metrics(policy, name, made):
     spec = SPECS[name]
