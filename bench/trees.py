@@ -90,7 +90,7 @@ def group(case: Case, n: int, shape: Shape) -> list[Trajectory]:
     prompt, rows = drawn(case.prompt), []
     families = [drawn(3) for _ in range(case.branches)]
     for sibling in range(n):
-        begin = drawn(case.prompt) if case.apart else prompt
+        begin = [3 + sibling, *drawn(case.prompt)[1:]] if case.apart else prompt
         past = families[sibling * case.branches // n] if families else drawn(3)
         rows.append([*begin, *past, *drawn(TURNS - 3)])
     turns = []

@@ -20,7 +20,16 @@ from drift.report.style import CSS
 from drift.report.text import count_of, duration, esc, figures, percent, points
 
 MOST_CURVES = 24
-_FIRST_CURVES = ("loss", "ess", "grad_norm", "solved · warm_start", "lr", "tokens_per_second")
+_FIRST_CURVES = (
+    "loss",
+    "ess",
+    "grad_norm",
+    "solved · warm_start",
+    "lr",
+    "tokens_per_second",
+    "tokens_shared",
+    "attention_shared",
+)
 _SHOWN_SETTINGS = (
     ("model", "path"),
     ("task", "name"),
