@@ -17,10 +17,11 @@ class Problem:
     """One question with a checkable answer."""
 
     id: str  # stable: hashes of the question and of the answer
-    prompt: str  # text of the first user message
+    prompt: str  # text of the user message that asks it
     answer: str  # what the verifier compares with
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever the task's own scorer needs
     system: str | None = None  # text of a system message before it
+    earlier: tuple[dict[str, str], ...] = ()  # messages between the two; none of them is trained
 
 
 @dataclass(slots=True)

@@ -16,16 +16,19 @@ from drift.config.schema import (
     WarmStartConfig,
     WeightsConfig,
 )
+from drift.config.source import EvalSet, SourceConfig
 
 __all__ = [
     "Config",
     "ConfigError",
     "EngineConfig",
     "EvalConfig",
+    "EvalSet",
     "LoRAConfig",
     "ModelConfig",
     "OnlineConfig",
     "RolloutConfig",
+    "SourceConfig",
     "TaskConfig",
     "TrackConfig",
     "TrainConfig",

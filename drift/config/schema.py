@@ -13,9 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from drift.config.online import OnlineConfig
 from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
+from drift.config.source import FOLDER, FUNCTION, EvalSet, ProblemsConfig, known_scorer
 
-FOLDER = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 FORMAT_RULE = (
     "Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
 )
@@ -60,16 +59,12 @@ class ModelConfig(Section):
         return self
 
 
-SCORERS = ("exact", "math", "choice", "numeric", "tools")  # of `task.scorer`, besides module:function
-
-
-class TaskConfig(Section):
+class TaskConfig(ProblemsConfig):
     """Where problems come from, how they are put to the model, and how its answers are read and scored."""
 
-    kind: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "jsonl", "parquet", "dataset"] = "reasoning_gym"
     name: str = "chain_sum"  # of the reasoning-gym generator
     options: dict[str, Any] = {}  # the generator's own
-    path: str | None = None  # of the JSONL file
     duplicates: Literal["merge", "keep"] = (
         "merge"  # rows of one text and answer: one problem, or each a group of its own
     )
@@ -80,8 +75,8 @@ class TaskConfig(Section):
     )
     prefill: str | None = None  # text that every assistant turn begins with, as prompt, such as <think>
     answer_tag: str = "answer"
-    parser: Literal["strict", "lenient"] = (
-        "lenient"  # strict: <think>…</think><answer>…</answer>; lenient: the last answer outside thinking
+    parser: Literal["strict", "lenient", "whole"] = (
+        "lenient"  # strict: <think>…</think><answer>…</answer>; lenient: the last answer outside thinking; whole: all of it
     )
     cut_answers: Literal["count", "drop"] = (
         "count"  # a whole answer in a turn that max_new_tokens cut later: read, or unparsed
@@ -93,22 +88,21 @@ class TaskConfig(Section):
     unsafe_scorers: Literal["refuse", "allow"] = "refuse"  # generators that evaluate answers, when there is no sandbox
     max_failed: Share = 0.05  # of all checks may fail (no verdict); more end the run, as does a batch of nothing else
     seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0  # what torch takes
-    warm_problems: Count = 2000
-    train_problems: Positive = 192
-    eval_problems: Positive = 1000
 
     @model_validator(mode="after")
     def _path_fits_kind(self) -> TaskConfig:
-        if self.kind == "jsonl" and self.path is None:
-            raise ValueError("path should name the JSONL file, since kind is jsonl")
-        if self.kind != "jsonl" and self.path is not None:
-            raise ValueError(f"path is {self.path!r}, which only kind jsonl reads; set kind=jsonl, or leave path out")
+        named = {"jsonl": "JSONL file", "parquet": "Parquet file", "dataset": "data set, a hub name or a folder"}
+        if self.kind in named and self.path is None:
+            raise ValueError(f"path should name the {named[self.kind]}, since kind is {self.kind}")
+        if self.kind not in named and self.path is not None:
+            raise ValueError(
+                f"path is {self.path!r}, which only the kinds {', '.join(named)} read; set kind=jsonl, or leave path out"
+            )
         return self
 
     @model_validator(mode="after")
     def _scorer_is_known(self) -> TaskConfig:
-        if self.scorer is not None and self.scorer not in SCORERS and not re.fullmatch(FUNCTION, self.scorer):
-            raise ValueError(f"scorer {self.scorer!r} must be one of {', '.join(SCORERS)}, module:function, or null")
+        known_scorer(self.scorer)
         return self
 
 
@@ -171,6 +165,15 @@ class RolloutConfig(Section):
     format_penalty: Annotated[float, Field(le=0)] = -0.1  # a turn whose answer cannot be parsed
     tool: Literal["calculator"] | None = None  # that the model may call between its answers
     tool_calls: Positive = 8  # in one trajectory
+    environment: str | None = None  # module:Class, in place of task and scorer; called with (task, rollout settings)
+
+    @model_validator(mode="after")
+    def _environment_is_a_path(self) -> RolloutConfig:
+        if self.environment is not None and not re.fullmatch(FUNCTION, self.environment):
+            raise ValueError(f"environment {self.environment!r} must read module:Class, such as my_module:Env")
+        if self.environment is not None and self.tool is not None:
+            raise ValueError(f"tool {self.tool!r} is not for environment {self.environment!r}, which has its own; leave one out")
+        return self
 
 
 class WeightsConfig(Section):
@@ -285,6 +288,15 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # likewise; the online method publishes 0.6 and 0.95
     max_new_tokens: Positive = 1024
     batch_size: Positive = 512
+    sets: list[EvalSet] = []  # in place of the task's own held-out problems, with an average over them
+
+    @field_validator("sets")
+    @classmethod
+    def _sets_have_names_of_their_own(cls, sets: list[EvalSet]) -> list[EvalSet]:
+        names = [one.name for one in sets]
+        if len(set(names)) < len(names) or "average" in names:
+            raise ValueError(f"names {names} must differ from each other and from 'average', the row of their mean")
+        return sets
 
 
 class TrackConfig(Section):
@@ -409,7 +421,7 @@ class Config(Section):
         if not isinstance(model, dict) or not isinstance(task, dict) or model.get("path") is None:
             return data
         rule = FORMAT_RULE.format(tag=task.get("answer_tag", "answer"))
-        return {**data, "task": {"format_rule": rule, **task}}
+        return {**data, "task": {"format_rule": rule, "warm_share": 0.0, **task}}
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Config:

@@ -38,6 +38,7 @@ class Evaluation:
     top_p: float = 1.0
     right: list[int] = field(default_factory=list)  # [problems], how many of them; empty without samples
     failed_checks: int = 0  # checks without a verdict, which count as wrong
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)  # of several evaluation sets, each as JSON by name
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dict; shares under their published names, such as multi_at_5, mean_at_16 and pass_at_16."""
@@ -48,6 +49,10 @@ class Evaluation:
         if n := self.samples:
             named[f"mean_at_{n}"] = sum(self.right) / (n * len(self.right))
             named[f"pass_at_{n}"] = sum(count > 0 for count in self.right) / len(self.right)
+            for key in (f"mean_at_{n}", f"pass_at_{n}") if self.sets else ():
+                named[key] = _mean([one[key] for one in self.sets.values()])
+        if not self.sets:
+            del values["sets"]
         return {**named, **values}
 
 
@@ -61,6 +66,7 @@ class _How:
     history: Literal["keep", "template"]
     tool: str | None
     tool_calls: int
+    environment: str | None
     temperature: float
     top_p: float = 1.0
 
@@ -75,22 +81,25 @@ def evaluate(
     history: Literal["keep", "template"] = "keep",
     tool: str | None = None,
     tool_calls: int = 0,
+    environment: str | None = None,
+    name: str = "",
     track: Track | None = None,
 ) -> Evaluation:
     """Plays each problem once, greedily, for up to `config.turns` turns, and samples `config.samples` one-turn answers.
 
-    Wrong answers get `config.feedback`. Raises ValueError for no problems, CheckError when too many checks have no verdict.
+    Wrong answers get `config.feedback`. name: of the set, for the progress. Raises ValueError for no problems, CheckError when too many checks have no verdict.
     """
     if not problems:
         raise ValueError("problems is empty; an evaluation needs at least one")
     track, failures = track or Track(None, progress=False), Failures(framing(task).max_failed)
 
     def played(
-        name: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float, top_p: float = 1.0
+        what: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float, top_p: float = 1.0
     ) -> list[Episode]:
-        how = _How(turns, config.max_new_tokens, config.feedback, history, tool, tool_calls, temperature, top_p)
+        length, kept = config.max_new_tokens, (config.feedback, history, tool, tool_calls, environment)
+        how = _How(turns, length, *kept, temperature, top_p)
         episodes = []
-        with track.progress(name, len(jobs)) as bar:
+        with track.progress(f"{what} {name}".strip(), len(jobs)) as bar:
             for first in range(0, len(jobs), config.batch_size):
                 chunk = jobs[first : first + config.batch_size]
                 episodes += play(policy, engine, task, chunk, how, seed=[0, first], bar=bar, failures=failures)
@@ -127,3 +136,43 @@ def _corrected(solved_at: Sequence[int], turns: int) -> list[float | None]:
         left = [at for at in solved_at if at == 0 or at >= turn]
         rates.append(sum(at == turn for at in left) / len(left) if left else None)
     return rates
+
+
+def average(parts: dict[str, Evaluation]) -> Evaluation:
+    """Several sets as one: shares are means over the sets, whatever their sizes; problems lie one set after another."""
+    every = list(parts.values())
+    by_turn = [_mean(shares) for shares in zip(*(one.by_turn for one in every))]
+    rates = [[rate for rate in turn if rate is not None] for turn in zip(*(one.corrected for one in every))]
+    return Evaluation(
+        by_turn[-1],
+        by_turn[0],
+        by_turn,
+        [_mean(turn) if turn else None for turn in rates],
+        [at for one in every for at in one.solved_at],
+        [example for one in every for example in one.examples[:2]],
+        every[0].samples,
+        every[0].temperature,
+        every[0].top_p,
+        [count for one in every for count in one.right],
+        sum(one.failed_checks for one in every),
+        {name: one.to_json() for name, one in parts.items()},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def lines(done: Evaluation) -> list[str]:
+    """What a reader wants of it: a line for each set, the last for their average; with one set, that one alone."""
+    shown = [_line(name, one) for name, one in done.sets.items()]
+    return [*shown, _line("average" if done.sets else "", done.to_json())]
+
+
+def _line(name: str, one: dict[str, Any]) -> str:
+    multi = next(key for key in one if key.startswith("multi_at_"))
+    parts = [f"multi@{multi.removeprefix('multi_at_')} {one[multi]:.1%}", f"single turn {one['single']:.1%}"]
+    parts += [f"{key.replace('_at_', '@')} {one[key]:.1%}" for key in one if key.startswith(("mean_at_", "pass_at_"))]
+    rates = " ".join("–" if rate is None else f"{rate:.1%}" for rate in one["corrected"])
+    parts += [f"corrected in turn 2…{len(one['by_turn'])}: {rates}"] if rates else []
+    return f"{name + ': ' if name else ''}{', '.join(parts)} of {len(one['solved_at'])} problems"

@@ -28,15 +28,16 @@ from drift import files, report, store
 from drift.config import Config
 from drift.engines import Engine, open_engine
 from drift.engines.hf import HFEngine
-from drift.jobs import stages
+from drift.jobs import sampled, stages
 from drift.jobs.folder import Clock, RunError, claim, finished, locked, rollout_path, write_json
+from drift.jobs.evaluate import lines
 from drift.jobs.summary import evaluation, summarise
 from drift.jobs.warm_start import warm_start
+from drift.jobs.work import Work, prepare
 from drift.model import chat
 from drift.model.policy import Policy
 from drift.online import train_online
 from drift.returns import weigh_for_training
-from drift.tasks import Task, load_task
 from drift.track import Track, plain
 from drift.training import distributed
 from drift.training.reference import Reference
@@ -63,18 +64,16 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
             f"{folder} is done: seeds {', '.join(map(str, config.seeds))}, arms {', '.join(config.trained)}"
         )
         return summary
-    claim(folder, config)
-    task = load_task(config.task)
+    work = prepare(config)  # all complaints before anything is written
     try:
-        for split in ("train", "eval"):
-            task.problems(split)  # too few are said now, not after the warm start
+        claim(folder, config)
         with (
             distributed.launched(config.train.timeout) as rank,
             Track(
                 folder if rank == 0 else None, list(config.track.sinks), config.track.progress and rank == 0
             ) as track,
         ):
-            job = _Job(config, folder, task, track)
+            job = _Job(config, folder, work, track)
             job.base()
             for seed in config.seeds:
                 job.seed(seed)
@@ -82,15 +81,16 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
                 job.summarise()
             distributed.meet("the summary")
     finally:
-        task.close()
+        work.close()
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 class _Job:
     """What the stages share."""
 
-    def __init__(self, config: Config, folder: Path, task: Task, track: Track) -> None:
-        self.config, self.folder, self.task, self.track = config, folder, task, track
+    def __init__(self, config: Config, folder: Path, work: Work, track: Track) -> None:
+        self.config, self.folder, self.track = config, folder, track
+        self.work, self.task = work, work.task
         self.clock = Clock(folder / "seconds.json")
         self.policy: Policy
         self.start: dict[str, Any]  # the base's trainable parameters
@@ -107,6 +107,8 @@ class _Job:
             self.track.say(f"warm start: {done.solved:.0%} of the check problems solved after {done.steps} steps")
         distributed.meet("the warm start")
         self.policy = stages.load(config, str(folder) if warmed else config.model.path)
+        if distributed.rank() == 0:
+            self.track.say(f"{stages.about(self.policy, config.model.path)}; run folder {self.folder}")
         self.policy.check_packing()
         self.start = self.policy.state()
         self._evaluate("base", folder / "eval.json")
@@ -143,6 +145,8 @@ class _Job:
 
     def _offline(self, seed: int, folder: Path) -> None:
         rows = self._sample(rollout_path(self.folder, self.config, seed), [seed], f"seed-{seed}/rollout")
+        if "success_only" in self.config.arms:
+            self._weights("success_only", rows, f"seed-{seed}/success_only", 0)  # refused before another arm is trained
         for arm in self.config.arms:
             if not (folder / f"eval-{arm}.json").exists():
                 self._arm(seed, arm, rows, folder / arm)
@@ -151,7 +155,7 @@ class _Job:
         """Trains from the base for as many steps as an epoch of all trajectories has, `train.rounds` times."""
         config, name = self.config, f"seed-{seed}/{arm}"
         self.policy.restore(self.start)
-        sampled = rows
+        first = rows
         for number in range(config.train.rounds):
             inside = folder / f"round-{number}"
             if number > 0:
@@ -169,7 +173,7 @@ class _Job:
                     steps=steps_of(len(rows), config.train.epochs, config.train.batch_size),
                     min_weight=config.weights.min_weight if arm == "drift" else 0.0,
                 )
-        self._watch(name, sampled)
+        self._watch(name, first)
         self._finish(name, folder, list(folder.glob("round-*")))
 
     def _watch(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -211,6 +215,8 @@ class _Job:
         distributed.meet(f"rollouts into {path}")
         rows = store.read(path)
         store.check_policy(rows, self.policy.hash())
+        if distributed.rank() == 0:
+            sampled.say(self.policy, self.task, rows, self.config, self.track, prefix)
         return rows
 
     def _evaluate(self, name: str, path: Path) -> None:
@@ -218,11 +224,11 @@ class _Job:
             evaluation(self.config, self.folder, path)
         elif distributed.rank() == 0:
             with self.clock("evaluate"):
-                done = stages.evaluated(self.config, self.policy, self.task, self.track)
+                done = stages.evaluated(self.config, self.policy, self.work, self.track)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, done.to_json())
-            shares = f"multi@{self.config.eval.turns} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
-            self.track.say(f"{name}: {shares} of {len(done.solved_at)} problems")
+            for line in lines(done):
+                self.track.say(f"{name}: {line}")
         distributed.meet(f"the evaluation of {name}")
 
     def summarise(self) -> None:

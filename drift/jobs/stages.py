@@ -11,20 +11,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from drift import store
 from drift.config import Config, ConfigError
 from drift.engines import open_engine
-from drift.jobs.evaluate import Evaluation, evaluate
+from drift.jobs import sampled
+from drift.jobs.evaluate import Evaluation, average, evaluate
 from drift.jobs.folder import locked
+from drift.jobs.work import Work, prepare
 from drift.model import chat
 from drift.model.policy import Policy, load_policy
 from drift.model.rows import check_ids
 from drift.returns import weigh_for_training
 from drift.rollouts.rollout import collect
-from drift.tasks import Task, load_task
+from drift.tasks import Task
 from drift.track import Track
 from drift.training import distributed
 from drift.training.offpolicy import log_ratios
@@ -32,11 +35,24 @@ from drift.training.trainer import TrainStats, train
 from drift.types import Trajectory
 
 
+_UNITS = ((1e9, " billion"), (1e6, " million"), (1e3, " thousand"), (1, ""))
+
+
 def load(config: Config, path: str | None) -> Policy:
     """The model at `path`, or the embedded one with random weights, on this rank's device."""
     transformers_logging.disable_progress_bar()
     model = config.model.model_copy(update={"path": path})
     return load_policy(model, device=distributed.device(), seed=config.task.seed)
+
+
+def about(policy: Policy, path: str | None) -> str:
+    """Model, parameters, device and dtype, in a line."""
+    count = sum(parameter.numel() for parameter in policy.model.parameters())
+    size = next(f"{count / unit:.3g}{name}" for unit, name in _UNITS if count >= unit)
+    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    part = f", of which {trained:,} are trained" if trained < count else ""
+    dtype = str(policy.causal_lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return f"model {path or 'embedded tiny model'}: {size} parameters{part}, {policy.device}, {dtype}"
 
 
 def sample_into(
@@ -63,31 +79,29 @@ def weighted(
     ]
 
 
-def evaluated(config: Config, policy: Policy, task: Task, track: Track) -> Evaluation:
-    """multi@k and single-turn accuracy of `policy` on the evaluation problems."""
-    how, problems = config.rollout, task.problems("eval")
+def evaluated(config: Config, policy: Policy, work: Work, track: Track) -> Evaluation:
+    """multi@k and single-turn accuracy of `policy` on the evaluation problems, or on each of `eval.sets` and on average."""
+    how = config.rollout
+    options: dict[str, Any] = {key: getattr(how, key) for key in ("history", "tool", "tool_calls", "environment")}
     with open_engine(config.engine, policy, config.eval.batch_size) as engine:
-        return evaluate(
-            policy,
-            engine,
-            task,
-            problems,
-            config.eval,
-            history=how.history,
-            tool=how.tool,
-            tool_calls=how.tool_calls,
-            track=track,
-        )
+        done = {
+            name: evaluate(policy, engine, task, problems, config.eval, name=name, track=track, **options)
+            for name, (task, problems) in work.evaluations.items()
+        }
+    return average(done) if work.sets else done[""]
 
 
 def sample(config: Config, out: Path, *, model: str | None = None, seed: int = 0) -> int:
     """Appends `rollout.n` trajectories of every training problem to `out`; returns how many were new."""
-    policy, task = _policy(config, model), load_task(config.task)
+    work = prepare(config, evaluate=False)
     try:
         with Track(None, progress=config.track.progress) as track:
-            return sample_into(config, policy, task, out, [seed], track)
+            policy = _policy(config, model, track)
+            new = sample_into(config, policy, work.task, out, [seed], track)
+            sampled.say(policy, work.task, store.read(out), config, track)
+            return new
     finally:
-        task.close()
+        work.close()
 
 
 def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, seed: int = 0) -> TrainStats:
@@ -100,7 +114,7 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         distributed.launched(config.train.timeout) as rank,
         Track(out if rank == 0 else None, config.track.sinks) as track,
     ):
-        policy = _policy(config, model)
+        policy = _policy(config, model, track)
         policy.check_packing()
         places: list[int] = []
         rows = store.read(rollouts, places=places)
@@ -131,15 +145,15 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
 
 def score(config: Config, *, model: str | None = None) -> Evaluation:
     """multi@k and single-turn accuracy on the evaluation problems."""
-    policy, task = _policy(config, model), load_task(config.task)
+    work = prepare(config, train=False)
     try:
         with Track(None, progress=config.track.progress) as track:
-            return evaluated(config, policy, task, track)
+            return evaluated(config, _policy(config, model, track), work, track)
     finally:
-        task.close()
+        work.close()
 
 
-def _policy(config: Config, model: str | None) -> Policy:
+def _policy(config: Config, model: str | None, track: Track) -> Policy:
     base = Path(config.output_dir) / config.name / "base"
     path = model or config.model.path
     if path is None and config.warm_start.enabled:
@@ -149,4 +163,6 @@ def _policy(config: Config, model: str | None) -> Policy:
                 "by --model or model.path=…; or take random weights by warm_start.enabled=false"
             )
         path = str(base)
-    return load(config, path)
+    policy = load(config, path)
+    track.say(about(policy, path))
+    return policy

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from drift import files
-from drift.config import Config
+from drift.config import Config, ConfigError
 from drift.jobs import run
 from drift.report import plots
 from drift.report.intervals import bootstrap, interval, paired_difference
@@ -29,11 +29,15 @@ REPLICATES = 10_000
 def study(config: Config) -> dict[str, Any]:
     """Runs every seed of `config` (finished ones are not run again), then `analyse`s the folder. Returns study.json.
 
-    Raises ValueError where the config names fewer than two seeds.
+    Raises ValueError if the config names fewer than two seeds, ConfigError if it names several evaluation sets.
     """
     if len(config.seeds) < 2:
         raise ValueError(
             f"seeds: {config.seeds} is one seed; a study needs at least two, say seeds=[0,1,2,3,4,5,6,7,8,9]"
+        )
+    if config.eval.sets:
+        raise ConfigError(
+            f"eval.sets names {len(config.eval.sets)} sets, and a study resamples the problems of one; set eval.sets=[]"
         )
     run.run(config)
     return analyse(Path(config.output_dir) / config.name)

@@ -16,10 +16,15 @@ def summarise(config: Config, folder: Path, seconds: dict[str, float]) -> dict[s
     """Results by arm, what drift is ahead of each other arm, and the settings. seconds: by stage."""
     multi, n = f"multi_at_{config.eval.turns}", config.eval.samples
     keys = (multi, "single", "by_turn", *((f"mean_at_{n}", f"pass_at_{n}") if n else ()))
-    results: dict[str, dict[str, list[Any]]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for arm in ("base", *config.trained):
         read = [evaluation(config, folder, folder / f"seed-{seed}" / f"eval-{arm}.json") for seed in config.seeds]
         results[arm] = {key: [content[key] for content in read] for key in keys}
+        results[arm]["corrected"] = [content["corrected"] for content in read]
+        if config.eval.sets:
+            sets = {one.name: [content["sets"][one.name] for content in read] for one in config.eval.sets}
+            every = (*keys, "corrected")
+            results[arm]["sets"] = {name: {key: [one[key] for one in had] for key in every} for name, had in sets.items()}
     online = config.online.model_dump(mode="json") if config.online else None
     return {
         "name": config.name,
@@ -36,13 +41,15 @@ def summarise(config: Config, folder: Path, seconds: dict[str, float]) -> dict[s
 def evaluation(config: Config, folder: Path, path: Path) -> dict[str, Any]:
     """The evaluation that lies at `path`. Raises RunError if it was made with other settings, or is none."""
     found = read_json(path)
-    asked = {
+    asked: dict[str, Any] = {
         "eval.turns": config.eval.turns,
         "eval.samples": config.eval.samples,
-        "task.eval_problems": config.task.eval_problems,
+        "eval.sets": [one.name for one in config.eval.sets],
     }
+    if config.task.eval_problems is not None and not config.eval.sets:
+        asked["task.eval_problems"] = config.task.eval_problems
     try:
-        sizes = (len(found["by_turn"]), found.get("samples", 0), len(found["solved_at"]))
+        sizes = (len(found["by_turn"]), found.get("samples", 0), list(found.get("sets", {})), len(found["solved_at"]))
     except (TypeError, KeyError, AttributeError):
         raise RunError(f"{path} holds no evaluation; remove it, and the same command makes it again") from None
     differ = [f"{key}={had} and not {now}" for had, (key, now) in zip(sizes, asked.items()) if had != now]
@@ -99,8 +106,7 @@ def _picked(config: Config) -> dict[str, Any]:
     every = {
         "n": config.rollout.n,
         "turns": config.rollout.turns,
-        "train_problems": config.task.train_problems,
-        "eval_problems": config.task.eval_problems,
+        **{key: value for key in ("train_problems", "eval_problems") if (value := getattr(config.task, key)) is not None},
         "lr": config.train.lr,
     }
     if config.online:

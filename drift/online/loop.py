@@ -42,8 +42,9 @@ from drift.online.samples import Sample, problems_of, read, set_advantages, stor
 from drift.online.teacher import Teacher
 from drift.online.watch import Watch
 from drift.rhythm import StepMean
+from drift.rollouts.account import account, expected
 from drift.rollouts.environments import Environment
-from drift.rollouts.rollout import play, tool_metrics
+from drift.rollouts.rollout import framing, play, tool_metrics
 from drift.tasks import Task
 from drift.track import Track
 from drift.training import checkpoint, distributed
@@ -112,7 +113,7 @@ def train_online(
         bar.advance(stats.steps)
         while stats.steps < total:
             with interrupts.finishing():
-                measured = loop.step(stats.steps, writer)
+                measured = loop.step(stats.steps, writer, track)
                 loop.tell(track, prefix, measured)
                 bar.advance(reward=measured["reward"], solved=measured["solved"])
                 if examples_path is not None and first:
@@ -193,8 +194,10 @@ class _Loop:
             self.teacher = Teacher(parameters, self.online.teacher, self.optimizer.masters)
         self.branches = Branches(policy, self.optimizer, config, self.algorithm, self.difference, self.entropy)
 
-    def step(self, number: int, writer: store.Writer | None = None) -> dict[str, float]:
-        """One rollout batch and one optimizer step; what to log."""
+    def step(
+        self, number: int, writer: store.Writer | None = None, track: Track | None = None
+    ) -> dict[str, float]:
+        """One rollout batch and one optimizer step; what to log. The first batch is accounted for in words to `track`."""
         clock, phase = Stopwatch(), self.guide.phase(number)
         with distributed.in_turn(
             "the step's weights for the engine"
@@ -202,6 +205,8 @@ class _Loop:
             self.engine.sync()
         samples = self._sample(number)
         self.guide.route(samples, number)
+        if number == 0 and track is not None:
+            self._account(samples, track)
         if writer is not None:
             rollout = self.config.rollout
             for sample in samples:
@@ -264,6 +269,14 @@ class _Loop:
             **took,
             **{f"{name}/{key}": value for name, part in self._parts() for key, value in part.metrics().items()},
         }
+
+    def _account(self, samples: Sequence[Sample], track: Track) -> None:
+        parser = expected(framing(self.task).parser, self.task.answer_tag) if self.environment is None else None
+        ends = self.policy.eos_ids | self.policy.turns.ends
+        first = account([sample.row for sample in samples], self.config.weights, ends)
+        track.say(f"first step: {first.line(parser, self.config.rollout.max_new_tokens)}")
+        if warning := first.warning(parser):
+            track.say(f"first step: WARNING: {warning}")
 
     def _tool_use(self, samples: Sequence[Sample]) -> dict[str, float]:
         if self.environment is None and self.config.rollout.tool is None:

@@ -74,6 +74,7 @@ def page(records: Records) -> str:
         _missing(records),
         _nothing_learnt(records),
         online.warnings(seeds),
+        "" if online_run else sampling.warnings(records),
         results.section(records),
         *(_online(records, seeds) if online_run else [sampling.section(records)]),
         _training(records),
@@ -252,7 +253,8 @@ def _shown_settings(records: Records) -> list[tuple[str, Any]]:
         value = getattr(getattr(records.config, section), key)
         if (section, key) == ("model", "path") and value is None:
             value = "embedded tiny model"
-        shown.append((f"{section}.{key}", value))
+        if value is not None or section != "task":
+            shown.append((f"{section}.{key}", value))
     if online_settings := records.config.online:
         shown += [(f"online.{key}", getattr(online_settings, key)) for key in ("algorithm", "steps", "prompts")]
         shown += [("train.lr", records.config.train.lr), ("online.teacher.weights", online_settings.teacher.weights)]

@@ -38,6 +38,8 @@ class Results:
     single: list[float]  # share solved in the first turn
     by_turn: list[list[float]]  # cumulative shares after turns 1..k
     sampled: dict[str, list[float]] = field(default_factory=dict)  # mean@n and pass@n, where `eval.samples` drew any
+    corrected: list[list[float | None]] = field(default_factory=list)  # of turns 2..k, the share of unsolved that it solves
+    sets: dict[str, Results] = field(default_factory=dict)  # of each evaluation set, where there are several
 
 
 @dataclass(slots=True)
@@ -159,6 +161,9 @@ def _read_results(records: Records, summary: dict[str, Any] | None) -> None:
         _expect(file, isinstance(records.seeds, list) and len(records.seeds) == number, f"seeds should list {number}")
         return
     records.seeds = complete
+    if records.config and records.config.eval.sets:
+        records.missing.append("evaluations: those of several sets are shown when the run is finished")
+        return
     for arm, tables in records.solved_at.items():
         by_turn = [_cumulative(table, records.turns) for table in tables]
         records.results[arm] = Results([b[-1] for b in by_turn], [b[0] for b in by_turn], by_turn)
@@ -190,7 +195,19 @@ def _results_of(file: Path, place: str, values: Any) -> tuple[int, Results]:
             fits = _are_shares(values[key]) and len(values[key]) == number
             _expect(file, fits, f"{place}.{key} should be {number} shares from 0 to 1, one a seed")
             result.sampled[key.replace("_at_", "@")] = values[key]
+    result.corrected = values.get("corrected", [])
+    fits = isinstance(result.corrected, list) and all(_are_rates(rates) for rates in result.corrected)
+    _expect(file, fits, f"{place}.corrected should be lists of shares from 0 to 1 or null, one a seed")
+    sets = values.get("sets", {})
+    _expect(file, isinstance(sets, dict), f"{place}.sets should be an object with a member for each evaluation set")
+    result.sets = {name: _results_of(file, f"{place}.sets.{name}", one)[1] for name, one in sets.items()}
     return int(turns[0]), result
+
+
+def _are_rates(values: Any) -> bool:
+    return isinstance(values, list) and (known := [v for v in values if v is not None]) is not None and (
+        not known or _are_shares(known)
+    )
 
 
 def _are_shares(values: Any) -> bool:

@@ -36,7 +36,7 @@ def section(records: Records) -> str:
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))
-    return f"<section><h2>Results</h2>{note}{shown}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
+    return f"<section><h2>Results</h2>{note}{shown}{_sets(records)}{_corrections(records)}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
 
 
 def _result_row(arm: str, result: Results, records: Records, reference: str) -> str:
@@ -89,6 +89,33 @@ def _moved(records: Records) -> str:
     )
     shown = table(("Arm", "entropy before", "entropy after", "KL from the base"), rows)
     return f"<h3>How far training went</h3>{note}{shown}"
+
+
+def _sets(records: Records) -> str:
+    """multi@k of each evaluation set, means over seeds, the average over the sets last; empty for one set."""
+    names = list(next(iter(records.results.values())).sets)
+    if not names:
+        return ""
+    rows = []
+    for arm, result in records.results.items():
+        cells = [percent(mean_stderr(result.sets[name].multi).mean) for name in names if name in result.sets]
+        cells.append(f"<b>{percent(mean_stderr(result.multi).mean)}</b>")
+        rows.append(f"<tr><td>{esc(arm)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    note = f'<p class="why">multi@{records.turns}; the average is over the sets, whatever their sizes.</p>'
+    return f"<h3>By evaluation set</h3>{note}{table(['Arm', *map(esc, names), 'average'], rows)}"
+
+
+def _corrections(records: Records) -> str:
+    """The correction rate of each later turn, means over the seeds that have one."""
+    rows = []
+    for arm, result in records.results.items():
+        turns = [[rate for rate in turn if rate is not None] for turn in zip(*result.corrected)]
+        cells = (f"<td>{percent(sum(rates) / len(rates)) if rates else '–'}</td>" for rates in turns)
+        rows += [f"<tr><td>{esc(arm)}</td>{''.join(cells)}</tr>"] if turns else []
+    if not rows:
+        return ""
+    note = '<p class="why">Of the problems that are still unsolved before a turn, the share that it solves.</p>'
+    return f"<h3>Corrections</h3>{note}{table(['Arm', *(f'turn {t}' for t in range(2, records.turns + 1))], rows)}"
 
 
 def _all_seeds(records: Records) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from drift.online.watch import pass_at, repeat_rate
 from drift.report import plots
 from drift.report.records import Records
-from drift.report.text import count_of, figures, percent, tile, tiles
+from drift.report.text import count_of, esc, figures, percent, tile, tiles
+from drift.rollouts.account import account, expected
 
 
 def section(records: Records) -> str:
@@ -53,3 +54,16 @@ def section(records: Records) -> str:
         f"after a wrong answer. What a trajectory is worth decides how much it counts in training.{source}</p>"
     )
     return f"<section><h2>What was sampled</h2>{note}{tiles(numbers)}{figures(drawn)}</section>"
+
+
+def warnings(records: Records) -> str:
+    """A notice of the rollout files from which nothing can be learned; empty if there are none."""
+    items, form = [], None
+    if records.config and records.config.rollout.environment is None:
+        form = expected(records.config.task.parser, records.config.task.answer_tag)
+    for part in records.sampled:
+        if part.rows and (warning := account(part.rows, records.weights_config).warning(form)):
+            items.append(f"<li>{esc(part.source)}: {esc(warning)}</li>")
+    if not items:
+        return ""
+    return f'<div class="notice" role="note"><b>There is nothing to learn from.</b><ul>{"".join(items)}</ul></div>'

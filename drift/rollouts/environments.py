@@ -19,15 +19,18 @@ Left out: environments that hold state (a shell, a browser): keep it in a dict b
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from drift.rollouts.feedback import Feedback
 from drift.rollouts.tools import ToolError, calculate
-from drift.tasks import Failed, Task, Verdict, parse_answer, spoken
+from drift.tasks import Failed, Task, TaskError, Verdict, parse_answer, spoken
 from drift.tasks.parsing import Parser
 from drift.types import Problem
 
@@ -106,9 +109,10 @@ class VerifyEnvironment:
         self.feedback = feedback
 
     def reset(self, problem: Problem) -> Messages:
-        """The problem as a user message, after its system message if it has one."""
+        """The problem as a user message, after its system message and what was said before, if there is any."""
         system = [] if problem.system is None else [{"role": "system", "content": problem.system}]
-        return [*system, {"role": "user", "content": problem.prompt}]
+        earlier = [dict(message) for message in problem.earlier]
+        return [*system, *earlier, {"role": "user", "content": problem.prompt}]
 
     def step(self, episodes: Sequence[Turns]) -> list[Step]:
         """All answers go to the verifier at once."""
@@ -193,3 +197,23 @@ class ToolEnvironment(VerifyEnvironment):
                 text, errors, failed = "Error: the tool failed.", errors + 1, traceback.format_exc()
             messages.append({"role": "tool", "content": text})
         return Step(messages, tool_calls=len(calls), tool_errors=errors, failed=failed)
+
+
+def load_environment(path: str) -> Callable[[Task, Any], Environment]:
+    """The class, or function, at "module:name", looked for in the working directory too; called with (task, settings).
+
+    It runs in this process, with all its rights. Raises TaskError when it cannot be imported.
+    """
+    module, _, name = path.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except Exception as error:  # code of the user's own runs when it is imported
+        raise TaskError(
+            f"rollout.environment={path!r} cannot be imported ({type(error).__name__}: {error}); it must read module:Class, of "
+            "a module in the working directory or installed"
+        ) from error
+    if not callable(made):
+        raise TaskError(f"rollout.environment={path!r} is {made!r}; it must be a class, called with (task, settings)")
+    return made

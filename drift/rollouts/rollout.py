@@ -21,7 +21,14 @@ from drift import store
 from drift.engines import Engine, Sample, remembering
 from drift.model import chat
 from drift.model.policy import Policy
-from drift.rollouts.environments import TOOLS, Environment, Step, ToolEnvironment, VerifyEnvironment
+from drift.rollouts.environments import (
+    TOOLS,
+    Environment,
+    Step,
+    ToolEnvironment,
+    VerifyEnvironment,
+    load_environment,
+)
 from drift.rollouts.failures import CheckError, Failures
 from drift.rollouts.feedback import FEEDBACK, Feedback
 from drift.rollouts.resume import forget_corrected
@@ -53,6 +60,8 @@ class Settings(Protocol):
     def tool(self) -> str | None: ...
     @property
     def tool_calls(self) -> int: ...  # an episode's, at most
+    @property
+    def environment(self) -> str | None: ...  # module:Class, in place of the verifier
 
 
 @dataclass(slots=True)
@@ -246,7 +255,9 @@ def default_feedback(task: Task, settings: Settings) -> Feedback:
 
 
 def default_environment(task: Task, settings: Settings) -> Environment:
-    """The verifier with its feedback, and the tool that the settings name."""
+    """The environment that the settings name; else the verifier with its feedback, and the tool that they name."""
+    if settings.environment is not None:
+        return load_environment(settings.environment)(task, settings)
     frame, said = framing(task), default_feedback(task, settings)
     parse = parse_answer if frame.parser == "lenient" else PARSERS[frame.parser]
     if settings.tool is None:

@@ -15,11 +15,11 @@ from drift.tasks.base import (
     split_of,
 )
 from drift.tasks.framing import Framing
-from drift.tasks.jsonl import JsonlTask
+from drift.tasks.rows import RowTask
 from drift.tasks.parsing import PARSERS, spoken
 from drift.tasks.parsing import lenient as parse_answer
 from drift.tasks.reasoning import ReasoningGymTask
-from drift.tasks.scorers import Failed, Verdict
+from drift.tasks.scorers import Failed, SandboxError, Verdict
 
 if TYPE_CHECKING:
     from drift.config import TaskConfig
@@ -29,7 +29,8 @@ __all__ = [
     "SPLITS",
     "Failed",
     "Framing",
-    "JsonlTask",
+    "RowTask",
+    "SandboxError",
     "ReasoningGymTask",
     "Split",
     "Task",
@@ -47,4 +48,4 @@ __all__ = [
 
 def load_task(config: TaskConfig) -> Task:
     """The task that `config.kind` names."""
-    return ReasoningGymTask(config) if config.kind == "reasoning_gym" else JsonlTask(config)
+    return ReasoningGymTask(config) if config.kind == "reasoning_gym" else RowTask(config)

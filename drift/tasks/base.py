@@ -23,7 +23,6 @@ from drift.types import Problem
 
 Split = Literal["warm", "train", "eval"]
 SPLITS: tuple[Split, ...] = ("warm", "train", "eval")
-_SHARE_ENDS = {"warm": 0.4, "train": 0.7, "eval": 1.0}  # of the key's hash, read as a number in [0, 1)
 
 NUMBER = r"\d+(?:\.\d+)?"
 _RUN = re.compile(r"(?:[\d\s+*/^()-]|\.(?=\d))+")  # a stretch of arithmetic
@@ -100,7 +99,7 @@ def problem_id(text: str, answer: str, copy: int = 0) -> str:
     return f"{parts[0][:16]}-{parts[1][:8]}" + (f"-{copy}" if copy else "")
 
 
-def split_of(key: str) -> Split:
-    """The only split in which a problem with this canonical key may appear."""
+def split_of(key: str, warm_share: float = 0.4, eval_share: float = 0.3) -> Split:
+    """The only split in which a problem with this canonical key may appear; train has what the shares leave."""
     place = int(hashlib.sha256(b"split:" + key.encode()).hexdigest()[:12], 16) / 16**12
-    return next(split for split in SPLITS if place < _SHARE_ENDS[split])
+    return "warm" if place < warm_share else "eval" if place >= 1 - eval_share else "train"

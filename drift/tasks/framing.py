@@ -17,7 +17,7 @@ class Framing:
     instruction: str | None = None
     format_rule: str | None = None
     prefill: str = ""
-    parser: Literal["strict", "lenient"] = "lenient"
+    parser: Literal["strict", "lenient", "whole"] = "lenient"
     cut_answers: Literal["count", "drop"] = "count"
     max_failed: float = 0.05
 
@@ -25,7 +25,7 @@ class Framing:
     def of(cls, config: TaskConfig) -> Framing:
         """Those of `task`."""
         return cls(
-            config.system,
+            config.system or None,
             config.instruction,
             config.format_rule,
             config.prefill or "",

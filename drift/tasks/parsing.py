@@ -51,4 +51,9 @@ def strict(text: str, tag: str = "answer") -> str | None:
     return next((part.strip() for part in found[1].split("||") if part.strip()), None) if found else None
 
 
-PARSERS: dict[str, Parser] = {"strict": strict, "lenient": lenient}
+def whole(text: str, tag: str = "answer") -> str | None:
+    """All that is said outside thinking, stripped: for answers without a tag, such as tool calls; None if that is nothing."""
+    return (spoken(text) or "").strip() or None
+
+
+PARSERS: dict[str, Parser] = {"strict": strict, "lenient": lenient, "whole": whole}

@@ -14,6 +14,7 @@ from drift.types import Problem
 if TYPE_CHECKING:
     from drift.config import TaskConfig
 
+MOST = {"warm": 2000, "train": 192, "eval": 1000}  # problems, if a run does not say how many: a generator has no end
 _INDEX_RANGE = 10_000_000  # generator items that belong to one split of one seed
 _UNORDERED = ("gcd", "lcm")  # generators whose numbers may be given in any order
 
@@ -58,12 +59,13 @@ class ReasoningGymTask:
         return canonical(entry["question"])
 
     def problems(self, split: Split) -> list[Problem]:
-        """`task.{split}_problems` distinct problems; TaskError when the generator has too few."""
+        """`task.{split}_problems` distinct problems, null being at most MOST; TaskError when the generator has too few."""
         if split not in self._cache:
             self._cache[split] = self._draw(split, getattr(self.config, f"{split}_problems"))
         return self._cache[split]
 
-    def _draw(self, split: Split, count: int) -> list[Problem]:
+    def _draw(self, split: Split, asked: int | None) -> list[Problem]:
+        count = MOST[split] if asked is None else asked
         draws = min(4000 + 16 * count, _INDEX_RANGE)  # a split gets at least three draws in ten
         generator, found = self._generator(split, draws), dict[tuple[str, str], Problem]()
         last_new, patience = 0, 2000 + 4 * count  # draws without a new problem before the well counts as dry
@@ -74,10 +76,12 @@ class ReasoningGymTask:
                 break
             entry = generator[index]
             key, answer = self._key(entry), str(entry["answer"])
-            if split_of(key) == split and (key, answer) not in found:
+            if split_of(key, self.config.warm_share, self.config.eval_share) == split and (key, answer) not in found:
                 last_new = index
                 name, prompt = problem_id(entry["question"], answer), self.framing.prompt(entry["question"])
                 found[key, answer] = Problem(name, prompt, answer, entry, self.framing.system)
+        if (asked is None and found) or len(found) == count:
+            return list(found.values())
         raise TaskError(
             f"task.{split}_problems={count}: the generator {self.config.name!r} with options {self.config.options!r} "
             f"has only {len(found)} distinct problems for this split (symmetric forms count once); widen its options "
