@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the run failed for a reason that the message states, 2 th
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import signal
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from drift import interrupts, shipped, threads  # threads first of all: before torch is imported  # noqa: F401
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the command tha
     from drift.report.intervals import Difference
     from drift.report.records import Records
 
+T = TypeVar("T")
 FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 TRAINER_PACKAGES = ("pydantic", "yaml", "rich", "matplotlib", "safetensors", "transformers", "tokenizers")
 INSTALL = 'pip install "drift-rl[train]", or pip install -e ".[train]" in a clone; `drift doctor` lists what is there'
+COMMANDS = ("run", "study", "rollout", "train", "eval", "report", "data", "config", "init", "doctor")
 EPILOG = """\
 examples:
   drift init                                         copy the shipped configs and examples into this folder
@@ -40,6 +43,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. `argv` without the program's name; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        _parser().print_help()
+        return 0
     options = _parse(arguments)
     try:
         with interrupts.handled(_complain):
@@ -84,6 +90,10 @@ def _worded(error: Exception) -> bool:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Like parse_args, but settings may also stand behind options, where argparse does not look for them."""
     parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.4)
+        hint = f"did you mean `drift {near[0]}`?" if near else f"there are {', '.join(COMMANDS)}"
+        parser.error(f"no such command: {arguments[0]}; {hint}")
     options, rest = parser.parse_known_args(arguments)
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
         hint = "; settings are given as key=value, such as train.lr=1e-4" if hasattr(options, "overrides") else ""
@@ -139,9 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     with_model(evaluate)
     report = add("report", _report, "write report.html for a run folder, finished or not; compare several")
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run's folder, such as runs/quickstart")
+    data = add("data", _data, "a published set of problems as a JSONL file", "Without NAME it lists the sets.")
+    data.add_argument("set", metavar="NAME", nargs="?", help="such as math-500")
+    data.add_argument(
+        "--from", dest="source", metavar="SOURCE", help="a file, a folder or a hub name; default: the hub"
+    )
+    data.add_argument("--out", metavar="FILE", type=Path, help="the JSONL file; default: data/NAME.jsonl")
+    data.add_argument("--limit", metavar="N", type=int, help="the first so many rows of each split")
+    data.add_argument("--shuffle", metavar="SEED", type=int, help="shuffle the rows first; the public code takes 42")
+    with_config(add("config", _config, "every setting with its value, its default and its origin"))
     init = add("init", _init, "copy the shipped configs and examples into a folder", "Nothing is overwritten.")
     init.add_argument("folder", metavar="FOLDER", nargs="?", default=".", type=Path, help="default: this one")
-    add("doctor", _doctor, "what is installed, which backends can run, and why not")
+    doctor = add(
+        "doctor", _doctor, "what is installed, which backends can run", "With CONFIG: its tokens, masks and lengths."
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="a config: its model's turns, and what fits")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     return parser
 
 
@@ -154,6 +177,7 @@ def _version() -> str:
 
 def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    _announce("run", config, run_dir(config))
     folder = run_dir(config)
     from rich.console import Console
 
@@ -172,11 +196,13 @@ def _run(options: argparse.Namespace) -> int:
     for name in (FILES[0], "report.html", *FILES[1:]):
         if (folder / name).exists():
             console.print(f"  {folder / name}", markup=False, highlight=False, soft_wrap=True)
+    _say_how_to_load(folder / f"seed-{config.seeds[0]}" / config.trained[-1], config)
     return 0
 
 
 def _study(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    _announce("study", config, run_dir(config))
     from rich.console import Console
 
     from drift.config import ConfigError
@@ -194,6 +220,7 @@ def _study(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    _announce("rollout", config, run_dir(config))
     from rich.console import Console
 
     from drift.jobs import stages
@@ -211,21 +238,22 @@ def _train(options: argparse.Namespace) -> int:
 
     if not options.rollouts.is_file():
         raise ConfigError(f"--rollouts {str(options.rollouts)!r} is not a file; `drift rollout` makes one")
+    _announce("train", config, options.out)
     from drift.jobs import stages
 
     done = stages.fit(config, options.rollouts, options.out, model=options.model, seed=options.seed)
     text = f"{done.steps} steps on {done.trained_tokens:,} trained of {done.tokens:,} tokens; the model is in {options.out}"
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    _say_how_to_load(options.out, config)
     return 0
 
 
 def _eval(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from drift.jobs import stages
+    _announce("eval", config, run_dir(config))
+    from drift.jobs import evaluate, stages
 
-    done = stages.score(config, model=options.model)
-    text = f"multi@{len(done.by_turn)} {done.multi_at_k:.1%}, single turn {done.single:.1%}"
-    print(f"{text} of {len(done.solved_at)} problems")
+    print("\n".join(evaluate.lines(stages.score(config, model=options.model))))
     return 0
 
 
@@ -267,19 +295,50 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
-    from drift.jobs import doctor
+def _data(options: argparse.Namespace) -> int:
+    from drift.jobs import commands
 
-    doctor.show()
+    text, warnings = commands.data(
+        options.set, options.source, options.out, limit=options.limit, shuffle=options.shuffle
+    )
+    for warning in warnings:
+        _complain(warning)
+    print(text)
     return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from drift.config import explain
+    from drift.jobs import commands
+
+    commands.show(commands.settings_table(_loaded(explain, options.config, options.overrides)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.config is None:
+        from drift.jobs import doctor
+
+        doctor.show()
+        return 0
+    config = load_config(options.config, options.overrides)
+    from drift.jobs import examine
+
+    return 0 if examine.show(config) else 1
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config:
     """`drift.config.load` of a file, or of a shipped config by its name; a file that cannot be read is a ConfigError too."""
-    from drift.config import ConfigError, load
+    from drift.config import load
+
+    return _loaded(load, path, overrides)
+
+
+def _loaded(load: Callable[[str, list[str]], T], path: str, overrides: Sequence[str]) -> T:
+    from drift.config import ConfigError
 
     known = shipped.configs()
-    source = known[path] if path in known and not Path(path).exists() else path
+    source = str(known[path]) if path in known and not Path(path).exists() else path
     try:
         return load(source, list(overrides))
     except OSError as error:
@@ -308,12 +367,15 @@ def results_table(records: Records) -> Table:
     table.add_column("", style="dim")
     sampled = (name for result in records.results.values() for name in result.sampled)
     means = sorted({name for name in sampled if name.startswith("mean")})
-    for heading in (f"multi@{records.turns} %", "single %", *(f"{name} %" for name in means), "drift ahead"):
+    sets = list(next(iter(records.results.values())).sets) if records.results else []
+    first = (*sets, f"{'average ' * bool(sets)}multi@{records.turns} %", "single %")
+    for heading in (*first, *(f"{name} %" for name in means), "drift ahead"):
         table.add_column(heading, justify="right", no_wrap=True)
     ours = records.results.get("drift")
     for arm, result in records.results.items():
         ahead = _points(paired_difference(ours.multi, result.multi)) if ours and arm != "drift" else ""
-        shown = (result.multi, result.single, *(result.sampled.get(name) for name in means))
+        parts = (result.sets[name].multi for name in sets)
+        shown = (*parts, result.multi, result.single, *(result.sampled.get(name) for name in means))
         cells = (f"{100 * mean_stderr(values).mean:.1f}" if values else "" for values in shown)
         table.add_row(arm, records.about(arm), *cells, ahead, style="bold" if arm == "drift" else None)
     return table
@@ -322,6 +384,21 @@ def results_table(records: Records) -> Table:
 def _points(difference: Difference) -> str:
     text = f"{100 * difference.mean:+.1f}"
     return text if difference.stderr != difference.stderr else f"{text} ± {100 * difference.stderr:.1f}"
+
+
+def _announce(command: str, config: Config, folder: Path) -> None:
+    """The first line, before the libraries load: they take seconds."""
+    from drift.jobs import commands
+
+    if os.environ.get("RANK", "0") == "0":
+        _complain(commands.first_line(command, config, folder))
+
+
+def _say_how_to_load(folder: Path, config: Config) -> None:
+    from drift.jobs import commands
+
+    if os.environ.get("RANK", "0") == "0" and folder.is_dir():
+        print(commands.how_to_load(folder, config))
 
 
 def _how_to_start_afresh(folder: Path) -> str:

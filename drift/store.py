@@ -5,12 +5,13 @@ prompt_id, messages, verifier, turn_rewards, answer_norms, format_penalty, t_sta
 temperature, top_p, policy_hash, policy_version, and per token token_ids, loss_mask, logprobs, turn_starts, which hold
 what was sampled; text is never tokenised again. Online trainings add what became of a trajectory: step, staleness,
 advantage, pass_rate, had_teacher, distill_weight, policy_weight, rebellious_weight (`drift.online`), and episodes with
-tools tool_calls and tool_errors. failed_checks counts turns whose check
-has no verdict. Keys that this file does not know pass through untouched.
+tools tool_calls and tool_errors. failed_checks counts turns whose check has no verdict. A minimal row, {"messages",
+"reward"} and if wanted "group", is completed. Keys that this file does not know pass through untouched.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import re
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Callable, Container, Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ def validate(row: Any) -> Row:
     if "trajectory_penalty" in row:
         old = row.pop("trajectory_penalty")
         row.setdefault("format_penalty", old)
+    if "reward" in row and not row.keys() & {"verifier", "turn_rewards"}:
+        row = _from_reward(row)
     for key in ("prompt_id", "messages", "verifier", "turn_rewards", "format_penalty", "t_star"):
         _expect(key in row, f"{key} is missing")
     prompt_id, penalty = row["prompt_id"], row["format_penalty"]
@@ -67,6 +71,25 @@ def validate(row: Any) -> Row:
     _check_tokens(row)
     _check_earlier_turns(row)
     return row
+
+
+def _from_reward(row: Row) -> Row:
+    """The full form of a minimal row, {"messages", "reward"}: its return is the reward, whatever turns it has.
+
+    "prompt_id" or "group" says which rows are of one prompt; without it, the messages before the first of the assistant do.
+    """
+    reward, group = row["reward"], row.get("prompt_id", row.get("group"))
+    _require(row, "reward", _is_real(reward), "a finite number, the return of the whole trajectory")
+    _check_messages(row.get("messages"))
+    if group is None:
+        opening = list(takewhile(lambda message: message["role"] != "assistant", row["messages"]))
+        _expect(
+            0 < len(opening) < len(row["messages"]), "messages should be a prompt and then an answer by the assistant"
+        )
+        group = hashlib.sha256(json.dumps([[m["role"], m["content"]] for m in opening]).encode()).hexdigest()[:16]
+    right = reward >= 1
+    made = {"prompt_id": str(group), "verifier": {"t1": int(right)}, "turn_rewards": {"t1": reward}}
+    return {"format_penalty": 0.0, "t_star": 1 if right else None, **row, **made}
 
 
 def _expect(holds: bool, complaint: str) -> None:

@@ -29,7 +29,7 @@ TRAINER = [  # lowest first; wings of one level never import each other
     {"files", "interrupts", "shipped", "threads"},
     {"config", "types", "track", "scoring"},
     {"returns", "routing", "rhythm", "buffer", "store", "packing", "tasks"},
-    {"model"},
+    {"model", "data"},
     {"engines", "training"},
     {"rollouts"},
     {"online"},

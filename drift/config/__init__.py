@@ -1,6 +1,6 @@
 """The typed settings of a run; `load` reads them from YAML."""
 
-from drift.config.load import dump, load, parse
+from drift.config.load import Setting, dump, explain, load, parse
 from drift.config.online import OnlineConfig
 from drift.config.schema import (
     Config,
@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OnlineConfig",
     "RolloutConfig",
+    "Setting",
     "SourceConfig",
     "TaskConfig",
     "TrackConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "WarmStartConfig",
     "WeightsConfig",
     "dump",
+    "explain",
     "load",
     "parse",
 ]

@@ -11,6 +11,7 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError, one line a complaint; OSError where the file cannot be read.
     """
+    raw = _read(path)
+    for override in overrides:
+        _apply(raw, override)
+    return parse(raw)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -35,9 +43,54 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {raw!r} is not a mapping; write `name: …` and the sections, one a line")
+    return raw
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a run, and where its value is from."""
+
+    path: str  # dotted
+    value: Any
+    default: Any  # of its section alone; MISSING for one that has none
+    origin: str  # file, command line, default, or other settings, which it follows from
+
+
+MISSING = "(none)"
+
+
+def explain(path: str | Path, overrides: Iterable[str] = ()) -> list[Setting]:
+    """Every setting of a config in the schema's order, as `load` resolves it. Raises as `load` does."""
+    overrides = list(overrides)
+    config, raw, changed = load(path, overrides), _read(path), dict[str, Any]()
     for override in overrides:
-        _apply(raw, override)
-    return parse(raw)
+        _apply(changed, override)
+
+    def origin(keys: tuple[str, ...], value: Any, default: Any) -> str:
+        for source, name in ((changed, "command line"), (raw, "file")):
+            inside: Any = source
+            for key in keys:
+                inside = inside.get(key, MISSING) if isinstance(inside, dict) else MISSING
+            if inside is not MISSING and inside == (list(value) if isinstance(value, tuple) else value):
+                return name
+        return "default" if value == default else "other settings"
+
+    def walk(section: Section, keys: tuple[str, ...]) -> Iterator[Setting]:
+        for key, field in type(section).model_fields.items():
+            here, value = (*keys, key), getattr(section, key)
+            if isinstance(value, Section):
+                yield from walk(value, here)
+                continue
+            default = MISSING if field.is_required() else field.get_default(call_default_factory=True)
+            shown = (
+                [item.model_dump() if isinstance(item, Section) else item for item in value]
+                if isinstance(value, list)
+                else value
+            )
+            known = "file" if isinstance(value, list) and any(isinstance(item, Section) for item in value) else None
+            yield Setting(".".join(here), shown, default, known or origin(here, value, default))
+
+    return list(walk(config, ()))
 
 
 def parse(raw: dict[str, Any]) -> Config:

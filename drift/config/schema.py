@@ -172,7 +172,9 @@ class RolloutConfig(Section):
         if self.environment is not None and not re.fullmatch(FUNCTION, self.environment):
             raise ValueError(f"environment {self.environment!r} must read module:Class, such as my_module:Env")
         if self.environment is not None and self.tool is not None:
-            raise ValueError(f"tool {self.tool!r} is not for environment {self.environment!r}, which has its own; leave one out")
+            raise ValueError(
+                f"tool {self.tool!r} is not for environment {self.environment!r}, which has its own; leave one out"
+            )
         return self
 
 

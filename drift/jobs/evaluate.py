@@ -87,7 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Plays each problem once, greedily, for up to `config.turns` turns, and samples `config.samples` one-turn answers.
 
-    Wrong answers get `config.feedback`. name: of the set, for the progress. Raises ValueError for no problems, CheckError when too many checks have no verdict.
+    Wrong answers get `config.feedback`. name: of the set, for the progress. Raises ValueError for no problems, CheckError
+    when too many checks have no verdict.
     """
     if not problems:
         raise ValueError("problems is empty; an evaluation needs at least one")

@@ -28,9 +28,9 @@ from drift import files, report, store
 from drift.config import Config
 from drift.engines import Engine, open_engine
 from drift.engines.hf import HFEngine
-from drift.jobs import sampled, stages
-from drift.jobs.folder import Clock, RunError, claim, finished, locked, rollout_path, write_json
+from drift.jobs import lengths, sampled, stages
 from drift.jobs.evaluate import lines
+from drift.jobs.folder import Clock, RunError, claim, finished, locked, rollout_path, write_json
 from drift.jobs.summary import evaluation, summarise
 from drift.jobs.warm_start import warm_start
 from drift.jobs.work import Work, prepare
@@ -110,6 +110,8 @@ class _Job:
         if distributed.rank() == 0:
             self.track.say(f"{stages.about(self.policy, config.model.path)}; run folder {self.folder}")
         self.policy.check_packing()
+        if distributed.rank() == 0:
+            lengths.check(self.policy, self.task, config, self.track)
         self.start = self.policy.state()
         self._evaluate("base", folder / "eval.json")
 

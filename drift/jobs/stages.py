@@ -34,7 +34,6 @@ from drift.training.offpolicy import log_ratios
 from drift.training.trainer import TrainStats, train
 from drift.types import Trajectory
 
-
 _UNITS = ((1e9, " billion"), (1e6, " million"), (1e3, " thousand"), (1, ""))
 
 

@@ -24,7 +24,9 @@ def summarise(config: Config, folder: Path, seconds: dict[str, float]) -> dict[s
         if config.eval.sets:
             sets = {one.name: [content["sets"][one.name] for content in read] for one in config.eval.sets}
             every = (*keys, "corrected")
-            results[arm]["sets"] = {name: {key: [one[key] for one in had] for key in every} for name, had in sets.items()}
+            results[arm]["sets"] = {
+                name: {key: [one[key] for one in had] for key in every} for name, had in sets.items()
+            }
     online = config.online.model_dump(mode="json") if config.online else None
     return {
         "name": config.name,
@@ -106,7 +108,11 @@ def _picked(config: Config) -> dict[str, Any]:
     every = {
         "n": config.rollout.n,
         "turns": config.rollout.turns,
-        **{key: value for key in ("train_problems", "eval_problems") if (value := getattr(config.task, key)) is not None},
+        **{
+            key: value
+            for key in ("train_problems", "eval_problems")
+            if (value := getattr(config.task, key)) is not None
+        },
         "lr": config.train.lr,
     }
     if config.online:

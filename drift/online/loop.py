@@ -194,9 +194,7 @@ class _Loop:
             self.teacher = Teacher(parameters, self.online.teacher, self.optimizer.masters)
         self.branches = Branches(policy, self.optimizer, config, self.algorithm, self.difference, self.entropy)
 
-    def step(
-        self, number: int, writer: store.Writer | None = None, track: Track | None = None
-    ) -> dict[str, float]:
+    def step(self, number: int, writer: store.Writer | None = None, track: Track | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log. The first batch is accounted for in words to `track`."""
         clock, phase = Stopwatch(), self.guide.phase(number)
         with distributed.in_turn(

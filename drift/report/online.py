@@ -120,9 +120,16 @@ def warnings(seeds: Sequence[Seed]) -> str:
             if steps:
                 span = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
                 items.append(f"<li>{esc(seed.name)}, {span}: {said}</li>")
+    still = "".join(
+        f"<li>{esc(seed.name)}: {count_of(len(steps), 'step', 'steps')}, the first of them {steps[0]}</li>"
+        for seed in seeds
+        if (steps := [step for step, value in seed.curves.get("grad_norm", []) if value == 0])
+    )
+    if still:
+        still = f'<div class="notice" role="note"><b>Steps had no gradient: nothing could be learned.</b><ul>{still}</ul></div>'
     if not items:
-        return ""
-    return (
+        return still
+    return still + (
         f'<div class="notice" role="note"><b>This run may have collapsed.</b><ul>{"".join(items)}</ul>'
         "Thresholds: <code>online.watch</code>.</div>"
     )

@@ -38,7 +38,9 @@ class Results:
     single: list[float]  # share solved in the first turn
     by_turn: list[list[float]]  # cumulative shares after turns 1..k
     sampled: dict[str, list[float]] = field(default_factory=dict)  # mean@n and pass@n, where `eval.samples` drew any
-    corrected: list[list[float | None]] = field(default_factory=list)  # of turns 2..k, the share of unsolved that it solves
+    corrected: list[list[float | None]] = field(
+        default_factory=list
+    )  # of turns 2..k, the share of unsolved that it solves
     sets: dict[str, Results] = field(default_factory=dict)  # of each evaluation set, where there are several
 
 
@@ -205,8 +207,10 @@ def _results_of(file: Path, place: str, values: Any) -> tuple[int, Results]:
 
 
 def _are_rates(values: Any) -> bool:
-    return isinstance(values, list) and (known := [v for v in values if v is not None]) is not None and (
-        not known or _are_shares(known)
+    return (
+        isinstance(values, list)
+        and (known := [v for v in values if v is not None]) is not None
+        and (not known or _are_shares(known))
     )
 
 

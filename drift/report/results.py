@@ -36,7 +36,8 @@ def section(records: Records) -> str:
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))
-    return f"<section><h2>Results</h2>{note}{shown}{_sets(records)}{_corrections(records)}{figures(drawn)}{_all_seeds(records)}{_moved(records)}</section>"
+    more = f"{_sets(records)}{_corrections(records)}{figures(drawn)}{_all_seeds(records)}{_moved(records)}"
+    return f"<section><h2>Results</h2>{note}{shown}{more}</section>"
 
 
 def _result_row(arm: str, result: Results, records: Records, reference: str) -> str:

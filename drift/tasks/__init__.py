@@ -15,10 +15,10 @@ from drift.tasks.base import (
     split_of,
 )
 from drift.tasks.framing import Framing
-from drift.tasks.rows import RowTask
 from drift.tasks.parsing import PARSERS, spoken
 from drift.tasks.parsing import lenient as parse_answer
 from drift.tasks.reasoning import ReasoningGymTask
+from drift.tasks.rows import RowTask
 from drift.tasks.scorers import Failed, SandboxError, Verdict
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ __all__ = [
     "SPLITS",
     "Failed",
     "Framing",
+    "ReasoningGymTask",
     "RowTask",
     "SandboxError",
-    "ReasoningGymTask",
     "Split",
     "Task",
     "TaskError",

@@ -65,13 +65,12 @@ class RowTask:
                 f"{where}: 'split' is {'there' if named else 'missing'}, unlike above; all rows say it, or none"
             )
         self._named = named
-        system = row["system"] if "system" in row else self.framing.system
+        system = row.get("system", self.framing.system)
         if earlier and earlier[0]["role"] == "system":
             system = earlier.pop(0)["content"]
         question, answer = "\n".join(message["content"] for message in (*earlier, prompt)), row["answer"]
         key = canonical(question)
         split = row.get("split", split_of(key, self.config.warm_share, self.config.eval_share))
-        split = "eval" if split == "test" else split
         if split not in SPLITS:
             raise TaskError(f"{where}: 'split' is {split!r}; it must be one of {list(SPLITS)}")
         first, before = self._seen.setdefault((key, answer.strip()), (split, where))
@@ -87,7 +86,9 @@ class RowTask:
         name = next(copies)
         while self.config.duplicates == "keep" and name in self._splits[split]:
             name = next(copies)
-        rest = {key: value for key, value in row.items() if key not in ("prompt", "messages", "answer", "system", "split")}
+        rest = {
+            key: value for key, value in row.items() if key not in ("prompt", "messages", "answer", "system", "split")
+        }
         text = self.framing.prompt(prompt["content"])
         problem = Problem(name, text, answer, {"line": number, **rest}, system, tuple(earlier))
         self._splits[split].setdefault(name, problem)
@@ -125,7 +126,9 @@ def _conversation(row: Row, where: str) -> list[dict[str, str]]:
     for place, message in enumerate(given):
         fits = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fits or not is_whole(message["content"]):
-            raise TaskError(f"{where}: message {place + 1} of the prompt is {message!r}; it must have the texts role, content")
+            raise TaskError(
+                f"{where}: message {place + 1} of the prompt is {message!r}; it must have the texts role, content"
+            )
         roles.append(message["role"])
     if not roles or roles[-1] != "user" or "system" in roles[1:]:
         raise TaskError(

@@ -49,7 +49,7 @@ def mapped(row: Row, columns: Mapping[str, str], template: str | None, where: st
     made = dict(row)
     for ours, theirs in columns.items():
         made[ours] = _column(row, theirs, where, f"columns.{ours}")
-    for ours, theirs in columns.items():
+    for theirs in columns.values():
         if theirs not in columns:
             made.pop(theirs, None)
     if template is not None:

@@ -195,7 +195,7 @@ def test_only_the_embedded_model_is_warm_started(tmp_path):
 
 
 def test_path_is_refused_where_nothing_reads_it(tmp_path):
-    assert "only kind jsonl reads" in complaint(tmp_path, "task.path=a.jsonl")
+    assert "only the kinds jsonl, parquet, dataset read" in complaint(tmp_path, "task.path=a.jsonl")
     assert config(tmp_path, "name: q\n", "task.path=a.jsonl", "task.kind=jsonl").task.path == "a.jsonl"
 
 

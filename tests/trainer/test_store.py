@@ -419,3 +419,49 @@ def test_values_that_no_sampler_or_verifier_gives_are_refused(changes, reason):
     assert validate(good)
     with pytest.raises(StoreError, match=reason):
         validate({**good, **changes})
+
+
+def test_a_minimal_row_of_messages_and_reward_is_completed(tmp_path):
+    def row(question, answer, reward, **more):
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": said, "reward": reward, **more}
+
+    path = tmp_path / "min.jsonl"
+    rows = [
+        row("a", "1", 0.25),
+        row("a", "2", 1),
+        row("b", "1", -2.0),
+        row("c", "1", 1.5, group="g"),
+        row("d", "1", 0, group="g"),
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    read = store.read(path)
+    names = [one["prompt_id"] for one in read]
+    assert names[0] == names[1] != names[2]
+    assert names[3:] == ["g", "g"]
+    assert [one["traj_idx"] for one in read] == [0, 1, 0, 0, 1]
+    assert [one["t_star"] for one in read] == [None, 1, None, 1, None]
+    assert [returns.trajectory_return(one) for one in read] == [0.25, 1.0, -2.0, 1.5, 0.0]
+    assert store.validate(read[0]) == read[0]
+
+
+def test_a_reward_is_the_return_however_many_turns_the_row_has():
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    row = store.validate({"messages": turns, "reward": 1.0})
+    assert returns.trajectory_return(row, gamma=0.5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}], "reward": 1}, "a prompt and then an answer"),
+        (
+            {"messages": [{"role": "user", "content": "x"}] * 2, "reward": "1"},
+            "reward is '1'; it should be a finite number",
+        ),
+        ({"reward": 1}, "messages should be a non-empty list"),
+    ],
+)
+def test_a_minimal_row_that_cannot_be_completed_says_why(row, words):
+    with pytest.raises(store.StoreError, match=words):
+        store.validate(row)
