@@ -9,6 +9,7 @@ import os
 import pytest
 
 from drift.files import LockedError, WriteError
+from drift.returns import trajectory_return
 from drift.store import StoreError, Writer, check_policy, read, rewind, validate
 
 DROP = object()
@@ -435,20 +436,20 @@ def test_a_minimal_row_of_messages_and_reward_is_completed(tmp_path):
         row("d", "1", 0, group="g"),
     ]
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    read = store.read(path)
-    names = [one["prompt_id"] for one in read]
+    rows = read(path)
+    names = [one["prompt_id"] for one in rows]
     assert names[0] == names[1] != names[2]
     assert names[3:] == ["g", "g"]
-    assert [one["traj_idx"] for one in read] == [0, 1, 0, 0, 1]
-    assert [one["t_star"] for one in read] == [None, 1, None, 1, None]
-    assert [returns.trajectory_return(one) for one in read] == [0.25, 1.0, -2.0, 1.5, 0.0]
-    assert store.validate(read[0]) == read[0]
+    assert [one["traj_idx"] for one in rows] == [0, 1, 0, 0, 1]
+    assert [one["t_star"] for one in rows] == [None, 1, None, 1, None]
+    assert [trajectory_return(one) for one in rows] == [0.25, 1.0, -2.0, 1.5, 0.0]
+    assert validate(rows[0]) == rows[0]
 
 
 def test_a_reward_is_the_return_however_many_turns_the_row_has():
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
-    row = store.validate({"messages": turns, "reward": 1.0})
-    assert returns.trajectory_return(row, gamma=0.5) == 1.0
+    row = validate({"messages": turns, "reward": 1.0})
+    assert trajectory_return(row, gamma=0.5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -463,5 +464,5 @@ def test_a_reward_is_the_return_however_many_turns_the_row_has():
     ],
 )
 def test_a_minimal_row_that_cannot_be_completed_says_why(row, words):
-    with pytest.raises(store.StoreError, match=words):
-        store.validate(row)
+    with pytest.raises(StoreError, match=words):
+        validate(row)
