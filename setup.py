@@ -118,8 +118,10 @@ class BuildPython(build_py):
         for folder, pattern in FOLDERS.items():
             target = Path(self.build_lib, "drift", folder)
             target.mkdir(parents=True, exist_ok=True)
-            for path in sorted(Path(folder).glob(pattern)):
-                shutil.copy(path, target / path.name)
+            for path in sorted(Path(folder).rglob(pattern)):
+                copy = target / path.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
 
 
 def files(*patterns: str) -> list[str]:

@@ -16,16 +16,17 @@ def folder(name: str) -> Path:
 
 
 def configs() -> dict[str, Path]:
-    """Shipped configs by name, such as "quickstart"."""
-    return {path.stem: path for path in sorted(folder("configs").glob("*.yaml"))}
+    """Shipped configs by name, such as "quickstart" and "papers/a-qwen2.5-3b"."""
+    inside = folder("configs")
+    return {path.relative_to(inside).as_posix().removesuffix(".yaml"): path for path in sorted(inside.rglob("*.yaml"))}
 
 
 def copy_to(target: Path) -> list[Path]:
     """Copies configs/ and examples/ into `target`. Raises FileExistsError, before anything is written, if a file is there."""
     copies = {
-        path: target / name / path.name
+        path: target / name / path.relative_to(folder(name))
         for name, suffix in FOLDERS.items()
-        for path in sorted(folder(name).glob(f"*{suffix}"))
+        for path in sorted(folder(name).rglob(f"*{suffix}"))
     }
     if present := [str(copy) for copy in copies.values() if copy.exists()]:
         raise FileExistsError(f"{present[0]} exists, and is not overwritten; name another folder, or remove it")

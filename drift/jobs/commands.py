@@ -75,10 +75,11 @@ def first_line(command: str, config: Config, folder: Path) -> str:
 
 def how_to_load(folder: Path, config: Config) -> str:
     """The trained model's folder, and the three lines that load it."""
-    library, name = ("transformers", "AutoModelForCausalLM")
+    name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if config.model.lora:
-        library, name = "peft", "AutoPeftModelForCausalLM"
-    lines = [f"from transformers import AutoTokenizer; from {library} import {name}"]
+        name = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {name}; from transformers import AutoTokenizer"
+    lines = [imports]
     lines += [f"model = {name}.from_pretrained({str(folder)!r})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"]
     shown = "\n".join(f"  {line}" for line in lines)

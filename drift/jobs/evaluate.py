@@ -175,5 +175,6 @@ def _line(name: str, one: dict[str, Any]) -> str:
     parts = [f"multi@{multi.removeprefix('multi_at_')} {one[multi]:.1%}", f"single turn {one['single']:.1%}"]
     parts += [f"{key.replace('_at_', '@')} {one[key]:.1%}" for key in one if key.startswith(("mean_at_", "pass_at_"))]
     rates = " ".join("–" if rate is None else f"{rate:.1%}" for rate in one["corrected"])
-    parts += [f"corrected in turn 2…{len(one['by_turn'])}: {rates}"] if rates else []
+    turns = "2" if len(one["by_turn"]) == 2 else f"2…{len(one['by_turn'])}"
+    parts += [f"corrected in turn {turns}: {rates}"] if rates else []
     return f"{name + ': ' if name else ''}{', '.join(parts)} of {len(one['solved_at'])} problems"

@@ -22,6 +22,7 @@ class Account:
 
     rows: int
     solved: int  # rows with a right answer
+    graded: int  # other rows with a reward
     groups: int  # problems
     flat: int  # groups whose returns are all equal
     turns: int  # attempts
@@ -41,7 +42,7 @@ class Account:
 
     def warning(self, expected: str | None = None) -> str | None:
         """Why nothing can be learned, and what to do about it; None when something can."""
-        if self.flat < self.groups and self.solved:
+        if self.flat < self.groups and (self.solved or self.graded):
             return None
         if self.solved == self.rows:
             return "nothing can be learned: every trajectory is right; take harder problems"
@@ -69,6 +70,7 @@ def account(rows: Sequence[dict[str, Any]], weights: WeightsConfig, ends: Contai
     return Account(
         len(rows),
         sum(row["t_star"] is not None for row in rows),
+        sum(row["t_star"] is None and any(row["turn_rewards"].values()) for row in rows),
         len(groups),
         sum(len(set(without_residue(returns))) == 1 for returns in groups.values()),
         turns,

@@ -67,3 +67,8 @@ def test_nothing_to_learn_is_said_with_a_remedy(rows, words):
 def test_what_is_expected_of_an_answer_follows_from_the_parser():
     assert expected("strict", "a") == "<think>…</think><a>…</a>"
     assert expected("lenient", "a") == "<a>…</a>"
+
+
+def test_partial_rewards_are_something_to_learn():
+    partial = row("a", False) | {"turn_rewards": {"t1": 0.5}}
+    assert said(partial, row("a", False))[1] is None

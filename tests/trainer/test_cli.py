@@ -39,12 +39,52 @@ def test_every_command_has_help(command, capsys):
     assert f"drift {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["runn", "x"], [], ["run"]])
+@pytest.mark.parametrize("arguments", [["runn", "x"], ["run"]])
 def test_a_wrong_command_line_exits_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: drift" in capsys.readouterr().err
+
+
+def test_alone_it_prints_help_and_an_unknown_command_gets_the_nearest(capsys):
+    assert cli.main([]) == 0
+    assert "usage: drift" in capsys.readouterr().out
+    for wrong, said in (
+        ("rnu", "did you mean `drift run`?"),
+        ("confg", "did you mean `drift config`?"),
+        ("zzz", "there are"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([wrong, "x"])
+        assert f"no such command: {wrong}; {said}" in capsys.readouterr().err
+
+
+def test_config_lists_every_setting_with_its_origin(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["config", str(config_file), "train.lr=1e-4", "model.path=some/model"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:] if line[1:2].strip()}
+    assert rows["train.lr"][1:] == ["0.0001", "5e-06", "command", "line"]
+    assert rows["weights.gamma"][1:] == ["0.9", "0.9", "default"]
+    assert rows["name"][1:] == ['"quick"', "(none)", "file"]
+    assert rows["warm_start.enabled"][1:] == ["false", "true", "other", "settings"]
+
+
+def test_doctor_of_a_config_shows_tokens_an_example_and_lengths(config_file, capsys):
+    assert cli.main(["doctor", str(config_file), "task.train_problems=2", "task.eval_problems=2"]) == 0
+    said = capsys.readouterr().out
+    for words in ("'<|im_end|>' (2); it is trained", "Please think again.<|im_end|>", "the longest conversation fits"):
+        assert words in said
+    tight = ["train.turns=assistant", "rollout.turns=5", "rollout.max_new_tokens=8", "train.max_length=50"]
+    assert cli.main(["doctor", str(config_file), "task.train_problems=2", "task.eval_problems=2", *tight]) == 1
+    assert "train.max_length 50 is below the longest conversation" in " ".join(capsys.readouterr().out.split())
+
+
+def test_data_lists_the_published_sets_and_names_the_nearest(capsys):
+    assert cli.main(["data"]) == 0
+    assert "math-500        HuggingFaceH4/MATH-500" in capsys.readouterr().out
+    assert cli.main(["data", "math500"]) == 2
+    assert "did you mean math-500?" in capsys.readouterr().err
 
 
 def test_flags_in_place_of_settings_and_missing_files_get_a_hint(config_file, capsys):
@@ -149,7 +189,9 @@ def test_our_errors_are_words_and_others_are_tracebacks(config_file, monkeypatch
 
     monkeypatch.setattr(run, "run", fails(StoreError("rollouts.jsonl:3: prompt_id is missing")))
     assert cli.main(["run", str(config_file)]) == 1
-    assert capsys.readouterr().err == "drift: rollouts.jsonl:3: prompt_id is missing\n"
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("drift: run quick: model embedded tiny model in float32, run folder ")
+    assert last == "drift: rollouts.jsonl:3: prompt_id is missing"
     monkeypatch.setattr(run, "run", fails(KeyError("a bug")))
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["run", str(config_file)])
@@ -182,14 +224,19 @@ def test_the_stages_one_by_one(tmp_path, capsys):
     assert capsys.readouterr().out == f"0 new trajectories in {rollouts}\n"
     fit = ["train", str(config), "--rollouts", str(rollouts), "--out", str(model)]
     assert cli.main([*fit, "track.progress=false"]) == 0
-    assert capsys.readouterr().out.startswith("3 steps on ")
+    out = capsys.readouterr().out
+    assert out.startswith("3 steps on ")
+    assert f"from_pretrained('{model}')" in out
     metrics = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "train/loss" in row] == [1, 2, 3]
     assert "weights/ess_overall" in metrics[0]
     base, trained = ["eval", str(config)], ["eval", str(config), "--model", str(model)]
     for command in (base, trained):
         assert cli.main([*command, "track.progress=false"]) == 0
-        assert re.fullmatch(r"multi@2 [\d.]+%, single turn [\d.]+% of 5 problems\n", capsys.readouterr().out)
+        assert re.fullmatch(
+            r"multi@2 [\d.]+%, single turn [\d.]+%, corrected in turn 2: [\d.–%]+ of 5 problems\n",
+            capsys.readouterr().out,
+        )
     assert cli.main([*sample, "--model", str(model)]) == 1
     assert "not by the reference" in capsys.readouterr().err
 

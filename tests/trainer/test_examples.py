@@ -4,6 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_policy import SHAPE, VOCAB, causal_lm
 from transformers.models.qwen2 import Qwen2Config
@@ -36,6 +37,20 @@ def test_own_rollouts_are_read_weighed_packed_and_trained(tmp_path, capsys):
     again = main(str(other), str(tmp_path / "rollouts.jsonl"), model, steps=1)
     assert again[0] < losses[0]
     assert not (other / "rollouts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("own_scorer", "0 of 144 answers could not be read"), ("own_environment", "of 64 trajectories")]
+)
+def test_a_reward_function_and_an_environment_by_import_path(tmp_path, monkeypatch, capfd, name, words):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr("sys.argv", [name])
+    assert runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](tmp_path) == 0
+    assert words in capfd.readouterr().err
+    name = name.replace("_", "-")
+    rows = store.read(tmp_path / "runs" / name / "rollouts.jsonl")
+    rewards = {reward for row in rows for reward in row["turn_rewards"].values()}
+    assert any(0 < reward < 1 for reward in rewards)
 
 
 def test_the_readme_trains_packed_sequences_as_if_each_were_alone():
