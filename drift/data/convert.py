@@ -81,6 +81,8 @@ def convert(
         done.rows[split] = len(rows[split])
     done.leaks = _leaks(rows)
     lines = (json.dumps({**row, "split": split}, ensure_ascii=False) for split in rows for _, row in rows[split])
+    with files.writing(out):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
     files.write(Path(out), "".join(f"{line}\n" for line in lines))
     return done
 
@@ -102,11 +104,11 @@ def _rows(name: str, published: PublishedSet, source: str | None) -> Iterator[tu
         split = "eval" if "train" not in published.splits or path.stem.startswith(("test", "eval")) else "train"
         yield from ((split, where, row) for where, _, row in _file(path))
     elif path and path.is_dir():
-        inside = {split: _inside(path, theirs) for split, theirs in published.splits.items()}
-        inside.setdefault("eval", _inside(path, "test"))
+        inside = {"train": _inside(path, "train"), "eval": [*_inside(path, "test"), *_inside(path, "eval")]}
+        if "train" not in published.splits:  # whatever its one part is called
+            inside = {"eval": inside["eval"] or inside["train"] or _inside(path, "")}
         if not any(inside.values()):
-            kinds = ", ".join(SUFFIXES)
-            raise TaskError(f"{path} holds none of {', '.join(published.splits.values())}, test with one of {kinds}")
+            raise TaskError(f"{path} holds no train or test file that ends in one of {', '.join(SUFFIXES)}")
         for split, found in inside.items():
             for file in found:
                 yield from ((split, where, row) for where, _, row in _file(file))

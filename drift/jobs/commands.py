@@ -29,7 +29,7 @@ def settings_table(settings: list[Setting]) -> Table:
 
 
 def _json(value: object) -> str:
-    return value if value == MISSING else json.dumps(value, ensure_ascii=False, default=str)
+    return MISSING if value == MISSING else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def data(

@@ -97,8 +97,8 @@ def evaluate(
     def played(
         what: str, jobs: Sequence[tuple[Problem, int]], turns: int, temperature: float, top_p: float = 1.0
     ) -> list[Episode]:
-        length, kept = config.max_new_tokens, (config.feedback, history, tool, tool_calls, environment)
-        how = _How(turns, length, *kept, temperature, top_p)
+        length, feedback = config.max_new_tokens, config.feedback
+        how = _How(turns, length, feedback, history, tool, tool_calls, environment, temperature, top_p)
         episodes = []
         with track.progress(f"{what} {name}".strip(), len(jobs)) as bar:
             for first in range(0, len(jobs), config.batch_size):

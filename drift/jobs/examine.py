@@ -26,9 +26,9 @@ from drift.types import Problem
 SHOWN = 700  # characters of a prompt
 
 
-def show(config: Config, console: Console | None = None) -> bool:
+def show(config: Config) -> bool:
     """Prints all of it; False when something must be changed before a run. Raises what loading raises."""
-    console = console or Console()
+    console = Console()
     work = prepare(config)
     try:
         policy, problem = shape(config), work.task.problems("train")[0]

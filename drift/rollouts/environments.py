@@ -208,7 +208,7 @@ def load_environment(path: str) -> Callable[[Task, Any], Environment]:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
-        made = getattr(importlib.import_module(module), name)
+        made: Any = getattr(importlib.import_module(module), name)
     except Exception as error:  # code of the user's own runs when it is imported
         raise TaskError(
             f"rollout.environment={path!r} cannot be imported ({type(error).__name__}: {error}); it must read module:Class, of "

@@ -59,6 +59,7 @@ def _call(value: Any) -> Call:
         raise ValueError("a call must be an object")
     if isinstance(value.get("function"), dict):
         value = value["function"]
+    value = {str(key).lower(): item for key, item in value.items()}  # the tool-use set writes Action, Action_Input
     name = next((value[key] for key in _NAMES if isinstance(value.get(key), str)), None)
     arguments = next((value[key] for key in _ARGUMENTS if key in value), {})
     if isinstance(arguments, str):

@@ -60,23 +60,26 @@ def test_alone_it_prints_help_and_an_unknown_command_gets_the_nearest(capsys):
         assert f"no such command: {wrong}; {said}" in capsys.readouterr().err
 
 
-def test_config_lists_every_setting_with_its_origin(config_file, capsys, monkeypatch):
+def test_config_lists_every_setting_with_its_origin(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main(["config", str(config_file), "train.lr=1e-4", "model.path=some/model"]) == 0
+    file = tmp_path / "given.yaml"
+    file.write_text("name: quick\nweights: {gamma: 0.8}\n")
+    assert cli.main(["config", str(file), "train.lr=1e-4", "model.path=some/model"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:] if line[1:2].strip()}
     assert rows["train.lr"][1:] == ["0.0001", "5e-06", "command", "line"]
-    assert rows["weights.gamma"][1:] == ["0.9", "0.9", "default"]
+    assert rows["weights.gamma"][1:] == ["0.8", "0.9", "file"]
+    assert rows["weights.beta"][1:] == ["0.1", "0.1", "default"]
     assert rows["name"][1:] == ['"quick"', "(none)", "file"]
     assert rows["warm_start.enabled"][1:] == ["false", "true", "other", "settings"]
 
 
 def test_doctor_of_a_config_shows_tokens_an_example_and_lengths(config_file, capsys):
-    assert cli.main(["doctor", str(config_file), "task.train_problems=2", "task.eval_problems=2"]) == 0
+    few = ["task.train_problems=2", "task.eval_problems=2", "rollout.max_new_tokens=8"]
+    assert cli.main(["doctor", str(config_file), *few]) == 0
     said = capsys.readouterr().out
     for words in ("'<|im_end|>' (2); it is trained", "Please think again.<|im_end|>", "the longest conversation fits"):
         assert words in said
-    tight = ["train.turns=assistant", "rollout.turns=5", "rollout.max_new_tokens=8", "train.max_length=50"]
-    assert cli.main(["doctor", str(config_file), "task.train_problems=2", "task.eval_problems=2", *tight]) == 1
+    assert cli.main(["doctor", str(config_file), *few, "train.turns=assistant", "train.max_length=50"]) == 1
     assert "train.max_length 50 is below the longest conversation" in " ".join(capsys.readouterr().out.split())
 
 
