@@ -7,7 +7,7 @@ from scripted_engine import ScriptedEngine, WordTask, say
 
 from drift.config import EvalConfig, ModelConfig
 from drift.engines.hf import HFEngine
-from drift.jobs.evaluate import evaluate
+from drift.jobs.evaluate import average, evaluate, lines
 from drift.model.policy import load_policy
 from drift.rollouts.feedback import FEEDBACK, Feedback
 
@@ -84,3 +84,23 @@ def test_greedy_repeats(policy):
 def test_nothing_to_evaluate(policy):
     with pytest.raises(ValueError, match="problems is empty"):
         evaluate(policy, HFEngine(policy), WordTask(), [], EvalConfig())
+
+
+def test_several_sets_are_averaged_whatever_their_sizes(policy):
+    task, config = WordTask(4), EvalConfig(turns=3, samples=2)
+    problems = task.problems("eval")
+    parts = {
+        name: evaluate(policy, ScriptedEngine(policy, LINES), task, some, config)
+        for name, some in (("all", problems), ("easy", problems[:1]))
+    }
+    done = average(parts)
+    assert done.by_turn == [(0.25 + 1) / 2, (0.5 + 1) / 2, (0.75 + 1) / 2]
+    assert done.corrected == [1 / 3, 1 / 2]  # nothing is left to correct in the easy set
+    assert done.solved_at == [1, 3, 0, 2, 1]
+    saved = done.to_json()
+    assert saved["mean_at_2"] == (saved["sets"]["all"]["mean_at_2"] + saved["sets"]["easy"]["mean_at_2"]) / 2
+    shown = lines(done)
+    assert [line.partition(":")[0] for line in shown] == ["all", "easy", "average"]
+    assert "corrected in turn 2…3: 33.3% 50.0% of 4 problems" in shown[0]
+    assert "multi@3 87.5%" in shown[2]
+    assert lines(parts["all"])[0].startswith("multi@3 75.0%, single turn 25.0%")

@@ -108,7 +108,7 @@ def test_arms_take_the_same_number_of_steps_and_end_apart(whole):
 
 def test_a_second_run_is_done_and_says_so(whole, capfd, monkeypatch):
     config, folder, summary = whole
-    monkeypatch.setattr(module, "load_task", lambda _: pytest.fail("something was run again"))
+    monkeypatch.setattr(module, "prepare", lambda _: pytest.fail("something was run again"))
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     assert run(config) == summary
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
