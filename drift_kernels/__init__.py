@@ -15,6 +15,7 @@ from drift_kernels.ops import (
     weighted_cross_entropy,
 )
 from drift_kernels.outputs import LinearLogprob, LossOutput
+from drift_kernels.parallel import GatherHidden, VocabParallel
 from drift_kernels.scored import policy_token_loss
 from drift_kernels.spec import PolicySpec
 from drift_kernels.teachers import Teacher, TeacherLogprobs, TeacherTopK
@@ -26,6 +27,7 @@ __all__ = [
     "DistillSpec",
     "Exploration",
     "ExplorationSpec",
+    "GatherHidden",
     "Head",
     "KernelConfig",
     "LinearLogprob",
@@ -35,6 +37,7 @@ __all__ = [
     "Teacher",
     "TeacherLogprobs",
     "TeacherTopK",
+    "VocabParallel",
     "available_backends",
     "distill_loss",
     "empty_cache",

@@ -7,6 +7,7 @@ second backward over a retained graph gives the same. `linear_logprob` saves log
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from drift_kernels import distill_driver, driver
-from drift_kernels.calls import Call, DistillCall
+from drift_kernels import collectives, distill_driver, driver, gathered
+from drift_kernels.calls import Call, DistillCall, Share
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import NO_TOKENS, Tokens
 from drift_kernels.inputs import Layout
@@ -101,7 +102,8 @@ class PointwiseWork:
         """Directly: an op's schema takes no function."""
         grad_into = None if self.student.accumulate_scale is None else operands[1].grad
         x = driver_inputs((*operands, *self.layout.flat()), self.student, weight_grad=grad_into)
-        loss, grads, outputs = driver.pointwise(x, self.student, self.fn, self.tensors, self.normalizer)
+        run = gathered.pointwise if gathered.wanted(self.student) else driver.pointwise
+        loss, grads, outputs = run(x, self.student, self.fn, self.tensors, self.normalizer)
         if grad_into is not None:
             return _accumulated(loss, grads, outputs)
         return loss, present(grads, loss), outputs
@@ -121,6 +123,7 @@ class FusedLoss(torch.autograd.Function):
         loss, grads, outputs = work.run(operands)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.accumulate_scale, ctx.spent = call.needs, call.accumulate_scale, False
+        ctx.share = call.head.share
         ctx.dtypes = tuple(None if t is None else t.dtype for t in operands)
         ctx.mark_non_differentiable(outputs)
         ctx.set_materialize_grads(False)
@@ -132,6 +135,8 @@ class FusedLoss(torch.autograd.Function):
         grad_loss = grad_outputs[0]
         if grad_loss is None:
             return (None,) * (HEAD_SIZE + 1)
+        if ctx.share is not None and not torch.compiler.is_compiling():
+            _check_same_scale(grad_loss, ctx.share)
         needs = list(ctx.needs)
         if ctx.accumulate_scale is not None:
             _check_accumulated(ctx, grad_loss)
@@ -142,6 +147,16 @@ class FusedLoss(torch.autograd.Function):
             for need, g, dtype in zip(needs, ctx.saved_tensors, ctx.dtypes)
         )
         return (*scaled, None)
+
+
+def _check_same_scale(grad_loss: Tensor, share: Share) -> None:
+    """The weight's gradient is made of all ranks' losses in the forward, so that one factor has to serve for all of them."""
+    scales = collectives.gather(grad_loss.detach().reshape(1).double(), share).flatten().tolist()
+    if any(scale != scales[0] and not (math.isnan(scale) and math.isnan(scales[0])) for scale in scales):
+        raise RuntimeError(
+            f"backward scales the loss by {scales} on the ranks of a head with parallel; it must be the same number on all: "
+            "put what differs into token weights or the normalizer"
+        )
 
 
 def _check_accumulated(ctx: Any, grad_loss: Tensor) -> None:

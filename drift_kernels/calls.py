@@ -44,13 +44,27 @@ class KernelConfig:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A rank's part of a vocabulary that is spread over a process group: tokens first … first + rows of the weight."""
+
+    group: str  # name of the process group
+    first: int
+    vocabulary: int  # V of all parts together
+    gather: bool = False  # hidden rows differ between ranks and are gathered (`GatherHidden`)
+
+
+@dataclass(frozen=True)
 class HeadOptions:
-    """From a product h·Wᵀ to a logit: z = softcap(logit_scale·(h·Wᵀ + b)) / temperature, softcap(u) = c·tanh(u/c)."""
+    """A head apart from its tensors.
+
+    From a product h·Wᵀ to a logit: z = softcap(logit_scale·(h·Wᵀ + b)) / temperature, softcap(u) = c·tanh(u/c).
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
     ignore_index: int = -100
+    share: Share | None = None  # None: the whole vocabulary is here
 
     def __post_init__(self) -> None:
         for name in ("temperature", "logit_scale", "softcap"):
@@ -62,6 +76,10 @@ class HeadOptions:
             raise ValueError(f"temperature={self.temperature} must be positive; score greedy samples with 1.0")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap={self.softcap} must be positive, or None")
+
+    def vocabulary(self, rows: int) -> int:
+        """V of a head whose weight has so many rows here."""
+        return rows if self.share is None else self.share.vocabulary
 
     @property
     def plain(self) -> bool:
@@ -144,7 +162,7 @@ def _parts(kind: type) -> tuple[tuple[str, type | None], ...]:
 
 PARTS = {
     kind: _parts(kind)
-    for kind in (PolicySpec, HeadOptions, KernelConfig, DistillSpec, ExplorationSpec, Call, DistillCall)
+    for kind in (PolicySpec, Share, HeadOptions, KernelConfig, DistillSpec, ExplorationSpec, Call, DistillCall)
 }
 
 

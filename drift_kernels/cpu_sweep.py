@@ -37,15 +37,16 @@ class CpuSweep:
         """`reserved`: bytes of the workspace that the caller takes, once and for each row of a chunk."""
         self.x, self.call, self.plan = x, call, plan
         self.dtype = compute_dtype(x.hidden.dtype)
-        check_targets(plan.take_entries(x.targets), x.weight.shape[0], call.head.ignore_index)
-        check_temperature(plan.take_rows(x.temperature))
         V, D = x.weight.shape
+        self.vocabulary = call.head.vocabulary(V)
+        check_targets(plan.take_entries(x.targets), self.vocabulary, call.head.ignore_index)
+        check_temperature(plan.take_rows(x.temperature))
         workspace = workspace_of(call)
         self.products = products.choose(x.hidden, x.weight, self.dtype, workspace)
         self.low_rank = None if x.lora is None else LowRank(x.lora, self.dtype)
         width = products.row_stride(V, self.dtype) + (D if call.need_grad else 0)
         row_bytes = width * self.dtype.itemsize + self.products.row_bytes + reserved[1]
-        self.limit = max(1, int((workspace - self.products.bytes - reserved[0]) // row_bytes))
+        self.limit = self._agreed(max(1, int((workspace - self.products.bytes - reserved[0]) // row_bytes)))
         largest = min(self.limit, plan.count)
         self.products.reserve(largest)
         self.logits = products.block_of_rows("logits", largest, V, self.dtype)
@@ -54,6 +55,10 @@ class CpuSweep:
         self.grads = self._empty_grads()
         scale = 1.0 if call.accumulate_scale is None else call.accumulate_scale
         self.dweight = products.WeightGradient(self.products, x.weight_grad, scale) if call.need_weight else None
+
+    def _agreed(self, limit: int) -> int:
+        """The limit; a subclass may lower it."""
+        return limit
 
     def _empty_grads(self) -> Grads:
         x, call = self.x, self.call
@@ -76,7 +81,7 @@ class CpuSweep:
                 self.low_rank.add_logits(hidden, logits)
             first, last, chunk = chunk_of(plan, start, stop, targets, inverse, self.bias, self.call.head)
             out, ends = logits if self.call.need_grad else None, final and (start, stop) == spans[-1]
-            yield Piece(cpu, plan, start, stop, first, last, hidden, logits, chunk, out, ends)
+            yield Piece(self.kernels, plan, start, stop, first, last, hidden, logits, chunk, out, ends)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """As `pieces.Sweep.chunks`."""
@@ -159,7 +164,7 @@ class CpuSweep:
 
     def checked_ids(self, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """As given; IndexError for an id outside the vocabulary."""
-        V = self.x.weight.shape[0]
+        V = self.vocabulary
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
             raise IndexError(
                 f"the teacher's ids hold {int(ids.min())}…{int(ids.max())}, but the vocabulary is [0, {V})"

@@ -174,7 +174,8 @@ class Divergence:
 
     def __init__(self, sweep: Sweep, teacher: TeacherTensors, head: TeacherLogits | None, call: DistillCall) -> None:
         self.sweep, self.teacher, self.head, self.call = sweep, teacher, head, call
-        self.vocabulary, self.gradient = sweep.x.weight.shape[0], call.student.need_grad
+        self.vocabulary = call.student.head.vocabulary(sweep.x.weight.shape[0])
+        self.gradient = call.student.need_grad
 
     def __call__(self, student: StudentChunk) -> tuple[Tensor, Tensor | None]:
         """Divergences [n], and live rows [C] if a gradient is wanted."""

@@ -23,7 +23,16 @@ from drift_kernels.divergences import DistillTokens
 from drift_kernels.folding import caller_tokens, folded_tokens, own_normalizer, segments_of
 from drift_kernels.formulas import Tokens
 from drift_kernels.head import Head, as_head
-from drift_kernels.inputs import Flat, as_normalizer, check_data, check_tensor, flatten, layout_of, with_needs
+from drift_kernels.inputs import (
+    Flat,
+    as_normalizer,
+    check_data,
+    check_share,
+    check_tensor,
+    flatten,
+    layout_of,
+    with_needs,
+)
 from drift_kernels.outputs import (
     DISTILL_OUTPUTS,
     EXPLORATION_OUTPUTS,
@@ -211,6 +220,7 @@ def topk_logprobs(
         raise ValueError(f"k={k!r} must be a whole number from 1 to the vocabulary's size, {V}")
     scale = 1.0 if flat.head.lora is None else float(flat.head.lora.scale)
     call = Call(PolicySpec(), flat.head.options, replace(config, accumulate_into_grad=None), lora_scale=scale)
+    check_share(call, hidden.device)
     if backends.resolve(config.backend, hidden.device) == "reference":
         with torch.no_grad():
             top = reference.top_k(whole.logits(flat, call, flat.mask()), k, flat.mask())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from drift_kernels import backends
 from drift_kernels.calls import Call
 from drift_kernels.head import Head, as_head
 from drift_kernels.plan import unmasked
@@ -144,7 +145,11 @@ def _head_tensors(head: Head) -> list[tuple[str, Tensor]]:
 def _check_plain(name: str, value: object) -> None:
     check_tensor(name, value)
     if is_dtensor(value):
-        raise NotImplementedError(f"{name} is a DTensor: a sharded head is not supported; pass {name}.full_tensor()")
+        raise NotImplementedError(
+            f"{name} is a DTensor, which does not say whether ranks hold the same hidden rows: pass {name}.to_local() with "
+            f"Head(parallel=VocabParallel.of({name})) if they do (tensor parallel), with GatherHidden.of({name}) if each has "
+            f"its own (data parallel, as under FSDP), or {name}.full_tensor()"
+        )
 
 
 def _check_head(hidden: Tensor, head: Head) -> None:
@@ -309,6 +314,7 @@ def with_needs(call: Call, flat: Flat) -> Call:
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in flat.operands()
     )
     lora = flat.head.lora
+    check_share(call, flat.hidden.device)
     call = replace(
         call,
         need_hidden=hidden,
@@ -323,6 +329,25 @@ def with_needs(call: Call, flat: Flat) -> Call:
         return call
     check_accumulation(flat.head.weight)
     return replace(call, accumulate_scale=scale)
+
+
+def check_share(call: Call, device: torch.device) -> None:
+    """Raises NotImplementedError naming the option that a head with `parallel` does not have."""
+    share = call.head.share
+    if share is None:
+        return
+    kind, backend = "GatherHidden" if share.gather else "VocabParallel", backends.resolve(call.config.backend, device)
+    refused = None
+    if backend != "cpu":
+        refused = f"backend={backend!r}; the backend that takes shares of a vocabulary is 'cpu'"
+    elif call.config.accumulate_into_grad is not None:
+        refused = "accumulate_into_grad; leave it None"
+    elif call.spec.objective == "clip_cov":
+        refused = "objective='clip_cov', whose random choice would differ between ranks; 'kl_cov' needs none"
+    elif share.gather and call.spec.scope == "batch":
+        refused = f"objective={call.spec.objective!r}, which selects over one rank's call; use VocabParallel"
+    if refused:
+        raise NotImplementedError(f"a head with parallel={kind} does not take {refused}")
 
 
 def check_accumulation(weight: Tensor) -> None:

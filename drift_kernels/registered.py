@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from drift_kernels import distill_driver, driver
+from drift_kernels import distill_driver, driver, gathered
 from drift_kernels.calls import Call, DistillCall
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import NO_TOKENS, Tokens
@@ -61,7 +61,8 @@ def _fused(*args):
     start = HEAD_SIZE + LAYOUT_SIZE
     (*tokens, normalizer, text) = args[start:]
     call = Call.decode(text)
-    loss, grads, outputs = driver.fused(driver_inputs(args[:start], call, Tokens(*tokens)), call, normalizer)
+    x = driver_inputs(args[:start], call, Tokens(*tokens))
+    loss, grads, outputs = (gathered if gathered.wanted(call) else driver).fused(x, call, normalizer)
     return (loss, *present(grads, loss), outputs)
 
 
@@ -80,7 +81,8 @@ def _distill(*args):
     operands, tokens, teacher, lessons = _split(args)
     call = DistillCall.decode(args[-1])
     x = driver_inputs(operands, call.student, tokens)
-    loss, grads, outputs = distill_driver.fused(x, teacher, lessons, call, args[-2])
+    run = gathered.distill if gathered.wanted(call.student) else distill_driver.fused
+    loss, grads, outputs = run(x, teacher, lessons, call, args[-2])
     return (loss, *present(grads, loss), outputs)
 
 
@@ -88,14 +90,15 @@ def _distill(*args):
 def _score(*args):
     *tensors, text = args
     call = Call.decode(text)
-    return driver.score(driver_inputs(tuple(tensors), call), call)
+    return (gathered if gathered.wanted(call) else driver).score(driver_inputs(tuple(tensors), call), call)
 
 
 @torch.library.impl("drift_kernels::top_k", ("CPU", "CUDA"))
 def _top_k(*args):
     *tensors, k, text = args
     call = Call.decode(text)
-    return distill_driver.top_k(driver_inputs(tuple(tensors), call), k, call)
+    run = gathered.top_k if gathered.wanted(call) else distill_driver.top_k
+    return run(driver_inputs(tuple(tensors), call), k, call)
 
 
 @torch.library.impl("drift_kernels::logprob_backward", ("CPU", "CUDA"))
@@ -103,7 +106,8 @@ def _logprob_backward(*args):
     *tensors, grad_logprobs, grad_entropy, lse, entropy, text = args
     call = Call.decode(text)
     x = driver_inputs(tuple(tensors), call)
-    return present(driver.backward(x, call, grad_logprobs, grad_entropy, lse, entropy), lse)
+    run = gathered.backward if gathered.wanted(call) else driver.backward
+    return present(run(x, call, grad_logprobs, grad_entropy, lse, entropy), lse)
 
 
 def _fake_grads(operands: tuple, call: Call) -> tuple[Tensor, ...]:

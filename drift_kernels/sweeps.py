@@ -12,6 +12,7 @@ from drift_kernels.gpu_sweep import GpuBlock, GpuSweep
 from drift_kernels.pieces import LogitsBlock, Sweep
 from drift_kernels.plan import Plan, can_use_active_as_plan, check_finite, counting
 from drift_kernels.products import CpuBlock
+from drift_kernels.shares import ShareSweep
 from drift_kernels.tensors import Inputs, LoRAHead, compute_dtype
 
 
@@ -23,6 +24,8 @@ def backend_of(x: Inputs, call: Call) -> str:
 def open_sweep(x: Inputs, call: Call, plan: Plan, reserved: tuple[int, int] = (0, 0)) -> Sweep:
     """The pass over a plan's rows. `reserved`: bytes of the workspace for the caller, once and for each row of a chunk."""
     backend = backend_of(x, call)
+    if call.head.share is not None:
+        return ShareSweep(x, call, plan, reserved)
     return CpuSweep(x, call, plan, reserved) if backend == "cpu" else GpuSweep(x, call, plan, backend, reserved)
 
 

@@ -94,6 +94,11 @@ def _flatten_head(teacher: Teacher, student: Flat) -> tuple[divergences.TeacherT
             f"the teacher's vocabulary has {flat.head.vocabulary} tokens, the student's {student.head.vocabulary}; "
             "they must agree"
         )
+    if flat.head.options.share != student.head.options.share:
+        raise NotImplementedError(
+            f"teacher.head.parallel={flat.head.parallel} differs from the student's {student.head.parallel}; both heads must "
+            "be spread over the ranks in the same way"
+        )
     hidden, weight, bias, a, b = flat.operands()
     tensors = divergences.TeacherTensors(
         hidden.detach(), weight, bias, temperature=flat.temperature, lora_a=a, lora_b=b

@@ -21,8 +21,9 @@ KERNELS = [
     "tensors",
     "plan",
 ]
-KERNELS += ["outputs", "head", "inputs", "folding", "closures", "teachers", "backends", "memory", "products"]
-KERNELS += ["pieces", "cpu_sweep", "gpu_sweep", "sweeps", "token_terms", "driver", "distill_driver"]
+KERNELS += ["outputs", "parallel", "collectives", "head", "backends", "inputs", "folding", "closures", "teachers"]
+KERNELS += ["memory", "products", "token_terms", "pieces", "cpu_sweep", "shares", "gpu_sweep", "sweeps"]
+KERNELS += ["driver", "distill_driver", "gathered"]
 KERNELS += ["registered", "scored", "autograd", "whole", "ops", "distill_ops", "testing", "conversation", "packs"]
 KERNELS += ["adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other

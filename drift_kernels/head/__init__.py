@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from drift_kernels.calls import HeadOptions
+from drift_kernels.parallel import GatherHidden, VocabParallel
 from drift_kernels.tensors import LoRAHead
 
 
@@ -25,24 +26,31 @@ class Head:
     softcap: float | None = None  # c; None = no cap
     logit_scale: float = 1.0
     temperature: float | Tensor = 1.0  # a number, or a tensor of the leading shape of `hidden`, one a row
+    parallel: VocabParallel | GatherHidden | None = None  # the tensors with a V are this rank's share of them
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor):
             raise TypeError(f"head.weight is a {type(self.weight).__name__}; it must be a tensor [V, D]")
         if self.lora is not None and not isinstance(self.lora, LoRAHead):
             raise TypeError(f"lora is a {type(self.lora).__name__}; it must be LoRAHead(A, B, scale)")
+        if self.parallel is not None and not isinstance(self.parallel, (VocabParallel, GatherHidden)):
+            kind = type(self.parallel).__name__
+            raise TypeError(f"head.parallel is a {kind}; it must be a VocabParallel, a GatherHidden or None")
+        if self.parallel is not None and self.weight.dim():
+            self.parallel.check_rows(self.weight.shape[0])
         self.options  # noqa: B018  # raises for numbers out of range
 
     @property
     def options(self) -> HeadOptions:
         """The numbers between a product and a logit, without a temperature per row."""
         temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
-        return HeadOptions(temperature, self.softcap, self.logit_scale)
+        share = None if self.parallel is None else self.parallel.share
+        return HeadOptions(temperature, self.softcap, self.logit_scale, share=share)
 
     @property
     def vocabulary(self) -> int:
-        """V, the number of tokens."""
-        return self.weight.shape[0]
+        """V, the number of tokens, of all shares together."""
+        return self.weight.shape[0] if self.parallel is None else self.parallel.vocabulary
 
     def at(self, temperature: float | Tensor) -> Head:
         """The same head at another temperature."""

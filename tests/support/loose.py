@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import drift_kernels as dk
 
-HEAD = ("bias", "lora", "softcap", "logit_scale", "temperature")
+HEAD = ("bias", "lora", "softcap", "logit_scale", "temperature", "parallel")
 EXPLORATION = {"turn_ids": "turn_ids", "rebellious_weights": "weights", "mean_difference": "mean_difference"}
 EXPLORATION |= {"mean_entropy": "mean_entropy"}
 

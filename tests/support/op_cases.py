@@ -25,6 +25,7 @@ class Batch:
     head: dict[str, Tensor]
     tokens: dict[str, Tensor]
     softcap: float | None = 4.0  # of both
+    parallel: dk.VocabParallel | dk.GatherHidden | None = None  # likewise
 
     @property
     def cu(self) -> Tensor:
@@ -145,7 +146,8 @@ def make(lengths: list[int], seed: int) -> Batch:
 
 def head_of(x: Batch) -> dict:
     lora = dk.LoRAHead(x.head["A"], x.head["B"], 0.5)
-    return {"bias": x.head["bias"], "lora": lora, "temperature": x.tokens["temperature"], "softcap": x.softcap}
+    fields = {"bias": x.head["bias"], "lora": lora, "softcap": x.softcap, "parallel": x.parallel}
+    return fields | {"temperature": x.tokens["temperature"]}
 
 
 def data_of(x: Batch, *names: str) -> dict[str, Tensor]:
@@ -164,6 +166,7 @@ def teacher_head(x: Batch) -> dk.Teacher:
             temperature=x.tokens["teacher_temperature"],
             softcap=x.softcap,
             logit_scale=1.1,
+            parallel=x.parallel,
         ),
     )
 
