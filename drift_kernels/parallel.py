@@ -20,7 +20,6 @@ from torch import Tensor
 from drift_kernels.calls import Share
 from drift_kernels.tensors import is_dtensor
 
-
 Kind = TypeVar("Kind", bound="_Spread")
 
 

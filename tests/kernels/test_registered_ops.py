@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_kernels as dk
-from drift_kernels.calls import Call, DistillCall, HeadOptions
+from drift_kernels.calls import Call, DistillCall, HeadOptions, Share
 from drift_kernels.spec import OBJECTIVES, PARAMETERS
 from drift_kernels.testing import make_case
 
@@ -196,7 +196,8 @@ def test_a_call_travels_as_text():
     for name, row in OBJECTIVES.items():
         own = {parameter: other_than(PARAMETERS[parameter][0]) for parameter in row.parameters}
         specs.append(dk.PolicySpec(name, row.ratios[0], **own))
-    head, config = HeadOptions(0.5, 3.0, 2.0, -1), dk.KernelConfig("cpu", 99, True, 0.25)
+    head = HeadOptions(0.5, 3.0, 2.0, -1, Share("tensor", 5, 11, True))
+    config = dk.KernelConfig("cpu", 99, True, 0.25)
     call = Call(specs[0], head, config, ("lse",), True, True, True, True, True, 2.0, 0.25)
     explored = dk.ExplorationSpec(3.0, False, False, 0.1, 2.0, 0.3, 2.0, 3.0, True)
     taught = DistillCall(call, dk.DistillSpec(0.3, 4, False, 2.0), head, 2.0, explored, True, True)
