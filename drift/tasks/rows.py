@@ -100,7 +100,8 @@ class RowTask:
             held = ", ".join(f"{len(self._splits[other])} {other}" for other in SPLITS if self._splits[other])
             raise TaskError(
                 f"task.{split}_problems={count}: {self.config.path} holds {len(found)} distinct problems for this split "
-                f"({held or 'none at all'}); ask for fewer, leave the number out for all there are, add rows, or give each row a 'split'"
+                f"({held or 'none at all'}); ask for "
+                f"fewer, leave the number out for all there are, add rows, or give each row a 'split'"
             )
         return found[:count]
 
