@@ -26,7 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from drift.rollouts.feedback import Feedback
 from drift.rollouts.tools import ToolError, calculate
@@ -216,4 +216,4 @@ def load_environment(path: str) -> Callable[[Task, Any], Environment]:
         ) from error
     if not callable(made):
         raise TaskError(f"rollout.environment={path!r} is {made!r}; it must be a class, called with (task, settings)")
-    return made
+    return cast("Callable[[Task, Any], Environment]", made)
