@@ -1,4 +1,4 @@
-# make run · make test · make test-ranks · make test-faults · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
+# make run · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
 run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
-.PHONY: run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
+.PHONY: run test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run quickstart
@@ -29,6 +29,11 @@ test-ranks: $(VENV)/.dev
 # Kills, full disks, damaged files, bad rows. More kills: DRIFT_KILLS=50.
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/faults
+
+# Online training while servers, workers and the trainer itself fail; the figures are those of docs/reliability.md.
+MINUTES := 30
+soak: $(VENV)/.dev
+	$(BIN)/python tests/faults/soak.py $(MINUTES)
 
 # Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
 test-peers: $(VENV)/.peers $(VERL)/.installed

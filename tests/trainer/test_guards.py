@@ -40,7 +40,7 @@ def test_a_training_stops_after_so_many_skipped_steps_in_a_row_with_a_checkpoint
     with pytest.raises(TrainingError, match=r"3 steps in a row were skipped, up to step 6.*checkpoint-6.*train\.lr"):
         train(policy, tmp_path, max_skipped=3)
     assert policy.step == 6
-    assert checkpoint.latest(tmp_path / "checkpoints").name == "checkpoint-6"
+    assert checkpoint.found(tmp_path / "checkpoints")[0].name == "checkpoint-6"
     batches = sorted(path.name for path in (tmp_path / "skipped").iterdir())
     assert batches == [f"train-step-{step}.jsonl" for step in (2, 4, 5, 6)]
     head, *rows = map(json.loads, (tmp_path / "skipped" / batches[0]).read_text().splitlines())
