@@ -48,17 +48,26 @@ class Trainer:
         self.output = self.log.open("ab")
         command = [sys.executable, "-m", "drift", "run", str(file)]
         self.process = subprocess.Popen(command, env=environment, stdout=self.output, stderr=subprocess.STDOUT)
-        self.began: float | None = None  # when steps began
+        self.before = self.newest()
+        self.began: float | None = None  # when the first checkpoint of its own was there
         self.memory: list[tuple[float, int]] = []  # seconds since then, bytes
 
     def look(self) -> None:
-        """Notes the resident memory once steps are being done. Raises AssertionError when the trainer has ended."""
+        """Notes the resident memory once it has done steps. Raises AssertionError when the trainer has ended."""
         assert self.process.poll() is None, self.log.read_text()[-3000:]
-        if self.began is None and checkpoint.found(self.folder / "checkpoints"):
+        if self.began is None and self.newest() not in (None, self.before):
             self.began = time.monotonic()
         if self.began is not None:
             pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
             self.memory.append((time.monotonic() - self.began, pages * os.sysconf("SC_PAGE_SIZE")))
+
+    def newest(self) -> tuple[str, int] | None:
+        """The checkpoint of the most steps, and when it was written."""
+        try:
+            path = checkpoint.found(self.folder / "checkpoints")[0]
+            return path.name, path.stat().st_mtime_ns
+        except (IndexError, OSError):
+            return None
 
     def workers(self) -> list[int]:
         """The processes that score."""
