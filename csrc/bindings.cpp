@@ -79,13 +79,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<PolicyParams> params(m, "PolicyParams");
   params.def(py::init<>());
-  params.def_readwrite("objective", &PolicyParams::objective).def_readwrite("kl_value", &PolicyParams::kl_value);
-  params.def_readwrite("kl_grad", &PolicyParams::kl_grad).def_readwrite("low", &PolicyParams::low).def_readwrite("high", &PolicyParams::high);
-  params.def_readwrite("dual_clip", &PolicyParams::dual_clip).def_readwrite("delta", &PolicyParams::delta);
-  params.def_readwrite("tau_pos", &PolicyParams::tau_pos).def_readwrite("tau_neg", &PolicyParams::tau_neg);
-  params.def_readwrite("kl_coef", &PolicyParams::kl_coef).def_readwrite("entropy_coef", &PolicyParams::entropy_coef);
-  params.def_readwrite("z_loss_coef", &PolicyParams::z_loss_coef).def_readwrite("dro_beta", &PolicyParams::dro_beta);
-  params.def_readwrite("kl_unbiased", &PolicyParams::kl_unbiased);
+#define DRIFT_FIELD(type, name, value) params.def_readwrite(#name, &PolicyParams::name);
+  DRIFT_POLICY_PARAMS(DRIFT_FIELD)
+#undef DRIFT_FIELD
 
   py::class_<Policy> policy(m, "Policy");
   policy.def(py::init<>()).def_readwrite("params", &Policy::params).def_readwrite("gradient", &Policy::gradient);

@@ -14,16 +14,27 @@ namespace drift {
 enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3, DPPO_TV = 4, DPPO_KL = 5, DRO = 6 };
 enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
 
+// The fields of PolicyParams: type, name, default. Python's view of the struct is made of the same list.
+#define DRIFT_POLICY_PARAMS(FIELD)                                                               \
+  FIELD(int, objective, CLIP)                                                                    \
+  FIELD(int, kl_value, K3)     /* the estimator of the value, and that of the gradient:      */  \
+  FIELD(int, kl_grad, K3)      /* straight-through forms differ                              */  \
+  FIELD(double, low, 0.8)      /* bounds of the ratio (low = 0 if there is none), or of the  */  \
+  FIELD(double, high, 1.2)     /* divergence (dppo)                                          */  \
+  FIELD(double, dual_clip, 0)  /* 0 = off                                                    */  \
+  FIELD(double, delta, INFINITY) /* cap of the ratio before the unclipped product            */  \
+  FIELD(double, tau_pos, 1.0)  /* sapo                                                       */  \
+  FIELD(double, tau_neg, 1.05)                                                                   \
+  FIELD(double, kl_coef, 0)                                                                      \
+  FIELD(double, entropy_coef, 0)                                                                 \
+  FIELD(double, z_loss_coef, 0)                                                                  \
+  FIELD(double, dro_beta, 0)                                                                     \
+  FIELD(bool, kl_unbiased, false) /* the KL estimate times the ratio                         */
+
 struct PolicyParams {
-  int objective = CLIP;
-  int kl_value = K3, kl_grad = K3;      // estimators for the value and for the gradient (straight-through forms differ)
-  double low = 0.8, high = 1.2;         // bounds of the ratio (low = 0 where there is none), or of the divergence (dppo)
-  double dual_clip = 0;                 // 0 = off
-  double delta = INFINITY;              // cap of the ratio before the unclipped product
-  double tau_pos = 1.0, tau_neg = 1.05; // sapo
-  double kl_coef = 0, entropy_coef = 0, z_loss_coef = 0;
-  double dro_beta = 0;
-  bool kl_unbiased = false;             // the KL estimate times the ratio
+#define DRIFT_FIELD(type, name, value) type name = value;
+  DRIFT_POLICY_PARAMS(DRIFT_FIELD)
+#undef DRIFT_FIELD
 };
 
 template <class R>
