@@ -11,7 +11,7 @@
 
 namespace drift {
 
-enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3, DPPO_TV = 4, DPPO_KL = 5, DRO = 6 };
+enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3, DPPO_TV = 4, DPPO_KL = 5, DRO = 6, GPPO = 7 };
 enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
 
 // The fields of PolicyParams: type, name, default. Python's view of the struct is made of the same list.
@@ -29,6 +29,8 @@ enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
   FIELD(double, entropy_coef, 0)                                                                 \
   FIELD(double, z_loss_coef, 0)                                                                  \
   FIELD(double, dro_beta, 0)                                                                     \
+  FIELD(double, gppo_low, 1)                                                                     \
+  FIELD(double, gppo_high, 1)                                                                    \
   FIELD(bool, kl_unbiased, false) /* the KL estimate times the ratio                         */
 
 struct PolicyParams {
@@ -136,6 +138,14 @@ DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, b
       out.loss = -A * logp + R(0.5) * R(p.dro_beta) * raw * raw;
       out.dlogp = -A + R(p.dro_beta) * raw;
       break;
+    case GPPO: {
+      const R side = below && A < 0 ? R(-1) : (above && A > 0 ? R(1) : R(0));
+      const R held = side < 0 ? R(p.gppo_low) * low : R(p.gppo_high) * high;
+      out.loss = -(side == 0 ? r : held) * A;
+      out.dlogp = -(side == 0 ? r * inside : held) * A;
+      out.clipped = side;
+      break;
+    }
     default:
       out.loss = -A * logp;
       out.dlogp = -A;

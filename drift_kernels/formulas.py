@@ -168,6 +168,11 @@ def objective(logprobs: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
         case "dro":
             assert spec.dro_beta is not None
             return -A * logprobs + spec.dro_beta / 2 * difference(logprobs, tokens.old).square()
+        case "gppo":
+            ratio, (low, high), (below, above) = ratio_of(logprobs, tokens, spec), ratio_bounds(spec), spec.gppo_weights
+            side = clipped_sign(ratio, A, spec)
+            held = torch.where(side < 0, below * low, above * high) * (1 + logprobs - logprobs.detach())
+            return -torch.where(side == 0, ratio, held) * A
         case "gmpo":
             return _gmpo(logprobs, A, tokens, spec)
         case "vespo":
@@ -217,7 +222,7 @@ def clipped(logprobs: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
     """−1 where the objective's lower bound takes the gradient away or holds it, +1 where the upper one does, else 0 [N]."""
     A = torch.ones_like(logprobs) if tokens.advantages is None else tokens.advantages
     match spec.objective:
-        case "clip" | "clip_cov":
+        case "clip" | "clip_cov" | "gppo":
             return clipped_sign(ratio_of(logprobs, tokens, spec), A, spec)
         case "cispo":
             ratio, (low, high) = ratio_of(logprobs, tokens, spec), ratio_bounds(spec)

@@ -54,6 +54,7 @@ OBJECTIVES = {
     "dppo_tv": Objective(4, ("delta",), bounds="divergence"),
     "dppo_kl": Objective(5, ("delta",), bounds="divergence"),
     "dro": Objective(6, ("dro_beta",), required=("dro_beta",), linear=False, vanishes=False),
+    "gppo": Objective(7, ("gppo_weights",)),
     "gmpo": Objective(ratios=("sequence",), scope="sequence", bounds="log_ratio", mean_advantage=True),
     "vespo": Objective(None, ("vespo_weights",), scope="sequence"),
     "clip_cov": Objective(None, ("cov_share", "cov_bounds"), scope="batch", linear=False),
@@ -90,6 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dppo_tv": {"objective": "dppo_tv", "delta": 20.0},
     "dppo_kl": {"objective": "dppo_kl", "delta": 20.0},
     "dro": {"objective": "dro"},  # pass dro_beta
+    "gppo": {"objective": "gppo"},
+    "ce_gppo": {"objective": "gppo", "gppo_weights": (0.75, 1.0)},
     "clip_cov": {"objective": "clip_cov"},
     "kl_cov": {"objective": "kl_cov"},
 }
@@ -141,6 +144,8 @@ class PolicySpec:
                "dppo_tv", "dppo_kl": −sg(min(r, delta))·A·logp, 0 where the move the advantage asks for has gone further than
                clip_high (A > 0) or clip_low: p − p_old, or the KL of (p_old, 1 − p_old) from (p, 1 − p) (DPPO, Qi et al. 2026)
                "dro": −A·logp + dro_beta/2·(logp − old)² (arXiv 2405.19107)
+               "gppo": "clip", but a token that it would clip keeps a bounded gradient: −w·bound·A·r/sg(r), w = gppo_weights
+               (below, above) (GPPO, arXiv 2508.07629, w = 1; CE-GPPO, arXiv 2509.20712)
                "gmpo": −Ā·exp(mean of the log-ratios, each kept from going beyond −clip_low, clip_high in the direction of A)
                per sequence, Ā the mean advantage (arXiv 2507.20673)
                "vespo": −sg(φ(w))·A·logp, φ(w) = e^λ·w^k·e^(−λw), w the sequence's product of ratios, (k, λ) by the sign of A
@@ -187,6 +192,9 @@ class PolicySpec:
     kl_unbiased: bool = False
     off_policy_threshold: float | None = _numeric(None)
     dro_beta: float | None = _numeric(None, "must be positive", lambda v: v > 0)
+    gppo_weights: tuple[float, float] = _numeric(  # below 1 − clip_low, above 1 + clip_high
+        (1.0, 1.0), "must both be at least 0", lambda *v: min(v) >= 0, kernels=("gppo_low", "gppo_high")
+    )
     vespo_weights: tuple[float, float, float, float] = _numeric(
         (2.0, 3.0, 3.0, 2.0), "must be positive: (k, λ) for A ≥ 0, (k, λ) for A < 0", lambda *v: min(v) > 0
     )

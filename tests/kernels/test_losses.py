@@ -146,6 +146,7 @@ SPECS = {
     "dppo_tv": dk.PolicySpec.preset("dppo_tv", clip_low=0.01, clip_high=0.002, delta=1.3),
     "dppo_kl": dk.PolicySpec.preset("dppo_kl", clip_low=2e-4, clip_high=1e-4, entropy_coef=0.1),
     "dro": dk.PolicySpec.preset("dro", dro_beta=0.3, kl_coef=0.1, kl_unbiased=True),
+    "gppo": dk.PolicySpec.preset("ce_gppo", gppo_weights=(0.75, 0.9), kl_coef=0.1),
     "unbiased": dk.PolicySpec(kl_coef=0.2, kl_unbiased=True, kl_estimator="k3+"),
     "gspo": dk.PolicySpec.preset(
         "gspo", clip_low=0.1, clip_high=0.05, kl_coef=0.1, kl_unbiased=True, entropy_coef=0.02

@@ -25,6 +25,7 @@ PPO = {  # arXiv 1707.06347, the mean over tokens
     "kl_unbiased": False,
     "off_policy_threshold": None,
     "dro_beta": None,
+    "gppo_weights": (1.0, 1.0),  # arXiv 2508.07629
     "vespo_weights": (2.0, 3.0, 3.0, 2.0),  # TRL's k_pos, lambda_pos, k_neg, lambda_neg
     "cov_share": 2e-4,  # arXiv 2505.22617, with what follows
     "cov_bounds": (1.0, 5.0),
@@ -52,6 +53,8 @@ PUBLISHED = {
     "dppo_tv": {"objective": "dppo_tv", "delta": 20.0},
     "dppo_kl": {"objective": "dppo_kl", "delta": 20.0},
     "dro": {"objective": "dro", "dro_beta": REQUIRED},  # the caller's
+    "gppo": {"objective": "gppo"},
+    "ce_gppo": {"objective": "gppo", "gppo_weights": (0.75, 1.0)},  # arXiv 2509.20712
     "clip_cov": {"objective": "clip_cov"},
     "kl_cov": {"objective": "kl_cov"},
 }

@@ -6,6 +6,7 @@ as they are: statistics write nothing over them, and the gradient is made of the
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ __all__ = [
     "top_k",
 ]
 
+KINDS = ("objective", "kl_value", "kl_grad", "kl_unbiased")  # compiled into the kernel; other numbers are arguments
+PolicyNumbers = namedtuple("PolicyNumbers", [name for name in policy_numbers(PolicySpec()) if name not in KINDS])
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENTRIES = 16  # of a row at once, where a row may have several
 IDS = 128  # of a row at once, among its top k
@@ -184,13 +187,13 @@ def fused_policy(
             if statistics[argument] is None:
                 statistics[argument] = logits.new_empty(logits.shape[0])
     numbers, sums = policy_numbers(spec), sweeps(want)
-    kinds = {name.upper(): numbers.pop(name) for name in ("objective", "kl_value", "kl_grad", "kl_unbiased")}
+    kinds = {name.upper(): numbers.pop(name) for name in KINDS}
     arguments = {
         **head_arguments(logits, chunk),
         **statistics,
         **entries,
         **{name: outputs.get(name) for name in POLICY_OUTPUTS},
-        **numbers,
+        "numbers": PolicyNumbers(**{name: float(value) for name, value in numbers.items()}),
         **later,
         **written,
         **kinds,

@@ -18,6 +18,7 @@ REINFORCE = tl.constexpr(OBJECTIVES["reinforce"].number)
 SAPO = tl.constexpr(OBJECTIVES["sapo"].number)
 DPPO_TV = tl.constexpr(OBJECTIVES["dppo_tv"].number)
 DRO = tl.constexpr(OBJECTIVES["dro"].number)
+GPPO = tl.constexpr(OBJECTIVES["gppo"].number)
 K1 = tl.constexpr(ESTIMATORS["k1"])
 K2 = tl.constexpr(ESTIMATORS["k2"])
 K3 = tl.constexpr(ESTIMATORS["k3"])
@@ -88,20 +89,14 @@ def policy_token(
     A,
     old,
     ref,
-    low,
-    high,
-    dual_clip,
-    delta,
-    tau_pos,
-    tau_neg,
-    kl_coef,
-    dro_beta,
+    p,
     OBJECTIVE: tl.constexpr,
     KL_VALUE: tl.constexpr,
     KL_GRAD: tl.constexpr,
     KL_UNBIASED: tl.constexpr,
 ):
-    """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens; `old` None is on-policy, `ref` None has no KL term."""
+    """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens by the numbers `p`; `old` None is on-policy, `ref` None has no KL term."""
+    low, high, delta = p.low, p.high, p.delta
     before = logp if old is None else old
     raw = logp - before  # on-policy 0, but NaN where logp is
     bounded = tl.where(raw > LOG_RATIO_BOUND, LOG_RATIO_BOUND, tl.where(raw < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, raw))
@@ -111,16 +106,20 @@ def policy_token(
     clip = tl.where(below, low, tl.where(above, high, r))
     clipped = logp * 0.0
     if OBJECTIVE == CLIP:
-        loss, dlogp, clipped = clip_token(r, clip, below, above, slope, A, dual_clip, delta)
+        loss, dlogp, clipped = clip_token(r, clip, below, above, slope, A, p.dual_clip, delta)
     elif OBJECTIVE == CISPO:
         loss, dlogp = -clip * A * logp, -clip * A
         clipped = tl.where(A == 0, 0.0, tl.where(below, -1.0, tl.where(above, 1.0, 0.0)))
     elif OBJECTIVE == SAPO:
-        tau = tl.where(A > 0, tau_pos, tau_neg)
+        tau = tl.where(A > 0, p.tau_pos, p.tau_neg)
         s = 1.0 / (1.0 + tl.exp(-tau * (r - 1.0)))
         loss, dlogp = -(4.0 / tau) * s * A, -4.0 * s * (1.0 - s) * slope * A
     elif OBJECTIVE == DRO:
-        loss, dlogp = -A * logp + 0.5 * dro_beta * raw * raw, -A + dro_beta * raw
+        loss, dlogp = -A * logp + 0.5 * p.dro_beta * raw * raw, -A + p.dro_beta * raw
+    elif OBJECTIVE == GPPO:
+        clipped = tl.where(below & (A < 0), -1.0, tl.where(above & (A > 0), 1.0, 0.0))
+        held = tl.where(clipped < 0, p.gppo_low * low, p.gppo_high * high)
+        loss, dlogp = -tl.where(clipped == 0, r, held) * A, -tl.where(clipped == 0, slope, held) * A
     elif OBJECTIVE == REINFORCE:
         loss, dlogp = -A * logp, -A
     else:
@@ -136,6 +135,6 @@ def policy_token(
         if KL_UNBIASED:
             change = change * r + kl * slope
             kl *= r
-        loss += tl.where(kl_coef != 0, kl_coef * kl, 0.0)
-        dlogp += tl.where(kl_coef != 0, kl_coef * change, 0.0)
+        loss += tl.where(p.kl_coef != 0, p.kl_coef * kl, 0.0)
+        dlogp += tl.where(p.kl_coef != 0, p.kl_coef * change, 0.0)
     return loss, dlogp, r, kl, clipped

@@ -229,7 +229,7 @@ def fused_policy_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
     logprobs, top1, lse, entropy, mean, log_sum_sq,
     advantages, old, ref, weights, loss, ratio, kl, clipped,
-    low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef, dro_beta, entropy_coef, z_loss_coef,
+    numbers,
     coefs, lse_coefs, entropy_coefs, out, out_stride, live,
     OBJECTIVE: tl.constexpr, KL_VALUE: tl.constexpr, KL_GRAD: tl.constexpr, KL_UNBIASED: tl.constexpr,
     ENTROPY: tl.constexpr, EXTRA: tl.constexpr, GRADIENT: tl.constexpr, WITH_ENTROPY_TERM: tl.constexpr,
@@ -237,6 +237,7 @@ def fused_policy_kernel(
 ):  # fmt: skip
     """Statistics, policy arithmetic and, with GRADIENT (one target a row), d(loss)/d(product) in `out`. Without, where
     `coefs` is given, the coefficients that `grad_logits_kernel` makes the gradient of."""
+    entropy_coef, z_loss_coef = numbers.entropy_coef, numbers.z_loss_coef
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):
         at = x + row * stride
@@ -263,8 +264,7 @@ def fused_policy_kernel(
             before = None if old is None else tl.load(old + entry, mask=valid, other=0.0)
             reference = None if ref is None else tl.load(ref + entry, mask=valid, other=0.0)
             token, dlogp, r, divergence, cut = policy_token(
-                logp, A, before, reference, low, high, dual_clip, delta, tau_pos, tau_neg, kl_coef, dro_beta,
-                OBJECTIVE, KL_VALUE, KL_GRAD, KL_UNBIASED,
+                logp, A, before, reference, numbers, OBJECTIVE, KL_VALUE, KL_GRAD, KL_UNBIASED,
             )  # fmt: skip
             if WITH_ENTROPY_TERM:
                 token -= entropy_coef * h
