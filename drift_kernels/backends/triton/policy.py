@@ -95,7 +95,7 @@ def policy_token(
     KL_GRAD: tl.constexpr,
     KL_UNBIASED: tl.constexpr,
 ):
-    """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens by the numbers `p`; `old` None is on-policy, `ref` None has no KL term."""
+    """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens by the numbers `p`; `old` None is on-policy, `ref` None has no KL."""
     low, high, delta = p.low, p.high, p.delta
     before = logp if old is None else old
     raw = logp - before  # on-policy 0, but NaN where logp is
