@@ -171,8 +171,8 @@ def objective(logprobs: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
         case "gppo":
             ratio, (low, high), (below, above) = ratio_of(logprobs, tokens, spec), ratio_bounds(spec), spec.gppo_weights
             side = clipped_sign(ratio, A, spec)
-            held = torch.where(side < 0, below * low, above * high) * (1 + logprobs - logprobs.detach())
-            return -torch.where(side == 0, ratio, held) * A
+            bound = torch.full_like(logprobs, above * high).masked_fill(side < 0, below * low)
+            return -torch.where(side == 0, ratio, bound * (1 + difference(logprobs, None))) * A
         case "gmpo":
             return _gmpo(logprobs, A, tokens, spec)
         case "vespo":

@@ -3,7 +3,8 @@
     python aot.py RESULT.json
 
 Writes for each variant and architecture: registers, spilled bytes, shared memory, programs a multiprocessor holds, how often
-POPC and BAR occur in the machine code, and which instructions were used. Runs in a process of its own: under TRITON_INTERPRET kernels are Python functions and cannot be compiled.
+POPC and BAR occur in the machine code, and which instructions were used. Runs in a process of its own: under
+TRITON_INTERPRET kernels are Python functions and cannot be compiled.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = type(value)(*["fp32"] * len(value))
         else:
             signature[name] = "fp32"
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -39,6 +39,7 @@ SPECS = {
     "dppo_kl": PolicySpec.preset("dppo_kl", clip_low=1e-4, clip_high=1e-4, kl_coef=0.1),
     "dppo, capped": PolicySpec(objective="dppo_tv", clip_low=None, clip_high=1.0, delta=2.1),
     "dro": PolicySpec(objective="dro", dro_beta=0.3),
+    "gppo": PolicySpec(objective="gppo", gppo_weights=(0.75, 0.9), kl_coef=0.1),
     "unbiased": PolicySpec(kl_coef=0.2, kl_unbiased=True),
     "unbiased k3+": PolicySpec(kl_coef=0.2, kl_unbiased=True, kl_estimator="k3+"),
     "z": PolicySpec(z_loss_coef=0.02),
