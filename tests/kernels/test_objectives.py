@@ -30,7 +30,9 @@ def random_tokens(seed=0):
     old = logprobs + 0.4 * torch.randn(n, generator=g, dtype=torch.float64)
     segments = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS)
     advantages, noise = torch.randn(n, generator=g, dtype=torch.float64), torch.rand(n, generator=g)
-    tokens = formulas.Tokens(advantages=advantages, old=old, rollout=old, segments=segments, lengths=LENGTHS, noise=noise)
+    tokens = formulas.Tokens(
+        advantages=advantages, old=old, rollout=old, segments=segments, lengths=LENGTHS, noise=noise
+    )
     return logprobs, tokens
 
 
