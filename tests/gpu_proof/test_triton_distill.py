@@ -8,8 +8,8 @@ from row_oracle import make_rows, padded
 from teacher_oracle import bucketed, distilled, logits, make_pair, without_a_target
 
 from drift_kernels.backends import triton as backend
-from drift_kernels.backends.triton import launch
 from drift_kernels.backends.contract import BucketSlopes, Coefs, TeacherChunk
+from drift_kernels.backends.triton import launch
 from drift_kernels.calls import HeadOptions
 from drift_kernels.testing import within_budget
 

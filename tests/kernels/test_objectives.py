@@ -55,6 +55,7 @@ def test_linear_objectives_and_no_others_are_proportional_to_the_advantage(objec
     """loss(c·A) = c·loss(A) with c > 0, which lets a correction multiply the advantage."""
     spec, (logprobs, tokens) = policy_spec(objective, ratio), random_tokens()
     factors = positive_factors(tokens, spec.traits)
+    assert tokens.advantages is not None
     multiplied = replace(tokens, advantages=factors * tokens.advantages)
     loss, _ = loss_and_gradient(logprobs, tokens, spec)
     scaled, _ = loss_and_gradient(logprobs, multiplied, spec)
