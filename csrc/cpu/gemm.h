@@ -1,4 +1,5 @@
-// The three products of a language-model head, summed in fp32: C = A · B of hidden rows, their logits and a vocabulary's weight.
+// The three products of a language-model head, summed in fp32: C = A · B of hidden rows, their logits and a
+// vocabulary's weight.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +11,8 @@ struct Gemm {                              // C [m, n] = A · B; strides in elem
   const void *a = nullptr, *b = nullptr;
   float* c = nullptr;
   int64_t m = 0, n = 0, k = 0, a_stride = 0, b_stride = 0, c_stride = 0;
-  Type type = Type::fp32;                  // of the weight, and of the hidden rows where it is bf16 and `pairs`
-  bool pairs = false;                      // multiply in bf16 (has_bf16_gemm); else a weight is widened as it is packed
+  Type type = Type::fp32;                  // of the weight, and of the hidden rows if it is bf16 and `pairs`
+  bool pairs = false;                      // multiply in bf16 (has_bf16_gemm); else the weight is widened
   bool accumulate = false;                 // gemm_tn: C += scale · A · B
   float scale = 1;                         // gemm_tn
   void* rounded = nullptr;                 // gemm_tn: bf16 [m, n], where the result goes instead of C
