@@ -1,11 +1,19 @@
 """The import order of both packages, read off their syntax trees, and what importing them must not do."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+import drift_kernels as dk
+from drift.config.schema import TrainConfig
+from drift_kernels.backends import REASONS
+from drift_kernels.calls import BACKENDS, KERNEL_BACKENDS
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [
@@ -141,3 +149,23 @@ def test_files_are_rooms_with_one_job():
     lengths = sorted((len(p.read_text().splitlines()), str(p.relative_to(ROOT))) for p in files)
     assert lengths[-1][0] <= 500, lengths[-1]
     assert lengths[len(lengths) // 2][0] <= 200, lengths
+
+
+def test_ops_have_few_parameters_and_the_documentation_counts_them():
+    page, limits = (ROOT / "docs/losses.md").read_text(), {"self_distill_loss": 21}
+    ops = [name for name in dk.__all__ if inspect.isfunction(getattr(dk, name)) and "hidden" in parameters_of(name)]
+    assert len(ops) >= 7
+    for name in (*ops, "policy_token_loss"):
+        count = len(parameters_of(name))
+        assert count <= limits.get(name, 18), f"{name} has {count} parameters"
+        assert re.search(rf"^\| `{name}`[^|]*\| {count} \|", page, re.MULTILINE), f"docs/losses.md: {name} has {count}"
+
+
+def parameters_of(op):
+    return inspect.signature(getattr(dk, op)).parameters
+
+
+def test_the_trainer_offers_the_backends_of_the_kernels():
+    offered = get_args(TrainConfig.model_fields["backend"].annotation)
+    assert sorted(offered) == sorted(BACKENDS)
+    assert set(REASONS) == set(KERNEL_BACKENDS)
