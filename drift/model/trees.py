@@ -279,8 +279,10 @@ def flex(
     if where not in tree.blocks:
         tree.blocks[where] = block_mask(tree, query.device)
 
+    cap = torch.tensor(softcap or 1.0, device=query.device)  # torch 2.13 does not compile a captured float
+
     def capped(score: Tensor, *_: Any) -> Tensor:
-        return softcap * torch.tanh(score / softcap)  # pyright: ignore[reportOptionalOperand]
+        return cap * torch.tanh(score / cap)
 
     call = _compiled() if compiled else flex_attention
     return call(

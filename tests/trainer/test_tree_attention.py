@@ -257,6 +257,16 @@ def test_flex_attention_gives_what_the_cpu_gives(softcap, window):
     torch.testing.assert_close(found.transpose(1, 2), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_flex_attention_with_a_soft_cap_compiles_on_a_cpu():
+    shape = wide_tree()
+    query, key, value = projections(shape)
+    with torch.no_grad():
+        found = trees.flex(query, key, value, shape, 0.25, 1.5)
+        want = trees.attend(query, key, value, shape, 0.25, 1.5)
+    torch.testing.assert_close(found.transpose(1, 2), want, rtol=1e-5, atol=1e-5)
+
+
 def plain_varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, causal, window_size, softmax_scale, softcap, **_):
     """flash-attn's documented meaning: queries are aligned with the last keys of their sequence."""
     assert causal
