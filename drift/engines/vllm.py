@@ -188,6 +188,8 @@ class VLLMEngine:
         tolerance = self.config.tolerance or TOLERANCE.get(self.policy.head().weight.dtype, 0.1)
         if self.gap <= tolerance:
             return
+        if self._ask_state() != self._state:  # it was started anew between two probes, and holds its first weights
+            raise Restarted
         if float((theirs - raw).abs().max()) <= tolerance:
             raise self._unfit(
                 "its log-probs are those before temperature; --logprobs-mode processed_logprobs gives those after"

@@ -30,6 +30,7 @@ BUCKET = 32 << 20  # elements that one reduction carries
 
 _presence: Presence | None = None  # of this process, inside `launched`
 _alone = False  # inside `alone`
+_where: list[Callable[[], str | None]] = []  # of the `resuming` blocks that this process is in
 
 
 def rank() -> int:
@@ -91,6 +92,7 @@ def alone() -> Iterator[None]:
 @contextmanager
 def resuming(where: Callable[[], str | None]) -> Iterator[None]:
     """Inside, a collective that fails raises RankLost, which says `where()` the same command goes on from."""
+    _where.append(where)
     try:
         yield
     except RankLost as error:
@@ -102,6 +104,8 @@ def resuming(where: Callable[[], str | None]) -> Iterator[None]:
             raise
         late = f"the ranks did not meet within train.timeout={_presence.limit:g} seconds"
         raise RankLost(_presence.lost() or f"{late}; raise it if one needs longer ({error})", where()) from error
+    finally:
+        _where.remove(where)
 
 
 def meet(what: str) -> None:
@@ -184,7 +188,7 @@ def _told_when_lost() -> Iterator[None]:
 
     def cause() -> BaseException | None:
         lost = _presence.lost() if _presence is not None else None
-        return RankLost(lost) if lost else None
+        return RankLost(lost, _where[-1]()) if lost else None  # at any instant, also while a block is being left
 
     interrupts.causes.append(cause)
     try:

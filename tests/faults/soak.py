@@ -180,6 +180,7 @@ def soak(minutes: float, seed: int, place: Path) -> dict[str, object]:
             status = trainer.end(signal.SIGTERM if last else signal.SIGKILL)
             lives.append(trainer)
             if not last:
+                server.faults.clear()  # a server that errs while it is connected to is refused
                 counts["killed trainer"] += 1
                 rot(draw, run, folder, counts)
         assert status == 128 + signal.SIGTERM, (status, trainer.log.read_text()[-3000:])

@@ -59,5 +59,5 @@ def wait_for(found, process, timeout=90):
 
 
 def sentences(said):
-    """What drift complained of, one sentence a rank."""
-    return re.findall(r"^drift: (.*)$", said, re.MULTILINE)
+    """What drift complained of, one sentence a rank; not the line that says what is run."""
+    return re.findall(r"^drift: (?!run )(.*)$", said, re.MULTILINE)

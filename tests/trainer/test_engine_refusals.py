@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_vllm_server import StandIn
 from peft import LoraConfig
-from test_engines import HOW, PROMPTS, _quick, opened, policy, server, shape
+from test_engines import HOW, PROMPTS, _quick, agree, as_pairs, opened, policy, server, shape
 from tiny_policy import LORA, TOKENIZER, Policy, causal_lm
 
 from drift.config import ConfigError, EngineConfig, parse
@@ -150,3 +150,18 @@ def test_the_documented_commands_are_the_ones_that_errors_name():
     assert f"    {server_command('runs/online-vllm/base', cpu=True)}\n" in text
     big = server_command("Qwen/Qwen2.5-3B-Instruct", dtype="bfloat16", lora_rank=16)
     assert f"    {big}\n" in text
+
+
+def test_a_server_that_died_unnoticed_while_weights_are_compared_gets_them_again(policy, server):
+    with opened(policy, server) as engine:
+        whole = engine.generate(PROMPTS, seed=3, **HOW)
+        server.boot()
+
+        def dies(choices):
+            server.boot()
+            return choices
+
+        server.faults = [dies]  # after the first of the probes that follow the handover: the others see first weights
+        found = engine.generate(PROMPTS, seed=3, **HOW)
+        assert as_pairs(found) == as_pairs(whole)
+        agree(policy, PROMPTS, found)
