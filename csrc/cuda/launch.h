@@ -1,5 +1,9 @@
 // The host's side of a kernel: its launch with or without clusters, and the device and errors around it.
 #pragma once
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "../rows.h"
 #include "device.h"
 
@@ -23,6 +27,30 @@ inline bool takes(const Rows& r, const Launch& how) {
   return sizes && how.valid() && (r.rows == 0 || r.logits);
 }
 
+// Prepares a kernel on the current device for `shared` bytes of dynamic shared memory, and says which PTX it was compiled
+// from. The driver is asked once for each kernel and device, and again only for more shared memory than before. A kernel that
+// keeps a row on chip gets all of the multiprocessor's L1 as shared memory, so that as many blocks fit as `cuda.choose` counts on.
+inline cudaError_t prepare(const void* kernel, size_t shared, int* ptx) {
+  struct Known { int ptx; size_t shared; };
+  static std::mutex lock;
+  static std::map<std::pair<const void*, int>, Known> all;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> held(lock);
+  auto at = all.find({kernel, device});
+  if (at == all.end()) {
+    cudaFuncAttributes compiled;
+    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
+    at = all.emplace(std::make_pair(kernel, device), Known{compiled.ptxVersion, 0}).first;
+  }
+  *ptx = at->second.ptx;
+  if (shared <= at->second.shared) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  if (!error) at->second.shared = shared;
+  return error;
+}
+
 // kernel(job) by one block a row, or one cluster, with `shared` bytes of dynamic shared memory.
 template <class Job>
 cudaError_t start(void (*kernel)(Job), const Job& job, int64_t rows, const Launch& how, size_t shared, cudaStream_t stream) {
@@ -33,16 +61,13 @@ cudaError_t start(void (*kernel)(Job), const Job& job, int64_t rows, const Launc
   config.gridDim = dim3(static_cast<unsigned>(rows * how.cluster));
   config.blockDim = dim3(how.threads);
   config.stream = stream;
+  int ptx = 0;
+  if (const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel), shared, &ptx)) return error;
   if (how.cluster > 1) {
-    cudaFuncAttributes compiled;
-    if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel)) return error;
-    if (compiled.ptxVersion < 90) return cudaErrorInvalidClusterSize;  // this code would take each block for a whole cluster
+    if (ptx < 90) return cudaErrorInvalidClusterSize;  // this code would take each block for a whole cluster
     config.attrs = &cluster, config.numAttrs = 1;
   }
   config.dynamicSmemBytes = shared;
-  if (shared)
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
-      return error;
   return cudaLaunchKernelEx(&config, kernel, job);
 }
 

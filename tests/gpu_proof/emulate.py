@@ -23,6 +23,7 @@ ORDERS = (0, 1, 2, 3)  # warps and blocks forwards or backwards, lanes forwards 
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"]
 LIBRARY = "SIMT_LIBRARY"  # environment: the library that the value tests take, instead of one of their own
+STREAM = 0x5EA  # what launches are given as torch's current stream
 H100_SHARED = 232_448  # bytes a block may have
 _objects: dict[tuple, Path] = {}
 
@@ -45,11 +46,12 @@ def build(
     changes: tuple[tuple[str, str, str], ...] = (),
     within: str | None = None,
     level: str = "-O1",
+    options: tuple[str, ...] = (),
 ) -> Path:
     """Compiles csrc/cuda in `folder`, and returns the library.
 
     `changes` are (file below csrc, text, its replacement), each found exactly once. `within` is the one .cu file that they are
-    made for; the others are compiled as they are. What was compiled before is taken from there.
+    made for; the others are compiled as they are. What was compiled before is taken from there. `options` go to the compiler.
     """
     sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".h", ".cu")]
     texts = {str(p.relative_to(ROOT / "csrc")): p.read_text() for p in sources if p.parent.name in ("csrc", "cuda")}
@@ -62,7 +64,7 @@ def build(
         for name, text in written.items():
             (folder / subfolder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / subfolder / name).write_text(translate(text, counter))
-    flags = (*FLAGS, level, *(SANITIZE if sanitize else ()))
+    flags = (*FLAGS, level, *(SANITIZE if sanitize else ()), *options)
     units = sorted((name for name in texts if name.endswith(".cu")), key=lambda name: name != within)
     # changed ones first: of a header's functions the linker takes the first that it finds
     objects = [_object(folder / ("changed" if within in (None, name) else "plain") / name, flags) for name in units]
@@ -107,7 +109,8 @@ def running(library: Path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "library", lambda: call)
         patch.setattr(cuda, "_limits", lambda device: (limits["shared"], limits["clusters"]))
-        patch.setattr(cuda, "_device_and_stream", lambda device: (0, 0))
+        # a GPU without clusters is another device, since a kernel's attributes are read once for each device
+        patch.setattr(cuda, "_device_and_stream", lambda device: (0 if limits["clusters"] else 1, STREAM))
         choose()
         yield choose
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from drift_kernels.backends.triton.launch import UNALIGNED
 from drift_kernels.backends.triton.online import LOWEST, fold, join, logit_slope
 from drift_kernels.backends.triton.rows import block_at, store_block, target_logit, write_gradient
 
@@ -95,7 +96,7 @@ def key_threshold(candidates, count, k):
     return threshold
 
 
-@triton.jit(do_not_specialize=["rows", "k", "room"])
+@triton.jit(do_not_specialize=["rows", "k", "room"], do_not_specialize_on_alignment=UNALIGNED)
 def top_k_kernel(
     x, stride, rows, V, bias, inverses, inverse, scale, cap, taught, keys, k, lists, room,
     BLOCK: tl.constexpr,
@@ -161,7 +162,7 @@ def rest_lse(x, bias, V, scale, cap, inverse, ids, edges, BLOCK: tl.constexpr):
     return top + tl.log(s0)
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=UNALIGNED)
 def bucket_logprobs_kernel(
     x, stride, V, bias, inverses, inverse, scale, cap, taught, lse, ids, k, ordered_ids, edges, blocks,
     logprobs, rest, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,7 +219,7 @@ def write_buckets(
         store_block(out, start, V, g * logit_slope(z, scale, cap, inverse), BLOCK)
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=UNALIGNED)
 def grad_buckets_kernel(
     x, stride, V, targets, bias, inverses, inverse, scale, cap,
     coefs, lse_coefs, lse, entropy_coefs, entropy,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from drift_kernels.backends.triton.launch import UNALIGNED
 from drift_kernels.backends.triton.online import logit_slope
 from drift_kernels.backends.triton.rows import block_at, store_block, write_gradient
 
@@ -88,7 +89,7 @@ def write_taught(
         store_block(out, start, V, g * logit_slope(z, scale, cap, inverse), BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def fused_distill_kernel(
     x, stride, V, targets, bias, inverses, inverse, scale, cap,
     coefs, lse_coefs, lse, entropy_coefs, entropy,

@@ -13,6 +13,9 @@ descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, 
 The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}; the scorer's for more
 than 64 rows of 16-bit operands alone, since a tile that fits those may not fit others. It is read at the first launch.
 Nothing is tuned at import or at run time.
+
+Pointers to data of a row or of its entries are slices of a batch's and begin anywhere. UNALIGNED names them, so that another
+alignment compiles nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +31,19 @@ from drift_kernels.backends.tuning import VARIABLE, tuning
 
 KERNELS = ("row_stats", "grad_logits", "fused_policy", "score")
 KERNELS += ("fused_distill", "top_k", "bucket_logprobs", "grad_buckets")
+UNALIGNED = ["targets", "row_ptr", "inverses", "advantages", "old", "ref", "weights", "coefs", "lse_coefs", "lse"]
+UNALIGNED += [
+    "entropy_coefs",
+    "entropy",
+    "taught",
+    "y_inverses",
+    "y_lse",
+    "ids",
+    "ordered_ids",
+    "dlogprobs",
+    "rest",
+    "drest",
+]
 ROW_BLOCK = 4096
 ELEMENTS_A_WARP = 512
 LOGITS_A_PROGRAM = 1 << 16
@@ -121,13 +137,18 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def options(launch: Launch) -> dict[str, Any]:
+    """The compiler's. Multiplications are fused with additions in the scorer alone: in a row kernel a target's logit is made
+    by scalar code, and must be bitwise the number that vector code put into the row's maximum and sums."""
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.depth > 0}
+
+
 def run(kernel: Any, programs: tuple[int, ...], like: Tensor, launch: Launch, arguments: dict[str, Any]) -> None:
     """Launches on the device of `like`, on its current stream."""
     if like.device.type == "meta" or 0 in programs:
         return
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     if like.device.type != "cuda":
-        kernel[programs](**arguments, **options)
+        kernel[programs](**arguments, **options(launch))
         return
     with torch.cuda.device(like.device):
-        kernel[programs](**arguments, **options)
+        kernel[programs](**arguments, **options(launch))

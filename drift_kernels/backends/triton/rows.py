@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from drift_kernels.backends.triton.launch import UNALIGNED
 from drift_kernels.backends.triton.online import LOWEST, fold, join, logit, logit_slope
 from drift_kernels.backends.triton.policy import policy_token
 
@@ -109,7 +110,7 @@ def store_row(row, top, s0, s1, s2, sz, V, lse, entropy, mean, log_sum_sq):
     return top + log_s0, h
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def row_stats_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
     logprobs, top1, lse, entropy, mean, log_sum_sq, partials, at_target,
@@ -190,7 +191,7 @@ def write_gradient(
             tl.store(out + start + lanes, tl.zeros([BLOCK], out.dtype.element_ty), mask=start + lanes < V)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def grad_logits_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
     coefs, lse_coefs, lse, entropy_coefs, entropy, out, out_stride, live,
@@ -224,7 +225,7 @@ def grad_logits_kernel(
         tl.store(live + row, alive.to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def fused_policy_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
     logprobs, top1, lse, entropy, mean, log_sum_sq,

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from drift_kernels.backends.contract import Chunk
 from drift_kernels.backends.partials import SUMS, Partials, merge, sweeps
-from drift_kernels.backends.triton.launch import Launch, capability, run, score_launch
+from drift_kernels.backends.triton.launch import UNALIGNED, Launch, capability, run, score_launch
 from drift_kernels.backends.triton.online import LOWEST, logit
 
 PROGRAMS = 264  # enough for two on each multiprocessor of an H100
@@ -55,7 +55,7 @@ def fold_tile(z, m, s0, s1, s2, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
     return top, k * s0 + tl.sum(e, axis=1), s1, s2
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["rows", "tiles"], do_not_specialize_on_alignment=UNALIGNED)
 def score_kernel(
     hidden, hidden_stride, weight, weight_stride, rows, V, D, targets, bias, inverses, inverse, scale, cap,
     partials, at_target, tiles,

@@ -27,7 +27,11 @@ inline int __any_sync(unsigned mask, int p, int line = __builtin_LINE()) { retur
 inline int __all_sync(unsigned mask, int p, int line = __builtin_LINE()) { return simt::ballot(mask, !p, line) == 0; }
 template <class T>
 void __stwb(T* p, T v) { *p = v; }
-inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmul_rn(float a, float b) {  // never a part of a fused multiply-add
+  float product = a * b;
+  asm("" : "+x"(product));
+  return product;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
@@ -47,7 +51,7 @@ enum cudaError_t : int {
   cudaErrorInvalidClusterSize = 912,
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeClusterDimension };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97, cudaDevAttrClusterLaunch = 120 };
 typedef void* cudaStream_t;
 struct cudaLaunchAttribute {
@@ -87,22 +91,32 @@ inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
   return *v = a == cudaDevAttrClusterLaunch ? simt::machine.clusters : simt::machine.shared_limit, cudaSuccess;
 }
 template <class F>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F) { return a->ptxVersion = simt::machine.clusters ? 90 : 80, cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F) { return simt::machine.asked++, a->ptxVersion = simt::machine.clusters ? 90 : 80, cudaSuccess; }
 template <class F>
-cudaError_t cudaFuncSetAttribute(F kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > simt::machine.shared_limit) return cudaErrorInvalidValue;
-  return simt::machine.dynamic_limit[reinterpret_cast<const void*>(kernel)] = bytes, cudaSuccess;
+cudaError_t cudaFuncSetAttribute(F kernel, cudaFuncAttribute attribute, int value) {
+  simt::machine.asked++;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return value == 100 ? cudaSuccess : cudaErrorInvalidValue;
+  if (value > simt::machine.shared_limit) return cudaErrorInvalidValue;
+  return simt::machine.dynamic_limit[{reinterpret_cast<const void*>(kernel), simt::machine.device}] = value, cudaSuccess;
 }
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
   const unsigned cluster = c->numAttrs ? c->attrs->val.clusterDim.x : 1;
-  const auto set = simt::machine.dynamic_limit.find(reinterpret_cast<const void*>(kernel));
+  simt::machine.launched_on = simt::machine.device, simt::machine.launched_in = c->stream;
+  const auto set = simt::machine.dynamic_limit.find({reinterpret_cast<const void*>(kernel), simt::machine.device});
   const size_t limit = set == simt::machine.dynamic_limit.end() ? 48 << 10 : set->second;
   if (!c->gridDim.x || !c->blockDim.x || c->blockDim.x > 1024 || c->dynamicSmemBytes > limit) return cudaErrorInvalidConfiguration;
   if (cluster > 8 || c->gridDim.x % cluster) return cudaErrorInvalidClusterSize;
   simt::launch(c->gridDim, c->blockDim, cluster, c->dynamicSmemBytes, [=] { kernel(arguments...); });
   return simt::machine.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+// Of the last launch: its device and stream; then the device that is current, and how often a kernel's attributes were read or
+// set.
+extern "C" __attribute__((used, visibility("default"))) inline void simt_last(int64_t* found) {
+  const simt::Machine& m = simt::machine;
+  found[0] = m.launched_on, found[1] = reinterpret_cast<int64_t>(m.launched_in), found[2] = m.device, found[3] = m.asked;
 }
 
 // What a test sets: the order of warps and lanes, and what the device has.

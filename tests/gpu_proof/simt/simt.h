@@ -136,8 +136,9 @@ struct Machine {
   int order = 0;  // bit 0: warps and blocks backwards, bit 1: lanes backwards
   std::vector<std::unique_ptr<char[]>> stacks;
   // what the "device" has
-  int shared_limit = 232448, clusters = 1, device = 0, devices = 1;
-  std::map<const void*, int> dynamic_limit;
+  int shared_limit = 232448, clusters = 1, device = 0, devices = 2, launched_on = -1, asked = 0;
+  void* launched_in = nullptr;
+  std::map<std::pair<const void*, int>, int> dynamic_limit;
 };
 inline Machine machine;
 #define SIMT_NOW (*::simt::machine.current)
