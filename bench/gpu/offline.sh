@@ -35,7 +35,7 @@ build() {
 case $step in
 tests)
   build || { tail -20 "$out/build.log"; exit 1; }
-  parallel=(); "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
+  parallel=(); "$python" -c "import xdist" 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   timeout "$limit" "$python" -m pytest tests/gpu -q -W default -p no:cacheprovider "${parallel[@]}" 2>&1 | tail -c 200000 | tee "$out/tests.log" | tail -15
   ;;
 bench)

@@ -1,10 +1,9 @@
-"""Faults of the CUDA kernels that the values of the usual build cannot show: the device and stream of a launch, GPUs without
-clusters, and multiplications that the compiler fuses with an addition."""
+"""Faults of the CUDA kernels that the values of the usual build cannot show: the device and stream of a launch, and GPUs
+without clusters."""
 
 from __future__ import annotations
 
 import ctypes
-import platform
 
 import mutants
 import pytest
@@ -14,12 +13,8 @@ from emulate import STREAM, build, launches, running
 
 from drift_kernels.backends import cuda
 from drift_kernels.backends.cuda import Launch
-from drift_kernels.formulas import Tokens
-from drift_kernels.spec import PolicySpec
 
 A100 = ("-D__CUDA_ARCH__=800",)
-FUSED = ("-ffp-contract=fast", "-mfma", "-O2")  # inlined, so that there is something to fuse
-needs_fma = pytest.mark.skipif(platform.machine() != "x86_64", reason="CANNOT RUN: -mfma is an option for x86-64")
 
 
 def state(library) -> list[int]:
@@ -69,31 +64,9 @@ def check_without_clusters(library, monkeypatch) -> None:
                 values.check("gradient", out, own, exact, case.scale)
 
 
-def check_contraction(library, monkeypatch) -> None:
-    """The target's logit is the number that went into the row's maximum and sums, whatever the compiler fuses."""
-    V = 67
-    with running(library, monkeypatch):
-        for head in ("rows", "everything"):
-            case = values.Case(40, V, head, "one", seed=9)
-            case.y = case.logits(case.x).argmax(-1)
-            case.y[::2] = (case.y[::2] + 1) % V
-            outputs = cuda.row_stats(case.x, case.chunk, ("is_top1", "logprobs"))
-            assert outputs["is_top1"].tolist() == [0.0, 1.0] * 20, "is_top1"
-            sure = values.Case(40, V, head, "one", seed=10)
-            sure.x = torch.zeros(40, V)
-            sure.y = torch.arange(40)
-            sure.x[sure.y, sure.y] = torch.linspace(300.0, 400.0, 40)
-            if head == "everything":
-                sure.bias, sure.head = torch.zeros(V), values.HeadOptions(logit_scale=1.3)
-            out = torch.empty(40, V)
-            cuda.fused_policy(sure.x, sure.chunk, PolicySpec(), Tokens(torch.full((40,), 0.37)), ("loss",), out=out)
-            assert not out.any(), "the gradient of a sure row is not 0"
-
-
 CHECKS = {
     "launches": (check_launches, ()),
     "without clusters": (check_without_clusters, A100),
-    "contraction": (check_contraction, FUSED),
 }
 MISTAKES = {  # name: (check, file below csrc, text, its replacement)
     "the default stream": ("launches", "cuda/launch.h", "config.stream = stream;", "config.stream = nullptr;"),
@@ -123,29 +96,15 @@ MISTAKES = {  # name: (check, file below csrc, text, its replacement)
         "void sync() const { __syncthreads(); }",
         "void sync() const {}",
     ),
-    "a product that may be fused": (
-        "contraction",
-        "cuda/logits.h",
-        "if (PLAIN) return __fmul_rn(x, flat);",
-        "if (PLAIN) return x * flat;",
-    ),
-    "a product with bias that may be fused": (
-        "contraction",
-        "cuda/logits.h",
-        "return __fmul_rn(u, inverse);",
-        "return u * inverse;",
-    ),
 }
 
 
-@needs_fma
 @pytest.mark.parametrize("name", CHECKS)
-def test_launches_older_gpus_and_fused_products(name, tmp_path):
+def test_launches_and_gpus_without_clusters(name, tmp_path):
     check, options = CHECKS[name]
     assert mutants.outcome(check, build(tmp_path, level="-O0", options=options)) == ""
 
 
-@needs_fma
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_them_is_seen(name, tmp_path):
     check, *change = MISTAKES[name]
