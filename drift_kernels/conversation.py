@@ -114,7 +114,7 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
     Left out are roles that the template refuses, ignores, or shows as another (a tool's turns often are a user's). Raises
     ValueError where user or assistant turns have no beginning of their own; then `markers` are the caller's to name.
     """
-    found: dict[str, list[int]] = {}
+    markers: dict[str, list[int]] = {}
     for role in sorted(roles, key=lambda role: role not in ("user", "assistant")):  # others may look like a user
         before = {"system": [], "assistant": [("user", "QZA")]}.get(role, [("user", "QZA"), ("assistant", "QZB")])
         messages = [{"role": name, "content": text} for name, text in (*before, (role, "QZC"))]
@@ -127,13 +127,13 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
             head = head.rpartition(end)[2] if end else head
         line = head.strip().partition("\n")[0]
         ids = tokenizer.encode(line, add_special_tokens=False)
-        if ids and ids not in found.values():
-            found[role] = ids
-    if not {"user", "assistant"} <= found.keys():
+        if ids and ids not in markers.values():
+            markers[role] = ids
+    if not {"user", "assistant"} <= markers.keys():
         raise ValueError(
-            f"the chat template begins turns with {found}: not user and assistant; name `markers` yourself"
+            f"the chat template begins turns with {markers}: not user and assistant; name `markers` yourself"
         )
-    return found
+    return markers
 
 
 def _same_shape(ids: Any, labels: Any, mask: Any) -> tuple[list[Tensor], ...]:
@@ -192,8 +192,8 @@ def _problems(row: Row, allowed: set[str], ends: set[int]) -> Iterator[str]:
 
 def _turns(row: Row) -> Iterator[tuple[int, int]]:
     """[start, stop) of stretches with a trained token: turns of a role, or where roles are not known runs of trained tokens."""
-    known = any(role is not None for role in row.roles)
-    keys = row.roles if known else row.trained
+    by_role = any(role is not None for role in row.roles)
+    keys = row.roles if by_role else row.trained
     start = 0
     for place in range(1, len(keys) + 1):
         if place == len(keys) or keys[place] != keys[start] or place in row.begins:

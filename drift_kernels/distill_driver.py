@@ -26,7 +26,7 @@ from drift_kernels.driver import Collected, results
 from drift_kernels.exploration import TokenStats
 from drift_kernels.formulas import Tokens
 from drift_kernels.pieces import LogitsBlock, Piece, Sweep
-from drift_kernels.plan import DENSE_OUTPUTS, Plan, check_finite, counting, unmasked
+from drift_kernels.plan import Plan, check_finite, distillation_rows, unmasked
 from drift_kernels.sweeps import active_plan, backend_of, open_block, open_sweep
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 from drift_kernels.token_terms import differentiate, policy_loss, policy_outputs, weights_of
@@ -34,17 +34,6 @@ from drift_kernels.token_terms import differentiate, policy_loss, policy_outputs
 STATS = ("logprobs", "entropy", "lse")
 ID_BYTES = 8
 SORTED_IDS = 8  # a GPU holds of each id: keys and ids, in order and as they came
-
-
-def reads(x: Inputs, lessons: DistillTokens, call: DistillCall) -> tuple[Tensor, Tensor]:
-    """[T] bool each: the row needs the student's logits; it needs the teacher's too."""
-    mask = unmasked(x.targets, x.active, call.student.head.ignore_index)
-    teacher = mask if lessons.taught is None else mask & lessons.taught
-    if not (call.teach_all or call.exploration) and lessons.weights is not None:
-        teacher = teacher & (lessons.weights != 0)
-    if call.policy:
-        return teacher | counting(x.targets, x.active, x.tokens, call.student), teacher
-    return (mask if DENSE_OUTPUTS.intersection(call.student.outputs) else teacher), teacher
 
 
 @dataclass(frozen=True)
@@ -275,7 +264,7 @@ class DistillLoop:
         self.call, self.student_call = call, call.student
         if call.exploration is not None and x.active is not None:  # neighbours are compared
             x = replace(x, active=x.active.sort().values)
-        needs_student, needs_teacher = reads(x, lessons, call)
+        needs_student, needs_teacher = distillation_rows(x, lessons, call)
         as_given = active_plan(x, self.student_call)
         self.plan = as_given or Plan.of(needs_student, None)
         self._select(x, replace(lessons, taught=needs_teacher))

@@ -84,8 +84,8 @@ def folded_tokens(
     whole = Tokens(segments=segments, lengths=None if lengths is None else lengths.clamp(min=1))
     tokens, factor = replace(data, rollout=None), None
     if spec.correction:
-        known = (None if v is None else torch.where(mask, v, 0.0) for v in (data.old, data.rollout))
-        factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), known))), spec)
+        logprobs = (None if v is None else torch.where(mask, v, 0.0) for v in (data.old, data.rollout))
+        factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), logprobs))), spec)
         tokens = formulas.corrected(tokens, factor, spec)
     if spec.aggregation == "sequence_mean_token_mean":
         assert whole.lengths is not None

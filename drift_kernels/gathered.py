@@ -17,7 +17,7 @@ from drift_kernels.calls import Call, DistillCall, Share
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import Tokens
 from drift_kernels.parallel import as_share_of
-from drift_kernels.plan import Plan, counting, unmasked
+from drift_kernels.plan import Plan, counting, distillation_rows, unmasked
 from drift_kernels.tensors import Grads, Inputs
 from drift_kernels.token_terms import weights_of
 
@@ -172,7 +172,7 @@ def distill(
     x: Inputs, teacher: TeacherTensors, lessons: DistillTokens, call: DistillCall, normalizer: Tensor
 ) -> tuple[Tensor, Grads, Tensor]:
     """As `distill_driver.fused`. The teacher's hidden rows travel with the student's."""
-    mask, _ = distill_driver.reads(x, lessons, call)
+    mask, _ = distillation_rows(x, lessons, call)
     others = f"{call.distill} {call.exploration} {call.policy} {call.teach_all} {_present(teacher)} {_present(lessons)}"
     exchange = Exchange.of(x, call.student, mask, others)
     weights = torch.ones_like(x.targets).to(normalizer) if lessons.weights is None else lessons.weights

@@ -85,8 +85,8 @@ def leak(forward: Forward, layout: Layout, *, borders: bool = False) -> float:
         for number, path in enumerate(layout.paths):
             alone = run(layout.alone(number))
             apart = (packed[path.to(packed.device)] - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-6)
-            found = float(apart.max())
-            worst = max(worst, found if found == found else float("inf"))
+            difference = float(apart.max())
+            worst = max(worst, difference if difference == difference else float("inf"))
     return worst
 
 
@@ -127,13 +127,13 @@ def check_packing(
         for passed in borders:
             how = "with its borders as arguments" if passed else "by position ids alone"
             try:
-                found = leak(forward, layout, borders=passed)
+                difference = leak(forward, layout, borders=passed)
             except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
                 reasons.append(f"{how} it says {' '.join(str(error).split())!r}")
                 continue
-            if found <= tolerance(model):
+            if difference <= tolerance(model):
                 return passed
-            reasons.append(f"{how} hidden states differ by up to {found:.0%}")
+            reasons.append(f"{how} hidden states differ by up to {difference:.0%}")
     raise PackingError(
         f"{type(model).__name__} does not keep the sequences of a pack apart. Two short sequences in a pack, compared with "
         f"each one alone: {'; '.join(reasons)}. Layers with a state (linear attention, state space, convolution) need "

@@ -13,8 +13,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from drift_kernels.calls import Call
+from drift_kernels.calls import Call, DistillCall
+from drift_kernels.divergences import DistillTokens
 from drift_kernels.formulas import Tokens
+from drift_kernels.tensors import Inputs
 
 KAPPA = 1.5  # constant of the chunk-size model, as `python -m bench.chunks` measures it
 # A caller who asks for one of these reads every unmasked row.
@@ -97,19 +99,30 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     if tokens.weights is not None:
         counts = counts & (tokens.weights != 0)
     if tokens.advantages is not None and spec.vanishes:
-        some = mask & (tokens.advantages != 0)
-        counts = counts & (_of_a_sequence(some, tokens) if spec.traits.mean_advantage else some)
+        advantaged = mask & (tokens.advantages != 0)
+        counts = counts & (_of_a_sequence(advantaged, tokens) if spec.traits.mean_advantage else advantaged)
     if spec.scope == "token":
         return counts
     return mask & _of_a_sequence(counts, tokens)
 
 
-def _of_a_sequence(some: Tensor, tokens: Tokens) -> Tensor:
-    """Entries of sequences that hold one of `some` [N] bool."""
+def _of_a_sequence(entries: Tensor, tokens: Tokens) -> Tensor:
+    """Entries of the sequences that hold one of `entries` [N] bool."""
     assert tokens.segments is not None
     assert tokens.lengths is not None
     alive = torch.zeros_like(tokens.lengths, dtype=torch.bool)
-    return alive.index_put_((tokens.segments[some],), some.new_ones(()))[tokens.segments]
+    return alive.index_put_((tokens.segments[entries],), entries.new_ones(()))[tokens.segments]
+
+
+def distillation_rows(x: Inputs, lessons: DistillTokens, call: DistillCall) -> tuple[Tensor, Tensor]:
+    """[T] bool each: the row needs the student's logits; it needs the teacher's too."""
+    mask = unmasked(x.targets, x.active, call.student.head.ignore_index)
+    teacher = mask if lessons.taught is None else mask & lessons.taught
+    if not (call.teach_all or call.exploration) and lessons.weights is not None:
+        teacher = teacher & (lessons.weights != 0)
+    if call.policy:
+        return teacher | counting(x.targets, x.active, x.tokens, call.student), teacher
+    return (mask if DENSE_OUTPUTS.intersection(call.student.outputs) else teacher), teacher
 
 
 def can_use_active_as_plan(rows: Tensor | None, call: Call, backend: str) -> bool:

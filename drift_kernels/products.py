@@ -1,4 +1,4 @@
-"""The three matrix products of a chunk: logits, and from their gradient dhidden and dweight. Two ways to the same sums.
+"""The three matrix products of a chunk on a CPU: logits, and from their gradient dhidden and dweight. Two ways to one sum.
 
 `Native` multiplies in `csrc/cpu/gemm.cpp`, summing in fp32. Halves are widened on the way into its panels; with AVX512-BF16
 it multiplies bf16 operands as they are (torch's bf16 products round their results to bf16) and rounds d(logits) to bf16 on

@@ -39,14 +39,14 @@ def policy_token_loss(
     """
     if spec.entropy_coef or spec.z_loss_coef or spec.scope == "batch":
         raise ValueError(f"{spec} needs the logits, or the whole batch: use policy_loss")
-    given = {
+    data = {
         "advantages": advantages,
         "mask": mask,
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
-    for name, value in given.items():
+    for name, value in data.items():
         if value is not None and value.shape != logprobs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, logprobs {tuple(logprobs.shape)}; they must agree"
@@ -57,7 +57,7 @@ def policy_token_loss(
         "rollout_logprobs": spec.correction is not None,
     }
     for name, needed in needs.items():
-        if needed and given[name] is None:
+        if needed and data[name] is None:
             raise ValueError(f"kl_coef={spec.kl_coef} and correction={spec.correction!r} need {name}")
     check_off_policy(spec, old_logprobs, rollout_logprobs)
     segments, count = segments_of(logprobs.shape, cu_seqlens, segment_ids, logprobs.device)
@@ -67,7 +67,7 @@ def policy_token_loss(
 
     where = mask.reshape(-1).nonzero().squeeze(1)
     picked = logprobs.reshape(-1)[where]
-    flat = {name: None if v is None else v.detach().reshape(-1)[where].to(picked) for name, v in given.items()}
+    flat = {name: None if v is None else v.detach().reshape(-1)[where].to(picked) for name, v in data.items()}
     tokens = formulas.Tokens(flat["advantages"], flat["old_logprobs"], flat["ref_logprobs"])
     if segments is not None and whole:
         segments = segments[where]

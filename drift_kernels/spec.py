@@ -177,7 +177,8 @@ class PolicySpec:
     clip_high: float = _numeric(0.2, "must be at least 0; it is the distance above 1", lambda v: v >= 0)
     dual_clip: float | None = _numeric(None, "must exceed 1 (3 is usual), or be None", lambda v: v > 1)
     delta: float | None = _numeric(None, absent=math.inf)
-    sapo_temperatures: tuple[float, float] = _numeric(  # A > 0, A ≤ 0
+    # A > 0, A ≤ 0
+    sapo_temperatures: tuple[float, float] = _numeric(
         (1.0, 1.05), "must both be positive", lambda *v: min(v) > 0, kernels=("tau_pos", "tau_neg")
     )
     kl_coef: float = _numeric(0.0)
@@ -192,7 +193,8 @@ class PolicySpec:
     kl_unbiased: bool = False
     off_policy_threshold: float | None = _numeric(None)
     dro_beta: float | None = _numeric(None, "must be positive", lambda v: v > 0)
-    gppo_weights: tuple[float, float] = _numeric(  # below 1 − clip_low, above 1 + clip_high
+    # below 1 − clip_low, above 1 + clip_high
+    gppo_weights: tuple[float, float] = _numeric(
         (1.0, 1.0), "must both be at least 0", lambda *v: min(v) >= 0, kernels=("gppo_low", "gppo_high")
     )
     vespo_weights: tuple[float, float, float, float] = _numeric(

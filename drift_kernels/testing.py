@@ -29,10 +29,10 @@ class Case:
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Fresh hidden, weight and bias in `dtype` that require grad."""
-        made = [
+        copies = [
             t.to(device=device, dtype=dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight, self.bias)
         ]
-        return made[0], made[1], made[2]
+        return copies[0], copies[1], copies[2]
 
 
 def make_case(

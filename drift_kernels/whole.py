@@ -13,7 +13,7 @@ from drift_kernels.calls import Call, DistillCall
 from drift_kernels.divergences import DistillTokens
 from drift_kernels.formulas import Tokens
 from drift_kernels.inputs import Flat
-from drift_kernels.plan import check_finite, check_targets, check_temperature, counting
+from drift_kernels.plan import check_finite, check_targets, check_temperature, counting, distillation_rows
 from drift_kernels.tensors import Inputs
 
 
@@ -56,7 +56,7 @@ def distill(
     """As `autograd.DistillWork`: the loss, and the call's outputs [N] by name."""
     options = call.student
     x = Inputs(flat.hidden, flat.head.weight, flat.head.bias, flat.targets, None, flat.active, flat.temperature, tokens)
-    student_reads, taught = distill_driver.reads(x, lessons, call)
+    student_reads, taught = distillation_rows(x, lessons, call)
     if options.config.check_finite:
         check_finite(tokens.pick(student_reads))
         check_finite(Tokens(weights=None if lessons.weights is None else lessons.weights[student_reads]))

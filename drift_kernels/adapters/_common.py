@@ -51,12 +51,12 @@ class Support:
 
     def seam(self, module: str, name: str) -> Any:
         """The attribute `name` of `module`, which an adapter replaces; RuntimeError where this version lacks it."""
-        found = self.check()
+        version = self.check()
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise RuntimeError(
-                f"{self.package} {found} has no {module}.{name} ({error}), which this adapter replaces; it needs {self}"
+                f"{self.package} {version} has no {module}.{name} ({error}), which this adapter replaces; it needs {self}"
             ) from error
 
 

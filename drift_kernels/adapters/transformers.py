@@ -263,7 +263,7 @@ class _Patch:
         call.used = True
         return call.loss(self.model, labels, shift_labels, num_items_in_batch, ignore_index)
 
-    def _explain(self, call: _Captured, given: Tensor) -> None:
+    def _explain(self, call: _Captured, output: Tensor) -> None:
         """Raises unless what the model made of the head's output is the softcap and scale its config speaks of.
 
         With the head handing through, that function was applied to the hidden states, where it can be looked at. A view of
@@ -272,19 +272,19 @@ class _Patch:
         hidden, reading = call.hidden, verify(self.model)
         softcap, scale = reading.softcap, reading.logit_scale
         assert hidden is not None
-        call.given = given
-        if given.shape != hidden.shape or _version(hidden) != call.version:
-            known = False
-        elif given is hidden:
-            known = softcap is None and scale == 1.0
-        elif given.data_ptr() == hidden.data_ptr():
-            known = False
+        call.given = output
+        if output.shape != hidden.shape or _version(hidden) != call.version:
+            accepted = False
+        elif output is hidden:
+            accepted = softcap is None and scale == 1.0
+        elif output.data_ptr() == hidden.data_ptr():
+            accepted = False
         elif not self.explained:
             expected = transformed(hidden.detach(), softcap, scale)
-            known = self.explained = torch.allclose(expected, given.detach().float(), rtol=2e-2, atol=1e-3)
+            accepted = self.explained = torch.allclose(expected, output.detach().float(), rtol=2e-2, atol=1e-3)
         else:
-            known = True
-        if not known:
+            accepted = True
+        if not accepted:
             raise NotImplementedError(
                 f"{type(self.model).__name__} changes its logits in another way than softcap {softcap} and scale "
                 f"{scale} of its config: that is not supported; call remove(model)"

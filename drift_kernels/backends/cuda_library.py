@@ -45,10 +45,10 @@ _SIGNATURES = {
 def library() -> Callable[..., int]:
     """The library's entries as call(name, *arguments), which raises RuntimeError; ImportError says how to build it."""
     package = Path(__file__).parent.parent
-    found = sorted(package.glob("_cuda*.so"))
-    if not found:
+    libraries = sorted(package.glob("_cuda*.so"))
+    if not libraries:
         raise ImportError(f"the CUDA library is not built; build it with: {BUILD}")
-    return bind(found[0])
+    return bind(libraries[0])
 
 
 def bind(path: Path) -> Callable[..., int]:

@@ -60,17 +60,17 @@ def statistics(z: Tensor, targets: Tensor, rows: Tensor | None, mask: Tensor) ->
 def policy(stats: dict[str, Tensor], mask: Tensor, tokens: Tokens, spec: PolicySpec) -> dict[str, Tensor]:
     """Weighted token losses and per-token terms [N], zero outside `mask`; `loss` is differentiable through `stats`."""
     where = mask.nonzero().squeeze(1)
-    some, logprobs = tokens.pick(where), stats["logprobs"][where]
-    loss = formulas.token_loss(logprobs, some, stats["entropy"][where], stats["lse"][where], spec)
-    clipped = formulas.clipped(logprobs, some, spec)
-    if some.weights is not None:
-        loss = torch.where(some.weights != 0, loss * some.weights, 0.0)
-        clipped = torch.where(some.weights != 0, clipped, 0.0)
+    counted, logprobs = tokens.pick(where), stats["logprobs"][where]
+    loss = formulas.token_loss(logprobs, counted, stats["entropy"][where], stats["lse"][where], spec)
+    clipped = formulas.clipped(logprobs, counted, spec)
+    if counted.weights is not None:
+        loss = torch.where(counted.weights != 0, loss * counted.weights, 0.0)
+        clipped = torch.where(counted.weights != 0, clipped, 0.0)
     terms = {
         "loss": loss,
-        "ratio": formulas.ratio_of(logprobs, some, spec).detach(),
+        "ratio": formulas.ratio_of(logprobs, counted, spec).detach(),
         "clipped": clipped.detach(),
-        "kl": torch.zeros_like(logprobs) if some.ref is None else formulas.kl_term(logprobs, some, spec).detach(),
+        "kl": torch.zeros_like(logprobs) if counted.ref is None else formulas.kl_term(logprobs, counted, spec).detach(),
     }
     return {name: torch.zeros_like(stats["lse"]).index_copy(0, where, value) for name, value in terms.items()}
 
@@ -99,9 +99,9 @@ def distillation(
             t = _buckets(teacher_z[where], ids, spec.tail)
         else:
             rest = teacher.rest[where] if teacher.rest is not None else None
-            known = teacher.logprobs[where]
-            rest = divergences.stored_rest(known, V) if rest is None else rest
-            t = divergences.buckets(known, rest if spec.tail else None)
+            stored = teacher.logprobs[where]
+            rest = divergences.stored_rest(stored, V) if rest is None else rest
+            t = divergences.buckets(stored, rest if spec.tail else None)
         values = divergences.divergence(_buckets(z, ids, spec.tail), t, spec.alpha)
     return torch.zeros_like(stats["lse"]).index_copy(0, where, values)
 
@@ -122,5 +122,5 @@ def top_k(z: Tensor, k: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probs [T, k] of the likeliest tokens by logits [T, V], and the log-prob [T] of the rest; 0 outside `mask`."""
     order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :k]
     ids = torch.where(mask[:, None], order, 0)
-    found = torch.where(mask[:, None], _buckets(z, order, True), 0.0)
-    return ids, found[:, :k], found[:, k]
+    logprobs = torch.where(mask[:, None], _buckets(z, order, True), 0.0)
+    return ids, logprobs[:, :k], logprobs[:, k]

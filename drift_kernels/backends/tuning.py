@@ -16,20 +16,20 @@ VARIABLE = "DRIFT_TUNING"
 def tuning(backend: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """What the file sets for `backend`, {} without a file; ValueError names a key that is not one of `keys`."""
     path = os.environ.get(VARIABLE)
-    found = _read(path).get(backend, {}) if path else {}
-    for key in found:
+    numbers = _read(path).get(backend, {}) if path else {}
+    for key in numbers:
         if key not in keys:
             raise ValueError(f"{VARIABLE}={path}: {backend!r} has no key {key!r}; it takes {', '.join(keys)}")
-    return found
+    return numbers
 
 
 @lru_cache(maxsize=4)
 def _read(path: str) -> dict[str, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{VARIABLE}={path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise ValueError(f'{VARIABLE}={path} must hold {{"cuda": {{…}}, "triton": {{…}}}}')
-    return found
+    return content

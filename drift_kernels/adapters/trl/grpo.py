@@ -78,14 +78,14 @@ def policy_spec(args: Any) -> dk.PolicySpec:
 def _refuse_bonus(args: Any) -> None:
     """TRL's bonus is a mean over tokens, whatever its loss is: one coefficient makes it only where all tokens weigh the same."""
     by_sequence = AGGREGATIONS.get(args.loss_type) == "sequence_mean_token_mean"
-    found = {
+    cases = {
         f"loss_type={args.loss_type!r}, which averages each sequence first": by_sequence,
         f"top_entropy_quantile={args.top_entropy_quantile}, which the bonus goes by and the KL does not": (
             args.top_entropy_quantile < 1.0
         ),
         f"entropy_coef={args.entropy_coef}, less than 0": args.entropy_coef < 0,
     }
-    refused = [name for name, is_on in found.items() if is_on]
+    refused = [name for name, is_on in cases.items() if is_on]
     if refused:
         raise ValueError(
             f"an entropy bonus is not mapped for {' and '.join(refused)}; use GRPOTrainer with "
@@ -122,17 +122,17 @@ class DriftGRPOTrainer(GRPOTrainer):
         images = [name for name in IMAGES if inputs.get(name) is not None]
         if images:
             raise ValueError(f"inputs hold {', '.join(images)}: DriftGRPOTrainer is for text; GRPOTrainer is not")
-        found = self._one_pass(model, inputs)
-        logprobs, mask, old = found["logprobs"], _mask(inputs), inputs.get("old_per_token_logps")
+        scores = self._one_pass(model, inputs)
+        logprobs, mask, old = scores["logprobs"], _mask(inputs), inputs.get("old_per_token_logps")
         # a ratio of 1 where nothing was computed
         logprobs = logprobs if old is None else torch.where(mask, logprobs, old.to(logprobs))
-        self._scored = (logprobs, found["entropy"])
+        self._scored = (logprobs, scores["entropy"])
         try:
             with torch.no_grad():
                 super()._compute_loss(model, inputs)
         finally:
             self._scored = None
-        return found["loss"]
+        return scores["loss"]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self._scored is not None:

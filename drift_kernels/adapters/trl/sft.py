@@ -66,7 +66,7 @@ class DriftSFTTrainer(SFTTrainer):
         parallel = getattr(self.accelerator, "parallelism_config", None)
         split = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
         many = self.accelerator.num_processes > 1
-        found = {
+        cases = {
             f"loss_type={self.args.loss_type!r}": self.args.loss_type != "nll",
             f"label_smoothing_factor={self.args.label_smoothing_factor}": self.args.label_smoothing_factor > 0,
             "compute_loss_func": self.compute_loss_func is not None,
@@ -75,7 +75,7 @@ class DriftSFTTrainer(SFTTrainer):
             "sequence or context parallelism": split,
             "average_tokens_across_devices=False": many and not self.args.average_tokens_across_devices,
         }
-        refused = [name for name, is_on in found.items() if is_on]
+        refused = [name for name, is_on in cases.items() if is_on]
         if refused:
             raise ValueError(f"DriftSFTTrainer does not take {', '.join(refused)}; SFTTrainer does")
 
@@ -124,8 +124,8 @@ class DriftSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's, with a model whose `log_probs` are one number: minus the finished loss."""
         targets, factors, shares = self._factors(inputs)
-        given: Any = num_items_in_batch
-        total = shares.sum() if given is None else torch.as_tensor(given)
+        labelled: Any = num_items_in_batch
+        total = shares.sum() if labelled is None else torch.as_tensor(labelled)
         total = torch.where(total == 0, torch.ones_like(total), total)
         inputs = {name: value for name, value in inputs.items() if name not in ("token_weights", "token_shares")}
 
@@ -144,12 +144,12 @@ class DriftSFTTrainer(SFTTrainer):
         def scored(fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return model(**kwargs) if labels is None else model(labels=labels, **kwargs)
-            found = model(**kwargs, drift_inside=inside)
+            scores = model(**kwargs, drift_inside=inside)
             mask = targets != -100
             # in evaluation TRL divides by the number of labels
             undo = 1 if num_items_in_batch is not None else mask.sum().clamp(min=1)
             return self._fused_output(
-                log_probs=-found["loss"] * undo, entropy=found["entropy"], is_top1=found["is_top1"], label_mask=mask
+                log_probs=-scores["loss"] * undo, entropy=scores["entropy"], is_top1=scores["is_top1"], label_mask=mask
             )
 
         model_like: Any = scored

@@ -114,22 +114,22 @@ def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
     Usable in a `with` statement. Raises ImportError where TRL is missing or of an unsupported version, RuntimeError
     where it has no such function or one that takes other arguments.
     """
-    found = SUPPORTED.seam(MODULE, NAME)
-    original = found.replaced if _is_ours(found) else found
+    current = SUPPORTED.seam(MODULE, NAME)
+    original = current.replaced if _is_ours(current) else current
     _check_signature(original)
     _set(type("FusedLogProb", (FusedLogProb,), {"config": config, "replaced": original}))
-    return Enabled(found)
+    return Enabled(current)
 
 
 def disable() -> None:
     """TRL's own function again; nothing happens where it is there already."""
-    found = SUPPORTED.seam(MODULE, NAME)
-    if _is_ours(found):
-        _set(found.replaced)
+    current = SUPPORTED.seam(MODULE, NAME)
+    if _is_ours(current):
+        _set(current.replaced)
 
 
-def _is_ours(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, FusedLogProb)
+def _is_ours(function: Any) -> bool:
+    return isinstance(function, type) and issubclass(function, FusedLogProb)
 
 
 def _set(value: Any) -> None:

@@ -121,12 +121,12 @@ def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
     """
     from drift_kernels.adapters.verl.losses import register_all
 
-    found = {name: SUPPORTED.seam(*seam) for name, seam in SEAMS.items()}
+    current = {name: SUPPORTED.seam(*seam) for name, seam in SEAMS.items()}
     if not _original:
-        _original.update(found)
+        _original.update(current)
     _set({"triton": _linear_cross_entropy(config), "torch": _fused_linear(config)})
     register_all()
-    return Enabled(found)
+    return Enabled(current)
 
 
 def disable() -> None:
