@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -64,13 +65,22 @@ def reduce_rows(values: Tensor, counts: list[int], share: Share) -> Tensor:
     return result
 
 
+def checksum(tensors: Iterable[Tensor | None]) -> int:
+    """Of the bytes of tensors on a CPU."""
+    found = 0
+    for tensor in tensors:
+        if tensor is not None:
+            found = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), found)
+    return found
+
+
 def agree(numbers: list[int], same: str, share: Share) -> list[list[int]]:
     """The numbers of every rank; raises ValueError on all of them unless `same`, which says what is computed, is one text."""
     sent = torch.tensor([zlib.crc32(same.encode()), *numbers], dtype=torch.int64)
     rows = gather(sent, share).tolist()
     if len({row[0] for row in rows}) > 1:
         raise ValueError(
-            f"the ranks of group {share.group!r} made different calls (other options, tensors or gradients wanted); each must "
-            f"make the same one. This rank's: {same}"
+            f"the ranks of group {share.group!r} made different calls (other options, targets, per-token values or gradients "
+            f"wanted); each must make the same one. This rank's: {same}"
         )
     return [row[1:] for row in rows]

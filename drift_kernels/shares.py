@@ -41,7 +41,9 @@ class ShareSweep(CpuSweep):
     def _agreed(self, limit: int) -> int:
         call, share, rows = self.call, self.share, self.x.weight.shape[0]
         same = replace(call, head=replace(call.head, share=as_share_of(share, 0)))
-        parts = collectives.agree([share.first, rows, limit], f"{self.plan.count} rows, {same.encode()}", share)
+        data = collectives.checksum((self.x.targets, self.x.rows, self.x.temperature, *self.x.tokens.flat()))
+        text = f"{self.plan.count} rows, data {data:08x}, {same.encode()}"
+        parts = collectives.agree([share.first, rows, limit], text, share)
         edge = 0
         for first, size, _ in sorted(parts):
             if first != edge:

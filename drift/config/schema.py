@@ -210,6 +210,7 @@ class TrainConfig(Section):
             "rounds",
             "timeout",
             "shard",
+            "shard_head",
         }
     )  # may change between an interruption and the same training's going on
 
@@ -239,6 +240,9 @@ class TrainConfig(Section):
     )
     shard: Literal["none", "fsdp"] = (
         "none"  # fsdp: while it trains, each of n ranks holds 1/n of the model (docs/scale.md)
+    )
+    shard_head: bool = (
+        False  # fsdp: the rows that a loss reads go to the shares of lm_head, in place of its weight (docs/scale.md)
     )
     save_every: Count = 0  # optimizer steps; 0 saves at the end alone
     max_skipped: Positive = 5  # steps in a row without a finite loss and gradient, after which the training stops
@@ -271,6 +275,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"max_length {self.max_length} is more than max_tokens {self.max_tokens}, a pack: trajectories would be cut to "
                 f"{self.max_tokens}; set max_tokens={self.max_length}, or max_length={self.max_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_head_is_sharded_with_the_model(self) -> TrainConfig:
+        if self.shard_head and (self.shard != "fsdp" or self.backend not in ("auto", "cpu")):
+            raise ValueError(
+                f"shard_head must be false with shard={self.shard!r} and backend={self.backend!r}; it goes with shard=fsdp on "
+                "backend cpu"
             )
         return self
 

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "engine",
     "train.timeout",
     "train.shard",
+    "train.shard_head",
     "train.save_every",
     "train.max_skipped",
     "train.grad_spike",

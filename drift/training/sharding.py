@@ -2,7 +2,8 @@
 
 Each rank holds 1/n of the parameters, gradients and moments, in float32, and the layer that is at work as a whole, in the
 model's own type. Gradients are summed in float32, once a step. What the loss reads of the head is its whole weight,
-gathered by FSDP with the embeddings and the final norm.
+gathered by FSDP with the embeddings and the final norm; or with `shard_head` each rank's share of it, the rows that count
+being gathered instead (`drift_kernels.GatherHidden`).
 
 A collective in every layer means that all ranks go through the model equally often: one with fewer packs than another,
 or none, makes up for it with packs that no loss reads (`rounds`).
@@ -27,17 +28,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+import drift_kernels
 from drift.packing import pack
 from drift.training import distributed
 from drift.types import PackedBatch, Trajectory, Turn
 
 
 @contextmanager
-def sharded(policy: Any, shard: str) -> Iterator[Any]:
+def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
     """The policy to train: itself with `shard` "none", or on a single rank; with "fsdp" one that is spread over the ranks.
 
     Every rank enters, with rank 0's weights. Afterwards `policy` holds what was trained; after an error it holds NaN.
-    Raises ValueError when the model does not say which of its modules are its layers.
+    With `shard_head` its head is a `GatherHidden`. Raises ValueError when the model does not say which of its modules are its
+    layers, or if its head cannot be sharded alone.
     """
     if shard == "none" or distributed.world_size() == 1:
         yield policy
@@ -45,7 +48,11 @@ def sharded(policy: Any, shard: str) -> Iterator[Any]:
     policy.check_packing()  # a forward pass of whole weights
     distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad])
     spread = copy.copy(policy)
-    spread.model = _spread(copy.deepcopy(policy.model))
+    model = copy.deepcopy(policy.model)
+    alone = _own_head(model) if shard_head else None
+    if alone is not None:
+        spread.head = _head_by_rows(alone, policy.head())
+    spread.model = _spread(model, alone)
     whole = list(policy.model.parameters())
     sizes = [parameter.untyped_storage().size() for parameter in whole]
     for parameter in whole:
@@ -93,8 +100,37 @@ def local_bytes(tensors: Iterator[torch.Tensor]) -> int:
     return sum(part.untyped_storage().size() for part in parts)
 
 
-def _spread(model: Any) -> Any:
-    """Shards the model in place; its method `drift_backbone` gathers what lies outside the layers."""
+def _own_head(model: Any) -> torch.nn.Module:
+    """The module of lm_head. Raises ValueError if its weight is the embeddings' too, or has an adapter."""
+    module, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    reason = None
+    if hasattr(module, "base_layer"):
+        reason = "lm_head has an adapter"
+    elif module.weight is embeddings.weight:
+        reason = "lm_head is tied to the embeddings, which every token reads whole"
+    if reason:
+        raise ValueError(f"train.shard_head must be false for this model: {reason}")
+    return module
+
+
+def _head_by_rows(module: Any, whole: drift_kernels.Head) -> Any:
+    """A policy's `head`: this rank's share of a sharded lm_head, in the type of `whole`, with its softcap and scale."""
+    dtype, softcap, scale = whole.weight.dtype, whole.softcap, whole.logit_scale
+
+    def own(tensor: Any) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to_local().to(dtype)
+
+    def head(temperature: float | torch.Tensor = 1.0) -> drift_kernels.Head:
+        parallel = drift_kernels.GatherHidden.of(module.weight)
+        weight, bias = own(module.weight), own(module.bias)
+        assert weight is not None
+        return drift_kernels.Head(weight, bias, None, softcap, scale, temperature, parallel)
+
+    return head
+
+
+def _spread(model: Any, head: torch.nn.Module | None = None) -> Any:
+    """Shards the model in place; its method `drift_backbone` gathers what lies outside the layers, but not `head`."""
     dtype = next(model.parameters()).dtype
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -110,7 +146,7 @@ def _spread(model: Any) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (distributed.world_size(),), mesh_dim_names=("data",))
     mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for layer in layers:
+    for layer in layers if head is None else [*layers, head]:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(root, mesh=mesh, mp_policy=mixed)
     for unit in _units(model):  # each by itself: on the root alone, the layers' gradients stay means, without a word

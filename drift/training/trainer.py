@@ -136,7 +136,7 @@ def train(
     _check(policy, trajectories, config, min_weight)
     track = track if track is not None and distributed.rank() == 0 else Track(None, progress=False)
     where = partial(checkpoint.describe, checkpoint_dir)
-    with distributed.resuming(where), sharding.sharded(policy, config.shard) as policy:
+    with distributed.resuming(where), sharding.sharded(policy, config.shard, config.shard_head) as policy:
         optimizer, stats = MasterAdamW(policy.model, config), TrainStats()
         distributed.broadcast(optimizer.parameters)
         optimizer.write_back()

@@ -115,7 +115,8 @@ def head_tensors(model: Any) -> Head:
     if is_dtensor(layer.weight):
         raise NotImplementedError(
             "lm_head is sharded at the place of the loss: split over tensor-parallel ranks, or by an FSDP2 root that reshards "
-            "after its forward (set reshard_after_forward=False, or make the loss inside the model's forward)"
+            "after its forward (set reshard_after_forward=False, make the loss inside the model's forward, or pass a Head of its "
+            "to_local() with parallel=VocabParallel.of(weight) or GatherHidden.of(weight))"
         )
     unpadded = getattr(_text_config(base), "unpadded_vocab_size", None)
     if unpadded is not None and unpadded < layer.weight.shape[0]:

@@ -211,6 +211,7 @@ def refused(batch, rank, ranks):
         tries["tiles"] = lambda: loss(odd)
         tries["other call"] = lambda: loss(replace(head, softcap=1.0 + rank))
         tries["other rows"] = lambda: loss(head, active=torch.arange(3 + rank))
+        tries["other values"] = lambda: loss(head, token_weights=torch.full(t["targets"].shape, 1.0 + rank))
         tries["scale"] = lambda: backward(1.0 + rank)
     said = {}
     for name, attempt in tries.items():
@@ -345,6 +346,7 @@ SAYS = {
     "tiles": ("ValueError", "each once"),
     "other call": ("ValueError", "different calls"),
     "other rows": ("ValueError", "different calls"),
+    "other values": ("ValueError", "different calls"),
     "scale": ("RuntimeError", "same number"),
 }
 

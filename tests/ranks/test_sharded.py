@@ -20,6 +20,7 @@ UNTIED = Qwen2Config(**SHAPE | {"num_hidden_layers": 3}, tie_word_embeddings=Fal
 JOBS = {
     "tied": (lambda: Policy(), skewed, config(batch_size=5, max_tokens=40, epochs=2.0)),
     "untied": (lambda: Policy(UNTIED), skewed, config(batch_size=5, max_tokens=40, epochs=2.0, preset="exact")),
+    "rows": (lambda: Policy(UNTIED), skewed, config(batch_size=5, max_tokens=40)),  # and shard_head
     "idle": (
         lambda: Policy(),
         lambda: some(3),
@@ -40,18 +41,19 @@ def main(out):
     step = trainer.train_step
     with distributed.launched() as rank:
         for name, (make, rows, settings) in JOBS.items():
-            policy, held = make(), []
+            policy, held, heads = make(), [], []
 
-            def watched(spread, *args, policy=policy, held=held, **options):
+            def watched(spread, *args, name=name, policy=policy, held=held, heads=heads, **options):
                 held.append([sharding.local_bytes(p) for p in (spread.model.parameters(), policy.model.parameters())])
+                heads.append(type(spread.head().parallel).__name__ if name == "rows" else None)
                 return step(spread, *args, **options)
 
             trainer.train_step = watched
-            settings = settings.model_copy(update={"shard": "fsdp"})
+            settings = settings.model_copy(update={"shard": "fsdp", "shard_head": name == "rows"})
             with Track(out / name, progress=False) as track:
                 stats = trainer.train(policy, rows(), settings, seed=2, track=track, checkpoint_dir=out / name / "c")
             save_file(policy.weights(), out / f"{name}-{rank}.safetensors")
-            (out / f"{name}-{rank}.json").write_text(json.dumps({**stats.__dict__, "held": held[0]}))
+            (out / f"{name}-{rank}.json").write_text(json.dumps({**stats.__dict__, "held": held[0], "head": heads[-1]}))
         trainer.train_step = step
         resumed = Policy()  # from where one rank was interrupted
         settings = JOBS["tied"][2].model_copy(update={"shard": "fsdp"})
@@ -117,6 +119,23 @@ def test_each_rank_holds_its_part_and_nothing_else(out):
     for spread, _ in held:
         assert total / ranks <= spread * 1.15
         assert spread <= total / ranks * 1.15  # rows do not divide evenly: padding
+
+
+def test_a_head_of_counted_rows_is_never_gathered(out):
+    ranks, folder = out
+    heads = {json.loads((folder / f"rows-{rank}.json").read_text())["head"] for rank in range(ranks)}
+    assert heads == {"NoneType" if ranks == 1 else "GatherHidden"}
+
+
+def test_heads_that_cannot_be_sharded_alone_are_refused():
+    with pytest.raises(ValueError, match=r"shard_head must be false.*tied"):
+        sharding._own_head(Policy().model)
+    with pytest.raises(ValueError, match=r"shard_head must be false.*adapter"):
+        sharding._own_head(Policy(UNTIED, lora=LoraConfig(**LORA | {"target_modules": ["lm_head"]})).model)
+    with pytest.raises(ValueError, match=r"shard_head must be false with shard='none'"):
+        config(shard_head=True)
+    with pytest.raises(ValueError, match=r"backend='triton'"):
+        config(shard_head=True, shard="fsdp", backend="triton")
 
 
 def test_shards_go_on_from_what_one_rank_saved(out, alone):
