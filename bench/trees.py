@@ -110,7 +110,7 @@ def model(shape: Shape, implementation: str) -> Any:
     config = Qwen3Config(
         vocab_size=shape.V, hidden_size=shape.D, intermediate_size=3 * shape.D, num_hidden_layers=shape.layers,
         num_attention_heads=max(2, shape.D // 64), num_key_value_heads=max(1, shape.D // 128), head_dim=min(64, shape.D),
-        max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.05, attn_implementation=implementation,
+        max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.05, attn_implementation=implementation,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 

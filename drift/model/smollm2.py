@@ -30,8 +30,7 @@ def folder() -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     config = read.config
-    if hasattr(config, "quantization_config"):  # its weights are dequantised by now, and transformers saves no others
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)  # the weights are dequantised by now, and only such can be saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     cache.parent.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,8 @@ class _Merged(torch.autograd.Function):
 def _blocks(query: Tensor, key: Tensor, value: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
     """The subtree's queries, and the segment's keys and values once for each query head."""
     q, own = query[:, :, span.start : span.last], slice(span.start, span.stop)
-    return q, *(x[:, None, own].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+    keys, values = (x[:, None, own].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+    return q, keys, values
 
 
 def _by_path(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float, softcap: float | None) -> Tensor:

@@ -66,8 +66,8 @@ class MathJudge:
         options |= {"parsing_timeout": None, "raise_on_error": True}
 
         def equal(gold: str, answer: str) -> bool:
-            read = [parse(f"${text}$", **options) for text in (gold, answer)]
-            return verify(*read, timeout_seconds=None, raise_on_error=True)
+            right, read = (parse(f"${text}$", **options) for text in (gold, answer))
+            return verify(right, read, timeout_seconds=None, raise_on_error=True)
 
         self._equal = equal
         equal("x+1", "1+x")  # loads what is imported late

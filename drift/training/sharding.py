@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 import drift_kernels
 from drift.packing import pack
 from drift.training import distributed
-from drift.types import PackedBatch, Trajectory, Turn
+from drift.types import PackedBatch, Trajectory, TreeBatch, Turn
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
                 parameter.copy_(full(part)) if trained else parameter.fill_(float("nan"))
 
 
-def rounds(model: torch.nn.Module, packs: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
+def rounds(model: torch.nn.Module, packs: Sequence[PackedBatch | TreeBatch]) -> Iterator[PackedBatch | TreeBatch]:
     """The packs, and on ranks that have fewer of them than others as many idle ones; gradients meet after the last."""
     if not _is_sharded(model):
         yield from packs

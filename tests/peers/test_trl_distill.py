@@ -183,7 +183,7 @@ def test_on_policy_distillation_takes_the_top_k_of_the_one_whose_expectation_it_
             head = lesson.head(dtype, temperature=temperature)
             if beta:
                 return head
-            return dk.topk_logprobs(head.hidden, dk.Head(head.weight, temperature=temperature), k)
+            return dk.topk_logprobs(head.hidden, head.head, k)
 
         spec = dk.DistillSpec(beta, top_k=k, tail=tail)
         assert_same_divergence(lesson, opd, teacher, spec, temperature=temperature)
