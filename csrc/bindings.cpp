@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cpu, m) {
   address(stats, "logprobs", &Stats::logprobs);
   address(stats, "top1", &Stats::top1);
   address(stats, "lse", &Stats::lse);
+  address(stats, "lse_low", &Stats::lse_low);
   address(stats, "entropy", &Stats::entropy);
   address(stats, "mean_logits", &Stats::mean_logits);
   address(stats, "log_sum_sq", &Stats::log_sum_sq);
@@ -75,6 +76,7 @@ PYBIND11_MODULE(_cpu, m) {
   address(coefs, "entropy", &Coefs::entropy);
   address(coefs, "row_entropy", &Coefs::row_entropy);
   address(coefs, "lse", &Coefs::lse);
+  address(coefs, "lse_low", &Coefs::lse_low);
   address(coefs, "row_lse", &Coefs::row_lse);
 
   py::class_<PolicyParams> params(m, "PolicyParams");
@@ -118,6 +120,7 @@ PYBIND11_MODULE(_cpu, m) {
   itself(teacher);
   address(teacher, "logits", &Teacher::logits);
   address(teacher, "lse", &Teacher::lse);
+  address(teacher, "lse_low", &Teacher::lse_low);
   address(teacher, "weights", &Teacher::weights);
   address(teacher, "divergence", &Teacher::divergence);
 
@@ -137,11 +140,11 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     f64 ? top_k<double>(r, indices(taught), b) : top_k<float>(r, indices(taught), b);
   });
-  m.def("bucket_logprobs", [indices, bytes](const Rows& r, uintptr_t taught, uintptr_t lse, const Buckets& b, bool f64) {
+  m.def("bucket_logprobs", [indices, bytes](const Rows& r, uintptr_t taught, uintptr_t lse, uintptr_t low, const Buckets& b, bool f64) {
     check(r);
     check(r, b);
     py::gil_scoped_release release;
-    f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), b) : bucket_logprobs<float>(r, indices(taught), bytes(lse), b);
+    f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), bytes(low), b) : bucket_logprobs<float>(r, indices(taught), bytes(lse), bytes(low), b);
   });
   m.def("fused_distill", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Teacher& t, uintptr_t live, bool f64) {
     check(r);

@@ -3,7 +3,7 @@
 // The only place in C++ and CUDA where it is written; `drift_kernels/divergences.py` is the same in torch. `Math` has a
 // backend's exp and log.
 #pragma once
-#include "policy.h"
+#include "rows.h"
 
 namespace drift {
 
@@ -42,8 +42,10 @@ DRIFT_HD Contrast<R> contrast(R log_s, R log_t, R alpha) {
 // What a row's gradient is made of besides its log-probs.
 template <class R>
 struct Terms {
-  R lse, P, E, H;                // terms of the rest of the loss: -P p - E p (log p + H)
-  R teacher_lse = 0, alpha = 0;
+  Lse<R> lse;
+  R P, E, H;                     // terms of the rest of the loss: -P p - E p (log p + H)
+  Lse<R> teacher_lse{R(0), R(0)};
+  R alpha = 0;
   R weight = 0, student_kl = 0;  // of the divergence; KL(s||t) or KL(s||M)
 };
 

@@ -8,6 +8,23 @@
 
 namespace drift {
 
+// A log-sum-exp in two parts. Logits may share an offset that dwarfs their spread; the rounding of max + log(sum) would then be
+// the error of every log-prob. High is that sum, low what its rounding took, so that log-probs are exact to ulps of the spread.
+template <class R>
+struct Lse {
+  R high, low;
+  DRIFT_HD static Lse of(double max, double log_sum) {
+    const R high = R(max + log_sum);
+    const double low = std::fabs(max) < std::fabs(log_sum) ? (log_sum - double(high)) + max : (max - double(high)) + log_sum;
+    return {high, low - low == 0 ? R(low) : R(0)};  // a sum that is infinite or NaN has no remainder
+  }
+  DRIFT_HD R log_prob(R z) const { return (z - high) - low; }
+  DRIFT_HD R at_most_0(R z) const {  // log(sum) >= 0 holds in exact arithmetic; rounding must not make a probability above 1
+    const R lp = log_prob(z);
+    return lp > R(0) ? R(0) : lp;
+  }
+};
+
 struct Rows {
   void* logits = nullptr;                  // [rows, stride], in: products or logits; out: see each kernel
   int64_t rows = 0, vocab = 0, stride = 0;
@@ -22,6 +39,7 @@ struct Stats {                             // null = not wanted
   void* logprobs = nullptr;                // [entries]
   void* top1 = nullptr;                    // [entries] 1 where no logit exceeds the target's
   void* lse = nullptr;                     // [rows]
+  void* lse_low = nullptr;                 // [rows] what rounding took from lse: lse + lse_low is the log-sum-exp
   void* entropy = nullptr;                 // [rows]
   void* mean_logits = nullptr;             // [rows]
   void* log_sum_sq = nullptr;              // [rows] log of the sum of squared probabilities
@@ -32,6 +50,7 @@ struct Coefs {                             // d(loss)/d(...), null = zero everyw
   const void* entropy = nullptr;           // [rows]
   const void* row_entropy = nullptr;       // [rows] the entropy itself, with `entropy`
   const void* lse = nullptr;               // [rows] the log-sum-exp itself
+  const void* lse_low = nullptr;           // [rows] what rounding took from it; null = 0
   const void* row_lse = nullptr;           // [rows] d(loss)/d(log-sum-exp)
 };
 
@@ -46,6 +65,7 @@ struct Teacher {                           // whole logits
   const void* logits = nullptr;            // [taught rows, stride]
   int64_t stride = 0;
   const void* lse = nullptr;               // [taught rows]
+  const void* lse_low = nullptr;           // [taught rows] or null
   const void* weights = nullptr;           // [rows] of the student: of each divergence
   double alpha = 0.5;                      // 0: KL(t||s); 1: KL(s||t); between, M = (1-a) s + a t: (1-a) KL(s||M) + a KL(t||M)
   void* divergence = nullptr;              // [taught rows] out
@@ -72,8 +92,9 @@ template <class R> void fused_policy(const Rows& rows, const Stats& stats, const
 //
 // The k largest of each row into ids, largest first and the lower of equal ones before.
 template <class R> void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets);
-// Log-probs of the ids and of the rest, by the log-sum-exps lse [rows].
-template <class R> void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const Buckets& buckets);
+// Log-probs of the ids and of the rest, by the log-sum-exps lse + lse_low [rows].
+template <class R>
+void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const void* lse_low, const Buckets& buckets);
 // Divergences and, with gradient, d(loss)/d(product) over the student's z, one pair of rows at a time while it is in cache.
 template <class R> void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live);
 // d(loss)/d(product) over the student's z, the loss being a function of its buckets' log-probs.

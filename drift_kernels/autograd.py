@@ -227,13 +227,15 @@ class LinearLogprobs(torch.autograd.Function):
             out = results[-1]
             logprobs, entropy = out[0].clone(), out.new_empty(0)
         else:
-            names = tuple(dict.fromkeys(("logprobs", "lse", *(("entropy",) if with_entropy else ()), *further)))
+            names = tuple(
+                dict.fromkeys(("logprobs", "lse", "lse_low", *(("entropy",) if with_entropy else ()), *further))
+            )
             no_needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), False)
             wanted = replace(call, outputs=names, **no_needs)
             out = torch.ops.drift_kernels.score(*head, *layout.flat(), wanted.encode())
-            logprobs, lse = out[0].clone(), out[1].clone()
-            entropy = out[2].clone() if with_entropy else out.new_empty(0)
-            ctx.save_for_backward(*head, lse, entropy)
+            logprobs, lse, lse_low = (row.clone() for row in out[:3])
+            entropy = out[3].clone() if with_entropy else out.new_empty(0)
+            ctx.save_for_backward(*head, lse, lse_low, entropy)
         # a list as the index would be copied to the GPU, which blocks
         extra = torch.stack([out[names.index(name)] for name in further]) if further else out[:0]
         ctx.mark_non_differentiable(extra)
@@ -253,7 +255,7 @@ class LinearLogprobs(torch.autograd.Function):
             mask = unmasked(ctx.layout.targets, ctx.layout.active, call.head.ignore_index)
             grad_logprobs = torch.where(mask, grad_logprobs, 0.0)  # a NaN there must not reach hidden.grad
             return (_scaled(dhidden, -grad_logprobs[:, None], ctx.dtype), *none[1:], None, None, None)
-        *head, lse, entropy = ctx.saved_tensors
+        *head, lse, lse_low, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(lse)
         if "entropy" not in call.outputs:
@@ -261,7 +263,14 @@ class LinearLogprobs(torch.autograd.Function):
         grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
         saved_entropy = None if grad_entropy is None else entropy
         grads = torch.ops.drift_kernels.logprob_backward(
-            *head, *ctx.layout.flat(), grad_logprobs.contiguous(), grad_entropy, lse, saved_entropy, call.encode()
+            *head,
+            *ctx.layout.flat(),
+            grad_logprobs.contiguous(),
+            grad_entropy,
+            lse,
+            lse_low,
+            saved_entropy,
+            call.encode(),
         )
         cast = (g.to(t.dtype) if need else None for need, g, t in zip(call.needs, grads, head))
         return (*cast, None, None, None)

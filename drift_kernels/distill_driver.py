@@ -114,8 +114,8 @@ class TeacherLogits:
         sweep.check_temperature(temperature)
         inverse = None if temperature is None else 1 / temperature
         chunk = Chunk(index.gather(targets), None, inverse, self.bias, self.head)
-        stats = sweep.kernels.row_stats(logits, chunk, STATS)
-        self.rows = TeacherChunk(logits, chunk, stats["lse"], index.rows)
+        stats = sweep.kernels.row_stats(logits, chunk, (*STATS, "lse_low"))
+        self.rows = TeacherChunk(logits, chunk, stats["lse"], index.rows, stats["lse_low"])
         return {name: index.scatter(stats[name]) for name in ("logprobs", "entropy")}
 
 
@@ -155,7 +155,8 @@ class StudentChunk:
     def coefs(self) -> Coefs:
         """The derivatives of the other terms, as the backend's gradients take them."""
         logprobs, entropy, lse = (None if name not in self.slopes else self.slopes[name].contiguous() for name in STATS)
-        return Coefs(self.stats["lse"], logprobs, entropy, None if entropy is None else self.stats["entropy"], lse)
+        of_entropy = None if entropy is None else self.stats["entropy"]
+        return Coefs(self.stats["lse"], logprobs, entropy, of_entropy, lse, self.stats["lse_low"])
 
 
 class Divergence:
@@ -185,8 +186,9 @@ class Divergence:
     def _of_buckets(self, student: StudentChunk) -> tuple[Tensor, Tensor | None]:
         piece, index, spec = student.piece, student.index, self.call.distill
         ids, stored = self._ids(piece, index)
-        kernels, lse = self.sweep.kernels, student.stats["lse"]
-        logprobs, rest = kernels.bucket_logprobs(piece.logits, piece.chunk, index.rows, lse, ids, spec.tail)
+        lse, low = student.stats["lse"], student.stats["lse_low"]
+        make = self.sweep.kernels.bucket_logprobs
+        logprobs, rest = make(piece.logits, piece.chunk, index.rows, lse, ids, spec.tail, low)
         teacher = self._teacher_buckets(ids, stored, index)
         weights = index.gather(student.weights)
 
@@ -221,7 +223,7 @@ class Divergence:
         assert self.head is not None
         rows = self.head.rows
         logprobs, rest = self.sweep.kernels.bucket_logprobs(
-            rows.logits, rows.chunk, index.rows_of_teacher, rows.lse, ids, tail
+            rows.logits, rows.chunk, index.rows_of_teacher, rows.lse, ids, tail, rows.lse_low
         )
         return divergences.buckets(logprobs, rest)
 
@@ -283,7 +285,7 @@ class DistillLoop:
                 policy_weights = policy_weights.masked_fill(self.unread, 0.0)
         self.policy_weights = policy_weights
         outputs = (name for name in self.student_call.outputs if name in ROW_OUTPUTS or name in ENTRY_OUTPUTS)
-        self.want = tuple(dict.fromkeys((*STATS, *outputs)))
+        self.want = tuple(dict.fromkeys((*STATS, "lse_low", *outputs)))
         self.before = (x.targets.new_zeros(1, dtype=self.sweep.dtype), x.targets.new_zeros(1, dtype=self.sweep.dtype))
         self.spans = self.sweep.chunks(0, self.plan.count)
         assert self.lessons.taught is not None
@@ -364,9 +366,10 @@ def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.zeros((T, k), dtype=torch.int64, device=device)
     logprobs, rest = torch.zeros((T, k), dtype=dtype, device=device), torch.zeros(T, dtype=dtype, device=device)
     for piece in sweep.pieces(plan, sweep.chunks(0, plan.count)):
-        lse = piece.row_stats(("lse",))["lse"]
+        stats = piece.row_stats(("lse", "lse_low"))
+        lse, low = stats["lse"], stats["lse_low"]
         likeliest = sweep.kernels.top_k(piece.logits, piece.chunk, None, len(lse), k)
-        of_ids, of_rest = sweep.kernels.bucket_logprobs(piece.logits, piece.chunk, None, lse, likeliest, True)
+        of_ids, of_rest = sweep.kernels.bucket_logprobs(piece.logits, piece.chunk, None, lse, likeliest, True, low)
         assert of_rest is not None
         rows = slice(piece.start, piece.stop) if plan.entries is None else plan.entries[piece.start : piece.stop]
         ids[rows], logprobs[rows], rest[rows] = likeliest, of_ids, of_rest

@@ -81,7 +81,7 @@ def _scoped_span(sweep: Sweep, start: int, stop: int, tokens: Tokens, collected:
     call, final = sweep.call, stop == sweep.plan.count
     spans = [(start, stop)] if stop - start <= sweep.limit else sweep.chunks(start, stop)
     read = ("logprobs", "lse", "entropy") if call.spec.entropy_coef else ("logprobs", "lse")
-    want = tuple(dict.fromkeys((*call.outputs, *read)))
+    want = tuple(dict.fromkeys((*call.outputs, *read, "lse_low")))
     by_chunk: Collected = {}
     piece = None
     for piece in sweep.pieces(sweep.plan, spans, final=final):
@@ -114,6 +114,7 @@ def _add_from_logits(sweep: Sweep, piece: Piece, stats: dict[str, Tensor], slope
         dentropy,
         None if dentropy is None else piece.first_of_row(stats["entropy"]),
         piece.sum_by_row(slopes.get("lse")),
+        piece.first_of_row(stats["lse_low"]),
     )
     sweep.add_gradients(piece, piece.grad_logits(coefs))
 
@@ -130,7 +131,7 @@ def _add_again(sweep: Sweep, span: slice, stats: dict[str, Tensor], slopes: dict
     lse = everywhere(stats["lse"])
     assert lse is not None
     dlogprobs, dentropy, dlse = (everywhere(slopes.get(name)) for name in ("logprobs", "entropy", "lse"))
-    coefs = Coefs(lse, dlogprobs, dentropy, everywhere(stats.get("entropy")), dlse)
+    coefs = Coefs(lse, dlogprobs, dentropy, everywhere(stats.get("entropy")), dlse, everywhere(stats["lse_low"]))
     _add_gradients_of(sweep, coefs, final=final)
 
 
@@ -146,16 +147,22 @@ def score(x: Inputs, call: Call) -> Tensor:
 
 
 def backward(
-    x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor | None
+    x: Inputs,
+    call: Call,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor,
+    entropy: Tensor | None,
 ) -> Grads:
-    """Gradients of Σ grad_logprobs·logp + grad_entropy·H; all [N], `lse` and `entropy` as `score` gave them.
+    """Gradients of Σ grad_logprobs·logp + grad_entropy·H; all [N], `lse`, `lse_low` and `entropy` as `score` gave them.
 
     Rows whose incoming gradients are all zero are not computed again.
     """
     mask = unmasked(x.targets, x.active, call.head.ignore_index)
     grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
     grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
-    coefs = Coefs(lse, grad_logprobs, grad_entropy, entropy)
+    coefs = Coefs(lse, grad_logprobs, grad_entropy, entropy, lse_low=lse_low)
     sweep = open_sweep(x, call, Plan.of(_any_nonzero(coefs), x.rows))
     _add_gradients_of(sweep, coefs, final=True)
     return sweep.finish()
@@ -171,6 +178,7 @@ def _add_gradients_of(sweep: Sweep, coefs: Coefs, *, final: bool) -> None:
     lse, logprobs = plan.take_entries(coefs.lse), plan.take_entries(coefs.dlogprobs)
     dentropy, dlse = plan.take_entries(coefs.dentropy), plan.take_entries(coefs.dlse)
     entropy = None if dentropy is None else plan.take_entries(coefs.entropy)
+    low = plan.take_entries(coefs.lse_low)
     for piece in sweep.pieces(plan, sweep.chunks(0, plan.count), final=final):
         of_chunk = Coefs(
             piece.first_of_row(piece.entries(lse)).contiguous(),
@@ -178,6 +186,7 @@ def _add_gradients_of(sweep: Sweep, coefs: Coefs, *, final: bool) -> None:
             None if dentropy is None else piece.sum_by_row(piece.entries(dentropy)),
             None if entropy is None else piece.first_of_row(piece.entries(entropy)).contiguous(),
             None if dlse is None else piece.sum_by_row(piece.entries(dlse)),
+            None if low is None else piece.first_of_row(piece.entries(low)).contiguous(),
         )
         sweep.add_gradients(piece, piece.grad_logits(of_chunk))
 
@@ -189,7 +198,7 @@ def pointwise(
     sweep, _ = sweep_of_counting(x, call)
     divisor = sweep.divisor(normalizer)
     tensors = tuple(sweep.plan.take_entries(t) for t in tensors)
-    want = tuple(dict.fromkeys((*call.outputs, "logprobs", "lse")))
+    want = tuple(dict.fromkeys((*call.outputs, "logprobs", "lse", "lse_low")))
     collected: Collected = {}
     for piece in sweep.pieces(sweep.plan, sweep.chunks(0, sweep.plan.count)):
         stats = piece.row_stats(want)
@@ -200,5 +209,5 @@ def pointwise(
         _collect(collected, stats | {"loss": loss}, piece.chunk)
         if call.need_grad:
             slope = slopes.get("logprobs", torch.zeros_like(loss)).to(sweep.dtype).contiguous()
-            sweep.add_gradients(piece, piece.grad_logits(Coefs(stats["lse"], slope)))
+            sweep.add_gradients(piece, piece.grad_logits(Coefs(stats["lse"], slope, lse_low=stats["lse_low"])))
     return results(sweep, collected)

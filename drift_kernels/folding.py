@@ -30,6 +30,7 @@ def segments_of(
             [f"correction={spec.correction!r}"] if spec.correction and spec.correction.startswith("sequence") else []
         )
         wants += [f"objective={spec.objective!r} or ratio={spec.ratio!r}"] if spec.scope == "sequence" else []
+        wants += ["off_policy_threshold"] if spec.off_policy_threshold is not None else []
         wants += ["advantages per segment"] if advantages.shape != flat.shape else []
         if wants:
             raise ValueError(
@@ -91,7 +92,7 @@ def folded_tokens(
         assert whole.lengths is not None
         share = 1 / whole.lengths.to(flat.dtype)[segments]
         tokens = replace(tokens, weights=share if tokens.weights is None else tokens.weights * share)
-    if spec.scope == "sequence":
+    if spec.reads_sequences:
         reads_rollout = spec.objective == "vespo" or spec.off_policy_threshold is not None
         rollout = data.rollout if reads_rollout else None
         tokens = replace(tokens, rollout=rollout, segments=segments, lengths=whole.lengths)

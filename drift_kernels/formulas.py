@@ -128,23 +128,32 @@ def _vespo(logprobs: Tensor, advantages: Tensor, tokens: Tokens, spec: PolicySpe
 
 
 def picked(logprobs: Tensor, advantages: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
-    """Which tokens a covariance objective selects among all those given [N] bool; no gradient."""
-    logp = logprobs.detach()
-    if not logp.numel():
-        return torch.zeros_like(logp, dtype=torch.bool)
-    covariance = (advantages - advantages.mean()) * (logp - logp.mean())
-    count = max(int(spec.cov_share * logp.numel()), 1)
+    """Which tokens a covariance objective selects among those whose weight is not 0 [N] bool; no gradient."""
+    logp, counts = logprobs.detach(), torch.ones_like(logprobs, dtype=torch.bool)
+    if tokens.weights is not None:
+        counts = tokens.weights != 0
+    number = int(counts.sum())
+    if not number:
+        return torch.zeros_like(counts)
+    covariance = _centred(advantages, counts, number) * _centred(logp, counts, number)
+    count = max(int(spec.cov_share * number), 1)
     if spec.objective == "kl_cov":
-        chosen = covariance.topk(count).indices
+        chosen = torch.where(counts, covariance, -math.inf).topk(count).indices
     else:
         assert tokens.noise is not None
         low, high = spec.cov_bounds
-        candidate = (covariance > low) & (covariance < high)
+        candidate = counts & (covariance > low) & (covariance < high)
         candidate &= clipped_sign(ratio_of(logp, tokens, spec), advantages, spec) == 0
         order = torch.where(candidate, tokens.noise, math.inf)
         values, chosen = order.topk(min(count, order.numel()), largest=False)
         chosen = chosen[values.isfinite()]
     return torch.zeros_like(logp, dtype=torch.bool).index_fill_(0, chosen, True)
+
+
+def _centred(values: Tensor, counts: Tensor, number: int) -> Tensor:
+    """`values` minus their mean over `counts`."""
+    values = torch.where(counts, values, 0.0)
+    return values - values.sum() / number
 
 
 def objective(logprobs: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
@@ -287,5 +296,19 @@ def corrected(tokens: Tokens, factor: Tensor, spec: PolicySpec) -> Tokens:
     if spec.objective == "vespo":
         return tokens
     if not spec.traits.linear:
-        return replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
+        weights = tokens.weights
+        return replace(
+            tokens, weights=factor if weights is None else torch.where(weights != 0, weights * factor, 0.0)
+        )
     return replace(tokens, advantages=factor if tokens.advantages is None else tokens.advantages * factor)
+
+
+def read_at(weights: Tensor, tokens: Tokens, spec: PolicySpec) -> Tokens:
+    """`tokens` with 0 at a weight of 0 in the data that a token's own loss alone reads; such a NaN must reach no gradient."""
+    own = {"ref": tokens.ref}
+    if not spec.traits.mean_advantage:
+        own["advantages"] = tokens.advantages
+    if not spec.reads_sequences:
+        own |= {"old": tokens.old, "rollout": tokens.rollout}
+    kept = {name: torch.where(weights != 0, value, 0.0) for name, value in own.items() if value is not None}
+    return replace(tokens, **kept)

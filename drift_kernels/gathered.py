@@ -193,13 +193,19 @@ def score(x: Inputs, call: Call) -> Tensor:
 
 
 def backward(
-    x: Inputs, call: Call, grad_logprobs: Tensor, grad_entropy: Tensor | None, lse: Tensor, entropy: Tensor | None
+    x: Inputs,
+    call: Call,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    lse: Tensor,
+    lse_low: Tensor,
+    entropy: Tensor | None,
 ) -> Grads:
     """As `driver.backward`; rows whose incoming gradients are 0 do not travel."""
     mask = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
     mask = mask & unmasked(x.targets, x.active, call.head.ignore_index)
     exchange = Exchange.of(x, call, mask, f"{grad_entropy is not None}")
-    incoming = [exchange.of_entries(values) for values in (grad_logprobs, grad_entropy, lse, entropy)]
+    incoming = [exchange.of_entries(values) for values in (grad_logprobs, grad_entropy, lse, lse_low, entropy)]
     return exchange.grads(driver.backward(exchange.inputs(x), call, *incoming), x)  # pyright: ignore[reportArgumentType]
 
 

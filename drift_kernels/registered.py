@@ -38,7 +38,8 @@ torch.library.define("drift_kernels::score", f"({HEAD}, {LAYOUT}, str call) -> T
 torch.library.define("drift_kernels::top_k", f"({HEAD}, {LAYOUT}, int k, str call) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "drift_kernels::logprob_backward",
-    f"({HEAD}, {LAYOUT}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor? entropy, str call) -> ({GRADS})",
+    f"({HEAD}, {LAYOUT}, Tensor grad_logprobs, Tensor? grad_entropy, Tensor lse, Tensor lse_low, Tensor? entropy, str call)"
+    f" -> ({GRADS})",
 )
 
 
@@ -103,11 +104,11 @@ def _top_k(*args):
 
 @torch.library.impl("drift_kernels::logprob_backward", ("CPU", "CUDA"))
 def _logprob_backward(*args):
-    *tensors, grad_logprobs, grad_entropy, lse, entropy, text = args
+    *tensors, grad_logprobs, grad_entropy, lse, lse_low, entropy, text = args
     call = Call.decode(text)
     x = driver_inputs(tuple(tensors), call)
     run = gathered.backward if gathered.wanted(call) else driver.backward
-    return present(run(x, call, grad_logprobs, grad_entropy, lse, entropy), lse)
+    return present(run(x, call, grad_logprobs, grad_entropy, lse, lse_low, entropy), lse)
 
 
 def _fake_grads(operands: tuple, call: Call) -> tuple[Tensor, ...]:

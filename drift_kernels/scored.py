@@ -61,7 +61,7 @@ def policy_token_loss(
             raise ValueError(f"kl_coef={spec.kl_coef} and correction={spec.correction!r} need {name}")
     check_off_policy(spec, old_logprobs, rollout_logprobs)
     segments, count = segments_of(logprobs.shape, cu_seqlens, segment_ids, logprobs.device)
-    whole = spec.scope == "sequence" or (spec.correction or "").startswith("sequence")
+    whole = spec.reads_sequences or (spec.correction or "").startswith("sequence")
     if whole and segments is None:
         raise ValueError("this loss reads whole sequences: pass cu_seqlens or segment_ids, or padded [B, L] tensors")
 

@@ -70,6 +70,12 @@ class ShareSweep(CpuSweep):
         return grads
 
 
+def _log_probs(z: Tensor, lse: Tensor, low: Tensor | None, rows: Tensor | slice) -> Tensor:
+    """Logits z [n, size] of some rows minus these rows' log-sum-exps, which are lse + low."""
+    log_p = z - lse[rows, None]
+    return log_p if low is None else log_p - low[rows, None]
+
+
 class ShareKernels:
     """`contract.RowKernels` of `size` columns, in place as `backends.cpu`; targets and ids are of the whole vocabulary."""
 
@@ -95,11 +101,12 @@ class ShareKernels:
         """The own columns' part of the statistics; products become logits in place."""
         own, columns = self._own(chunk.targets)
         extra = ("mean_logits", "log_sum_sq_probs") if partials.sweeps(want)["EXTRA"] else ()
-        seen = cpu.row_stats(logits, replace(chunk, targets=columns), ("lse", "entropy", *extra))
+        seen = cpu.row_stats(logits, replace(chunk, targets=columns), ("lse", "lse_low", "entropy", *extra))
         lse = seen["lse"]
         top = logits.amax(1) if "is_top1" in want else lse  # any shift would do for the sums
-        s0 = (lse - top).exp()
-        sums = [top, s0, s0 * (lse - top - seen["entropy"]), torch.zeros_like(lse), torch.zeros_like(lse)]
+        log_s0 = (lse - top) + seen["lse_low"]
+        s0 = log_s0.exp()
+        sums = [top, s0, s0 * (log_s0 - seen["entropy"]), torch.zeros_like(lse), torch.zeros_like(lse)]
         if extra:
             sums[3:] = s0 * s0 * seen["log_sum_sq_probs"].exp(), seen["mean_logits"] * self.size
         z = logits[_rows_of_entries(chunk), columns.clamp(min=0)]
@@ -129,7 +136,7 @@ class ShareKernels:
         """As the contract has it: the policy's arithmetic in torch, on statistics of whole rows."""
         read = ("logprobs", "lse", "entropy") if spec.entropy_coef else ("logprobs", "lse")
         names = (name for name in want if name in ROW_OUTPUTS or name in ENTRY_OUTPUTS)
-        stats = self.row_stats(logits, chunk, tuple(dict.fromkeys((*names, *read))))
+        stats = self.row_stats(logits, chunk, tuple(dict.fromkeys((*names, *read, "lse_low"))))
         owner, call = _rows_of_entries(chunk), Call(spec, outputs=want)
         leaves = {name: stats[name] if name == "logprobs" else stats[name][owner] for name in read}
         weights = torch.ones_like(leaves["logprobs"]) if tokens.weights is None else tokens.weights
@@ -149,7 +156,7 @@ class ShareKernels:
             return loss.new_zeros(logits.shape[0]).index_add_(0, owner, slopes[name])
 
         dlogprobs = slopes["logprobs"].contiguous() if "logprobs" in slopes else None
-        coefs = Coefs(stats["lse"], dlogprobs, by_row("entropy"), stats.get("entropy"), by_row("lse"))
+        coefs = Coefs(stats["lse"], dlogprobs, by_row("entropy"), stats.get("entropy"), by_row("lse"), stats["lse_low"])
         return outputs, self.grad_logits(logits, chunk, coefs, raw=False, out=out)
 
     def fused_distill(
@@ -167,7 +174,8 @@ class ShareKernels:
         where = _rows_of_teacher(teacher.rows, teacher.logits.shape[0])
 
         def pair(rows: Tensor, taught: Tensor | slice) -> tuple[Tensor, Tensor]:
-            return logits[rows] - coefs.lse[rows, None], teacher.logits[taught] - teacher.lse[taught, None]
+            student = _log_probs(logits[rows], coefs.lse, coefs.lse_low, rows)
+            return student, _log_probs(teacher.logits[taught], teacher.lse, teacher.lse_low, taught)
 
         sums = logits.new_zeros((2, len(where)))
         for part in self._blocks(len(where), logits):
@@ -201,14 +209,21 @@ class ShareKernels:
         return ids.gather(1, values.sort(dim=1, descending=True, stable=True).indices[:, :k])
 
     def bucket_logprobs(
-        self, logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+        self,
+        logits: Tensor,
+        chunk: Chunk,
+        teacher_rows: Tensor | None,
+        lse: Tensor,
+        ids: Tensor,
+        rest: bool,
+        lse_low: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As the contract has it; gathers 4·(k + 1) bytes a row."""
         n, where = len(ids), _rows_of_teacher(teacher_rows, len(ids))
         own, columns = self._own(ids)
         found = logits.new_full((n, ids.shape[1] + 1), -torch.inf)
         for part in self._blocks(n, logits):
-            rows = logits[where[part]] - lse[where[part], None]
+            rows = _log_probs(logits[where[part]], lse, lse_low, where[part])
             found[part, :-1] = torch.where(own[part], rows.gather(1, columns[part].clamp(min=0)), -torch.inf)
             if rest:
                 found[part, -1] = self._masked(rows, own[part], columns[part], -torch.inf).logsumexp(1)
@@ -235,7 +250,7 @@ class ShareKernels:
         def slope(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             rows = part.start + (by_row[part] >= 0).nonzero().squeeze(1)
             taught = by_row[rows]
-            log_p, dlogprobs = logits[rows] - coefs.lse[rows, None], slopes.dlogprobs[taught]
+            log_p, dlogprobs = _log_probs(logits[rows], coefs.lse, coefs.lse_low, rows), slopes.dlogprobs[taught]
             total, live = dlogprobs.sum(1), (dlogprobs != 0).any(1)
             dz = torch.zeros_like(log_p)
             if slopes.drest is not None and slopes.rest is not None:
@@ -275,7 +290,7 @@ class ShareKernels:
             targets = replace(chunk, targets=chunk.targets[part])
             if chunk.inv_temperature is not None:
                 targets = replace(targets, inv_temperature=chunk.inv_temperature[part])
-            rest = (coefs.dlogprobs, coefs.dentropy, coefs.entropy, coefs.dlse)
+            rest = (coefs.dlogprobs, coefs.dentropy, coefs.entropy, coefs.dlse, coefs.lse_low)
             of_part = Coefs(coefs.lse[part], *(None if v is None else v[part] for v in rest))
             block = logits[part]
             flags = self.grad_logits(block, targets, of_part, raw=False, out=block)

@@ -151,7 +151,7 @@ class PolicySpec:
                "vespo": −sg(φ(w))·A·logp, φ(w) = e^λ·w^k·e^(−λw), w the sequence's product of ratios, (k, λ) by the sign of A
                "clip_cov": "clip" without the tokens picked at random among those not clipped whose covariance of logp and A
                lies within cov_bounds; "kl_cov": −r·A, and + cov_kl_coef·|logp − old| for the tokens of largest covariance;
-               cov_share of all tokens each, at least one (arXiv 2505.22617)
+               cov_share of all tokens with a weight each, at least one (arXiv 2505.22617)
     ratio      "token"; "sequence": r = exp(mean of logp − old over the sequence), one for all its tokens (GSPO, arXiv
                2507.18071); "sequence_token": that value, with the gradient of the token's own logp (GSPO-token)
     kl_coef    times the estimator of KL(policy‖reference), added per token; d = logp − ref.
@@ -261,7 +261,12 @@ class PolicySpec:
         """Which tokens the loss of a token reads: "token" that token alone, "sequence" its sequence, "batch" the call."""
         if self.traits.scope != "token":
             return self.traits.scope
-        return "token" if self.ratio == "token" and self.off_policy_threshold is None else "sequence"
+        return "sequence" if self.reads_sequences else "token"
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether the loss of a token reads all of its sequence, so that sequences must be known."""
+        return self.traits.scope == "sequence" or self.ratio != "token" or self.off_policy_threshold is not None
 
     @property
     def vanishes(self) -> bool:

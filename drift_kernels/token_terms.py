@@ -42,6 +42,7 @@ def policy_loss(
     logprobs: Tensor, lse: Tensor, entropy: Tensor | None, tokens: Tokens, weights: Tensor, call: Call
 ) -> Tensor:
     """Weighted policy losses [M], 0 for a weight of 0; differentiable in the statistics."""
+    tokens = formulas.read_at(weights, tokens, call.spec)
     return torch.where(weights != 0, weights * formulas.token_loss(logprobs, tokens, entropy, lse, call.spec), 0.0)
 
 

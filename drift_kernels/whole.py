@@ -40,9 +40,15 @@ def policy(flat: Flat, tokens: Tokens, call: Call, normalizer: Tensor) -> tuple[
     mask = flat.mask()
     if call.config.check_finite:
         check_finite(tokens.pick(counting(flat.targets, flat.active, tokens, call)))
-    stats = statistics(flat, call, mask)
-    terms = reference.policy(stats, mask, tokens, call.spec)
-    return terms["loss"].sum() / normalizer, {name: (stats | terms)[name].detach() for name in call.outputs}
+    read = counting(flat.targets, flat.active, replace(tokens, advantages=None), replace(call, outputs=()))
+    stats = statistics(flat, call, read)
+    terms = reference.policy(stats, read, tokens, call.spec)
+    loss = terms["loss"].sum() / normalizer
+    if bool((read != mask).any()):  # outputs are of every unmasked entry, but a NaN of one without a weight reaches no gradient
+        with torch.no_grad():
+            stats = statistics(flat, call, mask)
+            terms = reference.policy(stats, mask, tokens, call.spec)
+    return loss, {name: (stats | terms)[name].detach() for name in call.outputs}
 
 
 def distill(

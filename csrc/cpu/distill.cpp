@@ -19,8 +19,8 @@ struct Fast {  // the exp and log that vectorise
 // d(loss)/dz of one element; v and y are its two logits.
 template <Kind K, class R>
 ALWAYS_INLINE R gradient_of(R v, R y, const Terms<R>& t) {
-  const R log_s = v - t.lse;
-  return gradient_at<K, Fast>(log_s, contrast<K, Fast>(log_s, y - t.teacher_lse, t.alpha).kept, t);
+  const R log_s = t.lse.log_prob(v);
+  return gradient_at<K, Fast>(log_s, contrast<K, Fast>(log_s, t.teacher_lse.log_prob(y), t.alpha).kept, t);
 }
 
 template <Kind K, bool CAPPED, class R>
@@ -43,14 +43,14 @@ template <class R>
 struct Kls { R student, teacher; };  // KL(s||t) or KL(s||M), KL(t||s) or KL(t||M)
 
 template <Kind K, class R>
-ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int64_t V, R lse, R teacher_lse, R alpha) {
+ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int64_t V, Lse<R> lse, Lse<R> teacher_lse, R alpha) {
   double student = 0, teacher = 0;
   for (int64_t b = 0; b < V; b += BLOCK) {
     const int64_t end = std::min(b + BLOCK, V);
     R a = 0, c = 0;
 #pragma omp simd reduction(+ : a, c)
     for (int64_t i = b; i < end; i++) {
-      const auto both = contrast<K, Fast>(z[i] - lse, y[i] - teacher_lse, alpha);
+      const auto both = contrast<K, Fast>(lse.log_prob(z[i]), teacher_lse.log_prob(y[i]), alpha);
       if (K != Kind::forward) a += both.student;
       if (K != Kind::reverse) c += both.teacher;
     }
@@ -90,16 +90,16 @@ ALWAYS_INLINE void select(const R* __restrict z, int64_t V, int64_t k, int64_t* 
 // The sweeps, compiled once for each instruction set.
 template <class R>
 struct Sweeps {
-  Kls<R> (*kl)(Kind, const R*, const R*, int64_t, R, R, R);
+  Kls<R> (*kl)(Kind, const R*, const R*, int64_t, Lse<R>, Lse<R>, R);
   void (*grad)(Kind, R*, const R*, int64_t, const Terms<R>&, const Transform<R>&);
-  R (*lse)(R*, int64_t);
+  Lse<R> (*lse)(R*, int64_t);
   void (*select)(const R*, int64_t, int64_t, int64_t*, std::pair<R, int64_t>*);
 };
 
 #define SWEEPS(NAME, TARGET)                                                                            \
   template <class R>                                                                                    \
   struct NAME {                                                                                         \
-    TARGET static Kls<R> kl(Kind kind, const R* z, const R* y, int64_t V, R lse, R teacher_lse, R alpha) { \
+    TARGET static Kls<R> kl(Kind kind, const R* z, const R* y, int64_t V, Lse<R> lse, Lse<R> teacher_lse, R alpha) { \
       switch (kind) {                                                                                   \
         case Kind::forward: return kl_sweep<Kind::forward>(z, y, V, lse, teacher_lse, alpha);           \
         case Kind::reverse: return kl_sweep<Kind::reverse>(z, y, V, lse, teacher_lse, alpha);           \
@@ -114,7 +114,7 @@ struct Sweeps {
         default: return grad_any<Kind::mixed>(z, y, V, terms, t);                                          \
       }                                                                                                 \
     }                                                                                                   \
-    TARGET static R lse(R* z, int64_t V) {                                                              \
+    TARGET static Lse<R> lse(R* z, int64_t V) {                                                         \
       return stats_sweep(z, V, Transform<R>{R(1), R(0), R(1), nullptr}, false).lse;                     \
     }                                                                                                   \
     TARGET static void select(const R* z, int64_t V, int64_t k, int64_t* ids, std::pair<R, int64_t>* heap) { \
@@ -148,7 +148,7 @@ struct Other {
 template <class R>
 Other<R> other_terms(const Rows& rows, const Coefs& c, int64_t i) {
   const R target = rows.targets && rows.targets[i] >= 0 ? at<R>(c.logprobs, i, R(0)) : R(0);
-  return {target, {static_cast<const R*>(c.lse)[i], target - at<R>(c.row_lse, i, R(0)), at<R>(c.entropy, i, R(0)), at<R>(c.row_entropy, i, R(0))}};
+  return {target, {{static_cast<const R*>(c.lse)[i], at<R>(c.lse_low, i, R(0))}, target - at<R>(c.row_lse, i, R(0)), at<R>(c.entropy, i, R(0)), at<R>(c.row_entropy, i, R(0))}};
 }
 template <class R>
 bool any(const Other<R>& o, const Coefs& c, int64_t i) { return o.target != 0 || o.terms.E != 0 || at<R>(c.row_lse, i, R(0)) != 0; }
@@ -179,28 +179,29 @@ void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets) {
 }
 
 template <class R>
-void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const Buckets& buckets) {
+void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const void* lse_low, const Buckets& buckets) {
   const int64_t k = buckets.k;
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
     const int64_t j = taught_row(taught, i);
     if (j < 0) continue;
     R* z = row_of<R>(rows, i);
-    const R all = static_cast<const R*>(lse)[i];
+    const Lse<R> all{static_cast<const R*>(lse)[i], at<R>(lse_low, i, R(0))};
     const int64_t* ids = buckets.ids + j * k;
     R* logprobs = static_cast<R*>(buckets.logprobs) + j * k;
     for (int64_t a = 0; a < k; a++) logprobs[a] = z[ids[a]];
     double kept = 0;
-    for (int64_t a = 0; a < k; a++) kept += std::exp(double(logprobs[a]) - double(all));
+    for (int64_t a = 0; a < k; a++) kept += std::exp(double(all.log_prob(logprobs[a])));
     if (buckets.rest && !(kept > 0.5)) {
       put<R>(buckets.rest, j, R(std::log1p(-kept)));
     } else if (buckets.rest) {  // 1 - kept would cancel: sum what is not among the k
       for (int64_t a = 0; a < k; a++) z[ids[a]] = -std::numeric_limits<R>::infinity();
-      const R rest = sweeps<R>().lse(z, rows.vocab);
+      const auto rest = sweeps<R>().lse(z, rows.vocab);
+      const R others = (rest.high - all.high) + (rest.low - all.low);
       for (int64_t a = k - 1; a >= 0; a--) z[ids[a]] = logprobs[a];
-      put<R>(buckets.rest, j, rest > all ? R(0) : rest - all);
+      put<R>(buckets.rest, j, others > 0 ? R(0) : others);
     }
-    for (int64_t a = 0; a < k; a++) logprobs[a] = logprobs[a] > all ? R(0) : logprobs[a] - all;
+    for (int64_t a = 0; a < k; a++) logprobs[a] = all.at_most_0(logprobs[a]);
   }
 }
 
@@ -216,7 +217,7 @@ void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, 
     const R* y = nullptr;
     if (j >= 0) {
       y = static_cast<const R*>(teacher.logits) + j * teacher.stride;
-      t.teacher_lse = static_cast<const R*>(teacher.lse)[j];
+      t.teacher_lse = {static_cast<const R*>(teacher.lse)[j], at<R>(teacher.lse_low, j, R(0))};
       t.weight = at<R>(teacher.weights, i, R(0));
       const auto kl = sweeps<R>().kl(kind, row_of<R>(rows, i), y, rows.vocab, t.lse, t.teacher_lse, t.alpha);
       t.student_kl = kl.student;
@@ -266,7 +267,7 @@ void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, c
 
 #define INSTANTIATE(R)                                                                        \
   template void top_k<R>(const Rows&, const int64_t*, const Buckets&);                        \
-  template void bucket_logprobs<R>(const Rows&, const int64_t*, const void*, const Buckets&); \
+  template void bucket_logprobs<R>(const Rows&, const int64_t*, const void*, const void*, const Buckets&); \
   template void fused_distill<R>(const Rows&, const Coefs&, const int64_t*, const Teacher&, uint8_t*);\
   template void grad_buckets<R>(const Rows&, const Coefs&, const int64_t*, const Buckets&, uint8_t*);
 INSTANTIATE(float)

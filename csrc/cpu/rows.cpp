@@ -8,7 +8,7 @@ namespace {
 
 // z (or, raw, the products) become -(P p + E p (log p + H)) times dz/dx; the targets' own terms are added by the caller.
 template <class R, bool CAPPED, bool ENTROPY>
-ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {
+ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {
   const R flat = t.logit_scale * t.inv_temperature, per_cap = CAPPED ? R(1) / (t.inv_temperature * t.softcap) : R(0);
   const R minus_p = -P * flat, minus_e = -E * flat;
   for (int64_t b = 0; b < V; b += BLOCK) {
@@ -17,7 +17,7 @@ ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t,
     if (raw) transform_any(x, n, b, t);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-      const R v = x[i], lp = v - lse, p = fast_exp(lp);
+      const R v = x[i], lp = lse.log_prob(v), p = fast_exp(lp);
       R g = minus_p * p;
       if (ENTROPY) g += p != 0 ? minus_e * p * (lp + H) : R(0);
       if (CAPPED) g *= R(1) - v * per_cap * v * per_cap;
@@ -27,7 +27,7 @@ ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t,
 }
 
 template <class R>
-ALWAYS_INLINE void grad_any(R* z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {
+ALWAYS_INLINE void grad_any(R* z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {
   raw = raw && !t.identity();
   if (t.softcap != 0) E != 0 ? grad_sweep<R, true, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, true, false>(z, V, t, raw, lse, P, E, H);
   else E != 0 ? grad_sweep<R, false, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, false, false>(z, V, t, raw, lse, P, E, H);
@@ -37,14 +37,14 @@ ALWAYS_INLINE void grad_any(R* z, int64_t V, const Transform<R>& t, bool raw, R 
 template <class R>
 struct Sweeps {
   RowStats<R> (*stats)(R*, int64_t, const Transform<R>&, bool);
-  void (*grad)(R*, int64_t, const Transform<R>&, bool, R, R, R, R);
+  void (*grad)(R*, int64_t, const Transform<R>&, bool, Lse<R>, R, R, R);
 };
 
 #define SWEEPS(NAME, TARGET)                                                                                          \
   template <class R>                                                                                                  \
   struct NAME {                                                                                                       \
     TARGET static RowStats<R> stats(R* z, int64_t V, const Transform<R>& t, bool extra) { return stats_sweep(z, V, t, extra); } \
-    TARGET static void grad(R* z, int64_t V, const Transform<R>& t, bool raw, R lse, R P, R E, R H) {                  \
+    TARGET static void grad(R* z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {                  \
       grad_any(z, V, t, raw, lse, P, E, H);                                                                           \
     }                                                                                                                 \
   };
@@ -68,15 +68,15 @@ template <class R>
 RowStats<R> measure(const Rows& rows, const Stats& stats, int64_t i) {
   R* z = row_of<R>(rows, i);
   const auto s = sweeps<R>().stats(z, rows.vocab, transform_of<R>(rows, i), stats.mean_logits || stats.log_sum_sq);
-  put<R>(stats.lse, i, s.lse);
+  put<R>(stats.lse, i, s.lse.high);
+  put<R>(stats.lse_low, i, s.lse.low);
   put<R>(stats.entropy, i, s.entropy);
   put<R>(stats.mean_logits, i, s.mean);
   put<R>(stats.log_sum_sq, i, s.log_sum_sq);
   const Span e = entries_of(rows, i);
   for (int64_t k = e.begin; k < e.end; k++) {
     const int64_t y = rows.targets[k];
-    // log(sum) >= 0 holds in exact arithmetic; rounding must not make a probability above 1
-    put<R>(stats.logprobs, k, y < 0 ? R(0) : (z[y] > s.lse ? R(0) : z[y] - s.lse));
+    put<R>(stats.logprobs, k, y < 0 ? R(0) : s.lse.at_most_0(z[y]));
     put<R>(stats.top1, k, y >= 0 && z[y] >= s.max ? R(1) : R(0));
   }
   return s;
@@ -84,7 +84,7 @@ RowStats<R> measure(const Rows& rows, const Stats& stats, int64_t i) {
 
 // dlogits of one row from its coefficients; returns false, and leaves the row, where all are zero. `coef(k)` is entry k's.
 template <class R, class F>
-bool differentiate(const Rows& rows, int64_t i, bool raw, R lse, R extra, R E, R H, F coef) {
+bool differentiate(const Rows& rows, int64_t i, bool raw, Lse<R> lse, R extra, R E, R H, F coef) {
   const Span e = entries_of(rows, i);
   R P = extra;
   bool any = extra != 0 || E != 0;
@@ -103,7 +103,7 @@ bool differentiate(const Rows& rows, int64_t i, bool raw, R lse, R extra, R E, R
   for (int64_t k = e.begin; k < e.end; k++) {
     const int64_t y = rows.targets[k];
     if (y < 0) continue;
-    const R v = raw ? t.apply(z[y], y) : z[y], lp = v - lse, p = fast_exp(lp), slope = t.slope(v);
+    const R v = raw ? t.apply(z[y], y) : z[y], lp = lse.log_prob(v), p = fast_exp(lp), slope = t.slope(v);
     at_target[k] = {slope, slope * (-P * p - (E != 0 && p != 0 ? E * p * (lp + H) : R(0)))};
   }
   sweeps<R>().grad(z, rows.vocab, t, raw, lse, P, E, H);
@@ -127,7 +127,8 @@ template <class R>
 void grad_logits(const Rows& rows, const Coefs& coefs, bool raw, uint8_t* live) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
-    const R lse = at<R>(coefs.lse, i, R(0)), E = at<R>(coefs.entropy, i, R(0)), H = at<R>(coefs.row_entropy, i, R(0));
+    const Lse<R> lse{at<R>(coefs.lse, i, R(0)), at<R>(coefs.lse_low, i, R(0))};
+    const R E = at<R>(coefs.entropy, i, R(0)), H = at<R>(coefs.row_entropy, i, R(0));
     live[i] = differentiate<R>(rows, i, raw, lse, -at<R>(coefs.row_lse, i, R(0)), E, H, [&](int64_t k) { return at<R>(coefs.logprobs, k, R(0)); });
   }
 }
@@ -154,12 +155,12 @@ void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, ui
         put<R>(policy.clipped, k, R(0));
         continue;
       }
-      const R logp = z[y] > s.lse ? R(0) : z[y] - s.lse, w = at<R>(policy.weights, k, R(1));
+      const R logp = s.lse.at_most_0(z[y]), w = at<R>(policy.weights, k, R(1));
       const auto token = policy_token<R>(p, logp, at<R>(policy.advantages, k, R(1)), policy.old, at<R>(policy.old, k, R(0)), policy.ref,
                                          at<R>(policy.ref, k, R(0)));
       R loss = token.loss;
       if (p.entropy_coef != 0) loss -= R(p.entropy_coef) * s.entropy;
-      if (p.z_loss_coef != 0) loss += R(p.z_loss_coef) * s.lse * s.lse;
+      if (p.z_loss_coef != 0) loss += R(p.z_loss_coef) * s.lse.high * s.lse.high;
       put<R>(policy.loss, k, w != 0 ? w * loss : R(0));
       put<R>(policy.ratio, k, token.ratio);
       put<R>(policy.kl, k, token.kl);
@@ -168,7 +169,7 @@ void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, ui
       weight_sum += w;
     }
     if (!policy.gradient) continue;
-    const R E = -R(p.entropy_coef) * weight_sum, extra = -R(2 * p.z_loss_coef) * weight_sum * s.lse;
+    const R E = -R(p.entropy_coef) * weight_sum, extra = -R(2 * p.z_loss_coef) * weight_sum * s.lse.high;
     live[i] = differentiate<R>(rows, i, false, s.lse, extra, E, s.entropy, [&](int64_t k) { return coef[k]; });
   }
 }

@@ -118,7 +118,9 @@ ALWAYS_INLINE void transform_any(R* x, int64_t n, int64_t first, const Transform
 
 template <class R>
 struct RowStats {
-  R max, lse, entropy, mean, log_sum_sq;
+  R max;
+  Lse<R> lse;
+  R entropy, mean, log_sum_sq;
 };
 
 // One sweep: blocks are transformed, and a running maximum rescales the sums (online softmax).
@@ -172,7 +174,7 @@ ALWAYS_INLINE RowStats<R> stats_sweep(R* __restrict z, int64_t V, const Transfor
     }
   }
   const double log_s0 = std::log(s0);
-  return {m, R(double(m) + log_s0), R(log_s0 - s1 / s0), R(sz / V), R(std::log(s2) - 2 * log_s0)};
+  return {m, Lse<R>::of(m, log_s0), R(log_s0 - s1 / s0), R(sz / V), R(std::log(s2) - 2 * log_s0)};
 }
 
 template <class R>

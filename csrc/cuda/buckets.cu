@@ -16,6 +16,7 @@ struct Job {
   Coefs coefs;
   const int64_t* taught = nullptr;
   const void* lse = nullptr;       // [rows]
+  const void* lse_low = nullptr;   // [rows] or null
   Buckets buckets;
   unsigned room = 0;               // numbers that the list of top_k holds, a power of two
   void* out = nullptr;             // [rows, out_stride] d(loss)/d(product)
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) top_k_kernel(const __grid_cons
 constexpr int TILE = 16384, TILE_WORDS = TILE / 4;  // columns that are marked at a time, a byte each
 
 // Log-sum-exp of a row without the columns of ids [k]; the products stay as they are.
-__device__ float lse_without(const Row& logits, int64_t V, const int64_t* ids, int64_t k, const Cluster& block) {
+__device__ Lse<float> lse_without(const Row& logits, int64_t V, const int64_t* ids, int64_t k, const Cluster& block) {
   __shared__ uint32_t words[TILE_WORDS];
   uint8_t* const marked = reinterpret_cast<uint8_t*>(words);
   Sums sums = Sums::nothing();
@@ -133,7 +134,7 @@ __device__ float lse_without(const Row& logits, int64_t V, const int64_t* ids, i
     __syncthreads();
   }
   sums = row_total(block, sums);
-  return static_cast<float>(sums.max + log(double(sums.e)));
+  return Lse<float>::of(sums.max, log(double(sums.e)));
 }
 
 __global__ void __launch_bounds__(MAX_THREADS, 2) bucket_kernel(const __grid_constant__ Job job) {
@@ -141,20 +142,21 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) bucket_kernel(const __grid_con
   const int64_t row = blockIdx.x, taught = taught_row(job.taught, row), k = job.buckets.k, V = job.rows.vocab;
   if (taught < 0) return;
   const Row logits(job.rows, row);
-  const float lse = static_cast<const float*>(job.lse)[row];
+  const Lse<float> lse{static_cast<const float*>(job.lse)[row], at(job.lse_low, row, 0.0f)};
   const int64_t* const ids = job.buckets.ids + taught * k;
   Totals<1> kept = Totals<1>::nothing();
   for (int64_t a = threadIdx.x; a < k; a += blockDim.x) {
     const float z = ids[a] >= 0 && ids[a] < V ? logits.at(ids[a]) : NAN;  // outside the vocabulary must not hide
-    put(job.buckets.logprobs, taught * k + a, z > lse ? 0.0f : z - lse);
-    kept.of[0] += expf(z - lse);
+    put(job.buckets.logprobs, taught * k + a, lse.at_most_0(z));
+    kept.of[0] += expf(lse.log_prob(z));
   }
   if (!job.buckets.rest) return;
   kept = row_total(block, kept);
   float rest = log1pf(-kept.of[0]);
   if (kept.of[0] > 0.5f) {  // 1 - kept would cancel
-    const float others = lse_without(logits, V, ids, k, block);
-    rest = others > lse ? 0.0f : others - lse;
+    const auto others = lse_without(logits, V, ids, k, block);
+    rest = (others.high - lse.high) + (others.low - lse.low);
+    rest = rest > 0.0f ? 0.0f : rest;
   }
   if (threadIdx.x == 0) put(job.buckets.rest, taught, rest);
 }
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
       logits.read<N, 1>(g, j, step, aligned);
 #pragma unroll
       for (int i = 0; i < N; i++)
-        g[i] = logits.t.slope(g[i]) * (gradient_at<Kind::none, Accurate>(g[i] - of_rest.lse, 0.0f, of_rest) +
+        g[i] = logits.t.slope(g[i]) * (gradient_at<Kind::none, Accurate>(of_rest.lse.log_prob(g[i]), 0.0f, of_rest) +
                                        (i == target ? others.target : 0.0f));
     }
     store<N>(out + j, g);
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
   for (int64_t a = threadIdx.x; a < k; a += blockDim.x) {
     if (ids[a] < 0 || ids[a] >= V) continue;
     const float z = logits.at(ids[a]), own = dlogprobs[a] + (ids[a] == others.column ? others.target : 0.0f);
-    out[ids[a]] = narrow(logits.t.slope(z) * (gradient_at<Kind::none, Accurate>(z - of_ids.lse, 0.0f, of_ids) + own), Out());
+    out[ids[a]] = narrow(logits.t.slope(z) * (gradient_at<Kind::none, Accurate>(of_ids.lse.log_prob(z), 0.0f, of_ids) + own), Out());
   }
 }
 
@@ -233,22 +235,22 @@ using namespace drift;
 // `room` is a power of two, and at least k and one reading of 4 columns by each thread.
 DRIFT_EXPORT int drift_cuda_top_k(int device, void* stream, const Rows* rows, const int64_t* taught, const Buckets* buckets,
                                   int room, int threads) {
-  Job job{*rows, {}, taught, nullptr, *buckets};
+  Job job{*rows, {}, taught, nullptr, nullptr, *buckets};
   job.room = static_cast<unsigned>(room);
   const bool fits = room > 0 && (room & (room - 1)) == 0 && buckets->k > 0 && buckets->k + 4 * threads <= room;
   return enqueue(device, stream, job, threads, fits, top_k_kernel);
 }
 
 DRIFT_EXPORT int drift_cuda_bucket_logprobs(int device, void* stream, const Rows* rows, const int64_t* taught, const void* lse,
-                                            const Buckets* buckets, int threads) {
-  const Job job{*rows, {}, taught, lse, *buckets};
+                                            const void* lse_low, const Buckets* buckets, int threads) {
+  const Job job{*rows, {}, taught, lse, lse_low, *buckets};
   return enqueue(device, stream, job, threads, rows->rows == 0 || lse, bucket_kernel);
 }
 
 DRIFT_EXPORT int drift_cuda_grad_buckets(int device, void* stream, const Rows* rows, const Coefs* coefs, const int64_t* taught,
                                          const Buckets* buckets, void* out, int64_t out_stride, int out_type, uint8_t* live,
                                          int threads) {
-  const Job job{*rows, *coefs, taught, nullptr, *buckets, 0, out, out_stride, live};
+  const Job job{*rows, *coefs, taught, nullptr, nullptr, *buckets, 0, out, out_stride, live};
   const bool complete = rows->rows == 0 || (coefs->lse && live && out && out_stride >= rows->vocab && out != rows->logits &&
                                             (buckets->rest || !buckets->drest));
   const auto kernel = out_type == FP32   ? grad_buckets_kernel<float>

@@ -44,8 +44,10 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
   const Slice slice = slice_of(rows.vocab, cluster);
   const Row student(rows, row), teacher = other < 0 ? student : Row(job.teacher_rows, other);
   const Kind kind = other < 0 ? Kind::none : kind_of(job.teacher.alpha);
-  const float lse = static_cast<const float*>(job.coefs.lse)[row], alpha = float(job.teacher.alpha);
-  const float teacher_lse = other < 0 ? 0.0f : static_cast<const float*>(job.teacher.lse)[other];
+  const float alpha = float(job.teacher.alpha);
+  const Lse<float> lse{static_cast<const float*>(job.coefs.lse)[row], at(job.coefs.lse_low, row, 0.0f)};
+  Lse<float> teacher_lse{0.0f, 0.0f};
+  if (other >= 0) teacher_lse = {static_cast<const float*>(job.teacher.lse)[other], at(job.teacher.lse_low, other, 0.0f)};
   const bool first = cluster.rank() == 0 && threadIdx.x == 0;
   const int lead = lead_of(student.x + slice.begin);
   float* const logits = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);  // logits[j] is column j's
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
         Totals<2> some = Totals<2>::nothing();
 #pragma unroll
         for (int i = 0; i < N * U; i++) {
-          const auto both = contrast<decltype(k)::value, Accurate>(z[i] - lse, y[i] - teacher_lse, alpha);
+          const auto both = contrast<decltype(k)::value, Accurate>(lse.log_prob(z[i]), teacher_lse.log_prob(y[i]), alpha);
           some.add({both.student, both.teacher});
           y[i] = both.kept;
         }
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
         constexpr Kind K = decltype(k)::value;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-          const float z = g[i], log_s = z - t.lse;
-          const float of_teacher = ON_CHIP ? y[i] : contrast<K, Accurate>(log_s, y[i] - t.teacher_lse, t.alpha).kept;
+          const float z = g[i], log_s = t.lse.log_prob(z);
+          const float of_teacher = ON_CHIP ? y[i] : contrast<K, Accurate>(log_s, t.teacher_lse.log_prob(y[i]), t.alpha).kept;
           const float own = static_cast<int>(j) + i == others.column ? others.target : 0.0f;
           g[i] = student.t.slope(z) * (gradient_at<K, Accurate>(log_s, of_teacher, t) + own);
         }

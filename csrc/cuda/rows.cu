@@ -30,14 +30,18 @@ struct Job {
 
 constexpr float NO_MAX = -1e38f;
 
-struct RowStats { float max, lse, entropy, mean, log_sum_sq; };
+struct RowStats {
+  float max;
+  Lse<float> lse;
+  float entropy, mean, log_sum_sq;
+};
 struct Slope { float logprobs, entropy; bool live; };  // d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
 struct Entry { float coef, weight; };
 struct Span { int64_t begin, end; };
 
 __device__ RowStats finish(const Sums& s, int64_t vocab) {
   const double log_e = log(double(s.e));
-  return {s.max, float(s.max + log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab), float(log(double(s.ee)) - 2 * log_e)};
+  return {s.max, Lse<float>::of(s.max, log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab), float(log(double(s.ee)) - 2 * log_e)};
 }
 
 // A maximum of nothing is finite in memory, so that whoever merges parts meets no 0 · inf.
@@ -49,7 +53,7 @@ __device__ void store_sums(const Job& job, int64_t row, const Sums& s) {
 // Entry k of a row: its coefficient d(loss)/d(log-prob) and weight; with `write` its outputs too. z is its target's logit.
 template <Mode MODE>
 __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ignored, float z, bool write) {
-  const float logp = z > s.lse ? 0.0f : z - s.lse;  // rounding must not make a probability above 1
+  const float logp = s.lse.at_most_0(z);
   if (MODE != GRAD && write) {
     put(job.stats.logprobs, k, ignored ? 0.0f : logp);
     put(job.stats.top1, k, !ignored && z >= s.max ? 1.0f : 0.0f);
@@ -63,7 +67,7 @@ __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ign
   if (write) {
     float loss = token.loss;
     if (p.entropy_coef != 0) loss -= float(p.entropy_coef) * s.entropy;
-    if (p.z_loss_coef != 0) loss += float(p.z_loss_coef) * s.lse * s.lse;
+    if (p.z_loss_coef != 0) loss += float(p.z_loss_coef) * s.lse.high * s.lse.high;
     put(o.loss, k, w != 0 ? w * loss : 0.0f);
     put(o.ratio, k, ignored ? 0.0f : token.ratio);
     put(o.kl, k, ignored ? 0.0f : token.kl);
@@ -75,7 +79,7 @@ __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ign
 // d(loss)/dx at one column from its logit z; `own` adds up the coefficients of the entries whose target it is.
 template <bool PLAIN>
 __device__ __forceinline__ float gradient(const Transform<PLAIN>& t, const RowStats& s, const Slope& c, float z, float own) {
-  const float lp = z - s.lse, p = expf(lp);
+  const float lp = s.lse.log_prob(z), p = expf(lp);
   return t.slope(z) * fmaf(-p, fmaf(c.entropy, fmaxf(lp, FLOOR) + s.entropy, c.logprobs), own);
 }
 
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   float* const kept = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);  // kept[j] is column j's logit
 
   if (MODE == GRAD) {
-    if (threadIdx.x == 0) shared_stats = {0, at(job.coefs.lse, row, 0.0f), at(job.coefs.row_entropy, row, 0.0f), 0, 0};
+    if (threadIdx.x == 0) shared_stats = {0, {at(job.coefs.lse, row, 0.0f), at(job.coefs.lse_low, row, 0.0f)}, at(job.coefs.row_entropy, row, 0.0f), 0, 0};
     __syncthreads();
   } else {
     Sums sums = Sums::nothing();
@@ -118,7 +122,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   const RowStats s = shared_stats;
   const bool first = cluster.rank() == 0;
   if (MODE != GRAD && first && threadIdx.x == 0) {
-    put(job.stats.lse, row, s.lse);
+    put(job.stats.lse, row, s.lse.high);
+    put(job.stats.lse_low, row, s.lse.low);
     put(job.stats.entropy, row, s.entropy);
     put(job.stats.mean_logits, row, s.mean);
     put(job.stats.log_sum_sq, row, s.log_sum_sq);
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
     if (MODE != STATS) {
       const PolicyParams& p = job.policy.params;
       coefs = warp_sum(coefs), weights = warp_sum(weights), any = __any_sync(ALL_LANES, any);
-      const float lse = MODE == POLICY ? -float(2 * p.z_loss_coef) * weights * s.lse : -at(job.coefs.row_lse, row, 0.0f);
+      const float lse = MODE == POLICY ? -float(2 * p.z_loss_coef) * weights * s.lse.high : -at(job.coefs.row_lse, row, 0.0f);
       const float entropy = MODE == POLICY ? -float(p.entropy_coef) * weights : at(job.coefs.entropy, row, 0.0f);
       if (lane() == 0) {
         shared_slope = {coefs + lse, entropy, any || lse != 0 || entropy != 0};

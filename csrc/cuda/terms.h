@@ -24,7 +24,7 @@ struct Others {
     const float of_lse = at(c.row_lse, row, 0.0f);
     target = y >= 0 ? at(c.logprobs, row, 0.0f) : 0.0f;
     column = target != 0 && y < rows.vocab ? static_cast<int>(y) : -1;
-    terms.lse = static_cast<const float*>(c.lse)[row];
+    terms.lse = {static_cast<const float*>(c.lse)[row], at(c.lse_low, row, 0.0f)};
     terms.P = target - of_lse;
     terms.E = at(c.entropy, row, 0.0f), terms.H = at(c.row_entropy, row, 0.0f);
     any = target != 0 || terms.E != 0 || of_lse != 0;

@@ -6,6 +6,9 @@ hidden · weightᵀ; a bias, a scale, a softcap and a temperature make logits of
 - in place (cpu): `row_stats` turns the products into logits, and gradients are written over them: `out` is `logits`;
 - out of place (triton, cuda): products stay as they are, and gradients go to another `out` [C, V] of fp32, bf16 or fp16.
 
+A log-sum-exp comes in two parts, `lse` and `lse_low`, which rounding took from it. Logits may share an offset far larger than
+their spread, at which `lse` alone is too coarse to subtract: a log-prob is (z − lse) − lse_low.
+
 Kernels that write a gradient return with it which rows are not all zero, [C] uint8. Those that may do without one take
 `out=None`, and return None for these flags.
 """
@@ -42,6 +45,7 @@ class Coefs:
     dentropy: Tensor | None = None  # [C] d(loss)/d(entropy)
     entropy: Tensor | None = None  # [C] entropies, read if there is a `dentropy`
     dlse: Tensor | None = None  # [C] d(loss)/d(lse)
+    lse_low: Tensor | None = None  # [C] what rounding took from `lse`, None for zeros
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TeacherChunk:
     chunk: Chunk
     lse: Tensor  # [n]
     rows: Tensor | None = None  # [C] int64, index of each row's teacher row, −1 if none; None: row i has teacher row i
+    lse_low: Tensor | None = None  # [n] what rounding took from `lse`, None for zeros
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,14 @@ class RowKernels(Protocol):
         ...
 
     def bucket_logprobs(
-        self, logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+        self,
+        logits: Tensor,
+        chunk: Chunk,
+        teacher_rows: Tensor | None,
+        lse: Tensor,
+        ids: Tensor,
+        rest: bool,
+        lse_low: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n]; `logits` as `row_stats` left them."""
         ...

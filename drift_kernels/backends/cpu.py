@@ -68,13 +68,21 @@ def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: 
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor,
+    chunk: Chunk,
+    teacher_rows: Tensor | None,
+    lse: Tensor,
+    ids: Tensor,
+    rest: bool,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by logits [C, V]."""
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
     rows, b = structs.logit_rows(logits, chunk), structs.buckets(ids, logprobs, others)
-    _cpu.bucket_logprobs(rows, _address(teacher_rows), _address(lse), b, logits.dtype == torch.float64)
+    _cpu.bucket_logprobs(
+        rows, _address(teacher_rows), _address(lse), _address(lse_low), b, logits.dtype == torch.float64
+    )
     return logprobs, others
 
 

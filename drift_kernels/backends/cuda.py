@@ -212,7 +212,13 @@ def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: 
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor,
+    chunk: Chunk,
+    teacher_rows: Tensor | None,
+    lse: Tensor,
+    ids: Tensor,
+    rest: bool,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V] and their lse [C].
 
@@ -222,7 +228,7 @@ def bucket_logprobs(
     logprobs = logits.new_empty(ids.shape)
     others = logits.new_empty(ids.shape[0]) if rest else None
     rows, b = _single_rows(logits, chunk), structs.buckets(ids, logprobs, others)
-    which = (structs.address(teacher_rows, logits.device), structs.address(lse, logits.device))
+    which = tuple(structs.address(t, logits.device) for t in (teacher_rows, lse, lse_low))
     threads = choose(logits.shape[1], False, *_limits(device)).threads
     library()("bucket_logprobs", device, stream, rows.address, *which, b.address, threads)
     return logprobs, others

@@ -5,7 +5,13 @@ from __future__ import annotations
 from drift_kernels.formulas import ratio_bounds
 from drift_kernels.spec import NUMBERS, OBJECTIVES, PARAMETERS, PolicySpec
 
-ROW_OUTPUTS = {"lse": "lse", "entropy": "entropy", "mean_logits": "mean_logits", "log_sum_sq_probs": "log_sum_sq"}
+ROW_OUTPUTS = {
+    "lse": "lse",
+    "lse_low": "lse_low",
+    "entropy": "entropy",
+    "mean_logits": "mean_logits",
+    "log_sum_sq_probs": "log_sum_sq",
+}
 ENTRY_OUTPUTS = {"logprobs": "logprobs", "is_top1": "top1"}
 POLICY_OUTPUTS = ("loss", "ratio", "kl", "clipped")
 ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}

@@ -33,6 +33,14 @@ def stack(parts: list[Partials]) -> Partials:
     return Partials(torch.stack([p.sums for p in parts]), torch.stack([p.at_target for p in parts]))
 
 
+def lse_low(top: Tensor, log_sum: Tensor) -> Tensor:
+    """What rounding takes from top + log_sum, 0 if the sum is not finite."""
+    high = top + log_sum
+    rounded = high - top  # the part of log_sum that arrived
+    low = (top - (high - rounded)) + (log_sum - rounded)
+    return torch.where(torch.isfinite(low), low, 0.0)
+
+
 def merge(
     partials: Partials, targets: Tensor, row_ptr: Tensor | None, vocabulary: int, want: tuple[str, ...]
 ) -> dict[str, Tensor]:
@@ -41,21 +49,25 @@ def merge(
     top = m.max(0).values
     k = (m - top).exp()
     s0, s1, s2 = (k * s0).sum(0), (k * (s1 + (m - top) * s0)).sum(0), (k * k * s2).sum(0)
-    lse = top + s0.log()
+    log_s0 = s0.log()
+    lse = top + log_s0
+    low = lse_low(top, log_s0)
     of_rows = {
         "lse": lambda: lse,
-        "entropy": lambda: s0.log() - s1 / s0,
+        "lse_low": lambda: low,
+        "entropy": lambda: log_s0 - s1 / s0,
         "mean_logits": lambda: sz.sum(0) / vocabulary,
-        "log_sum_sq_probs": lambda: s2.log() - 2 * s0.log(),
+        "log_sum_sq_probs": lambda: s2.log() - 2 * log_s0,
     }
     found = {name: make() for name, make in of_rows.items() if name in want}
     if row_ptr is not None:
         owner = torch.arange(len(lse), device=lse.device)
         owner = torch.repeat_interleave(owner, row_ptr.diff(), output_size=len(targets))
-        lse, top = lse[owner], top[owner]
+        lse, low, top = lse[owner], low[owner], top[owner]
     z = torch.where(targets < vocabulary, partials.at_target.max(0).values, float("nan"))
     if "logprobs" in want:
-        found["logprobs"] = torch.where((targets < 0) | (z > lse), 0.0, z - lse)
+        lp = (z - lse) - low
+        found["logprobs"] = torch.where((targets < 0) | (lp > 0), 0.0, lp)
     if "is_top1" in want:
         found["is_top1"] = ((targets >= 0) & (z >= top)).to(lse.dtype)
     return found

@@ -61,7 +61,8 @@ def policy(stats: dict[str, Tensor], mask: Tensor, tokens: Tokens, spec: PolicyS
     """Weighted token losses and per-token terms [N], zero outside `mask`; `loss` is differentiable through `stats`."""
     where = mask.nonzero().squeeze(1)
     counted, logprobs = tokens.pick(where), stats["logprobs"][where]
-    loss = formulas.token_loss(logprobs, counted, stats["entropy"][where], stats["lse"][where], spec)
+    read = counted if counted.weights is None else formulas.read_at(counted.weights, counted, spec)
+    loss = formulas.token_loss(logprobs, read, stats["entropy"][where], stats["lse"][where], spec)
     clipped = formulas.clipped(logprobs, counted, spec)
     if counted.weights is not None:
         loss = torch.where(counted.weights != 0, loss * counted.weights, 0.0)
@@ -93,7 +94,7 @@ def distillation(
         values = divergences.divergence(s, t, spec.alpha)
     else:
         k = spec.top_k or 0
-        ids = z.detach().topk(k).indices if teacher.ids is None else teacher.ids[where]
+        ids = _likeliest(z, k) if teacher.ids is None else teacher.ids[where]
         if teacher.logprobs is None:
             assert teacher_z is not None
             t = _buckets(teacher_z[where], ids, spec.tail)
@@ -106,6 +107,12 @@ def distillation(
     return torch.zeros_like(stats["lse"]).index_copy(0, where, values)
 
 
+def _likeliest(z: Tensor, k: int) -> Tensor:
+    """Ids [n, k] of the largest logits of z [n, V], the lower of equal ones first; a NaN counts as −∞."""
+    z = torch.where(z.isnan(), -torch.inf, z.detach())
+    return torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 def _buckets(z: Tensor, ids: Tensor, tail: bool) -> Tensor:
     """Log-probs of `ids` [n, k] by logits z [n, V], and with `tail` of all other tokens."""
     log_p = torch.log_softmax(z, -1)
@@ -114,13 +121,15 @@ def _buckets(z: Tensor, ids: Tensor, tail: bool) -> Tensor:
     if ids.shape[1] == z.shape[1]:
         rest = torch.full_like(log_p[:, 0], -torch.inf)
     else:
-        rest = log_p.scatter(1, ids, -torch.inf).logsumexp(-1)
+        others = log_p.scatter(1, ids, -torch.inf)
+        alive = (others != -torch.inf).any(-1)  # if not, logsumexp has no gradient
+        rest = torch.where(alive, torch.where(alive[:, None], others, 0.0).logsumexp(-1), -torch.inf)
     return divergences.buckets(log_p.gather(1, ids), rest)
 
 
 def top_k(z: Tensor, k: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probs [T, k] of the likeliest tokens by logits [T, V], and the log-prob [T] of the rest; 0 outside `mask`."""
-    order = torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :k]
+    order = _likeliest(z, k)
     ids = torch.where(mask[:, None], order, 0)
     logprobs = torch.where(mask[:, None], _buckets(z, order, True), 0.0)
     return ids, logprobs[:, :k], logprobs[:, k]

@@ -51,7 +51,7 @@ def coefs(coefs: Coefs):
     c, device = _cpu.Coefs(), coefs.lse.device
     c.logprobs, c.lse = address(coefs.dlogprobs, device), address(coefs.lse, device)
     c.entropy, c.row_entropy = address(coefs.dentropy, device), address(coefs.entropy, device)
-    c.row_lse = address(coefs.dlse, device)
+    c.row_lse, c.lse_low = address(coefs.dlse, device), address(coefs.lse_low, device)
     return c
 
 
@@ -73,6 +73,7 @@ def teacher(rows: TeacherChunk, weights: Tensor, alpha: float, gradient: bool):
     t, logits = _cpu.Teacher(), rows.logits
     divergence, device = logits.new_empty(logits.shape[0]), logits.device
     t.logits, t.stride, t.lse, t.alpha = logits.data_ptr(), logits.stride(0), address(rows.lse, device), alpha
+    t.lse_low = address(rows.lse_low, device)
     t.weights, t.divergence, t.gradient = address(weights, device), divergence.data_ptr(), gradient
     return t, divergence
 

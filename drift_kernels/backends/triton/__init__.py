@@ -144,6 +144,7 @@ def _coef_arguments(coefs: Coefs, device: torch.device) -> dict[str, Tensor | No
         "coefs": coefs.dlogprobs,
         "lse_coefs": coefs.dlse,
         "lse": coefs.lse,
+        "lse_low": coefs.lse_low,
         "entropy_coefs": coefs.dentropy,
         "entropy": coefs.entropy,
     }
@@ -183,7 +184,7 @@ def fused_policy(
         later["coefs"] = logits.new_empty(chunk.targets.numel())
         later["lse_coefs"] = logits.new_empty(logits.shape[0]) if spec.z_loss_coef else None
         later["entropy_coefs"] = logits.new_empty(logits.shape[0]) if entropy_term else None
-        for argument in ("lse", "entropy")[: 1 + entropy_term]:
+        for argument in ("lse", "lse_low", "entropy")[: 2 + entropy_term]:
             if statistics[argument] is None:
                 statistics[argument] = logits.new_empty(logits.shape[0])
     numbers, sums = policy_numbers(spec), sweeps(want)
@@ -206,10 +207,10 @@ def fused_policy(
         "BLOCK": launch.block,
     }
     run(kernels.fused_policy_kernel, programs(logits, launch), logits, launch, arguments)
-    lse = statistics["lse"]
+    lse, low = statistics["lse"], statistics["lse_low"]
     if out is None or not shared or lse is None:
         return outputs, written["live"]
-    coefs = Coefs(lse, later["coefs"], later["entropy_coefs"], statistics["entropy"], later["lse_coefs"])
+    coefs = Coefs(lse, later["coefs"], later["entropy_coefs"], statistics["entropy"], later["lse_coefs"], low)
     return outputs, grad_logits(logits, chunk, coefs, raw=True, out=out)
 
 
@@ -236,7 +237,7 @@ def fused_distill(
     Teacher rows that no row names stay unwritten. `weights` [C] are those of the divergences, `coefs` the derivatives of
     other terms. Returns live rows [C] too.
     """
-    rows = {"taught": teacher.rows, "y_lse": teacher.lse, "weights": weights}
+    rows = {"taught": teacher.rows, "y_lse": teacher.lse, "y_lse_low": teacher.lse_low, "weights": weights}
     for name, tensor in rows.items():
         _readable(name, tensor, logits.device)
     teacher_arguments = _one_each(teacher.logits, teacher.chunk, "V", "targets")
@@ -289,13 +290,19 @@ def _by_block(ids: Tensor, V: int, block: int) -> tuple[Tensor, Tensor, dict[str
 
 
 def bucket_logprobs(
-    logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, lse: Tensor, ids: Tensor, rest: bool
+    logits: Tensor,
+    chunk: Chunk,
+    teacher_rows: Tensor | None,
+    lse: Tensor,
+    ids: Tensor,
+    rest: bool,
+    lse_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of `ids` [n, k], and with `rest` of all other tokens together [n], by products [C, V].
 
     `teacher_rows` as `TeacherChunk.rows`. An id outside the vocabulary has a log-prob of NaN; ids of a row are distinct.
     """
-    for name, tensor in (("teacher_rows", teacher_rows), ("lse", lse), ("ids", ids)):
+    for name, tensor in (("teacher_rows", teacher_rows), ("lse", lse), ("lse_low", lse_low), ("ids", ids)):
         _readable(name, tensor, logits.device)
     launch, (n, k) = row_launch("bucket_logprobs", logits), ids.shape
     logprobs, others = logits.new_empty((n, k)), logits.new_empty(n) if rest else None
@@ -306,6 +313,7 @@ def bucket_logprobs(
         **_one_each(logits, chunk, "targets"),
         "taught": teacher_rows,
         "lse": lse,
+        "lse_low": lse_low,
         "ids": ids,
         "k": k,
         **search,

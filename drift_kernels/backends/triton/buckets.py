@@ -13,7 +13,14 @@ import triton.language as tl
 
 from drift_kernels.backends.triton.launch import UNALIGNED
 from drift_kernels.backends.triton.online import LOWEST, fold, join, logit_slope
-from drift_kernels.backends.triton.rows import block_at, store_block, target_logit, write_gradient
+from drift_kernels.backends.triton.rows import (
+    block_at,
+    log_prob,
+    log_sum_exp,
+    store_block,
+    target_logit,
+    write_gradient,
+)
 
 HUGE = tl.constexpr(1e38)  # the largest odds of a bucket against the rest
 LIST = tl.constexpr(512)  # candidates that a program of `top_k_kernel` looks at together
@@ -148,7 +155,7 @@ def without(z, cols, ids, begin, end):
 
 @triton.jit
 def rest_lse(x, bias, V, scale, cap, inverse, ids, edges, BLOCK: tl.constexpr):
-    """Log-sum-exp of the row at `x` over all columns but its `ids`."""
+    """Log-sum-exp of the row at `x` over all columns but its `ids`, and what rounding took from it."""
     lanes = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s0 = tl.zeros([BLOCK], tl.float32)
@@ -159,12 +166,12 @@ def rest_lse(x, bias, V, scale, cap, inverse, ids, edges, BLOCK: tl.constexpr):
         z = without(z, start + lanes, ids, tl.load(edges + block).to(tl.int32), tl.load(edges + block + 1).to(tl.int32))
         m, s0, _, _ = fold(z, m, s0, nothing, nothing, False, False)
     top, s0, _, _ = join(m, s0, nothing, nothing)
-    return top + tl.log(s0)
+    return log_sum_exp(top, s0)
 
 
 @triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=UNALIGNED)
 def bucket_logprobs_kernel(
-    x, stride, V, bias, inverses, inverse, scale, cap, taught, lse, ids, k, ordered_ids, edges, blocks,
+    x, stride, V, bias, inverses, inverse, scale, cap, taught, lse, lse_low, ids, k, ordered_ids, edges, blocks,
     logprobs, rest, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Log-probs of each row's ids, NaN for those outside the vocabulary; and of all other tokens together: by what the ids
@@ -175,26 +182,30 @@ def bucket_logprobs_kernel(
     inv = inverse if inverses is None else tl.load(inverses + row)
     if j >= 0:
         row_lse = tl.load(lse + row)
+        row_low = 0.0 if lse_low is None else tl.load(lse_low + row)
         shares = tl.zeros([ENTRIES], tl.float32)
         for a in range(0, k, ENTRIES):
             entry = a + tl.arange(0, ENTRIES)
             inside = entry < k
             id = tl.load(ids + j * k + entry, mask=inside, other=0)
             z = target_logit(at, bias, id, inside, V, scale, cap, inv)
-            tl.store(logprobs + j * k + entry, tl.where(z > row_lse, 0.0, z - row_lse), mask=inside)
-            shares += tl.where(inside, tl.exp(z - row_lse), 0.0)
+            tl.store(logprobs + j * k + entry, log_prob(z, row_lse, row_low), mask=inside)
+            shares += tl.where(inside, tl.exp((z - row_lse) - row_low), 0.0)
         if rest is not None:
             kept = tl.sum(shares, axis=0)
             if kept > 0.5:
-                others = rest_lse(at, bias, V, scale, cap, inv, ordered_ids + j * k, edges + j * (blocks + 1), BLOCK)
-                tl.store(rest + j, tl.where(others > row_lse, 0.0, others - row_lse))
+                others, others_low = rest_lse(
+                    at, bias, V, scale, cap, inv, ordered_ids + j * k, edges + j * (blocks + 1), BLOCK
+                )
+                others = (others - row_lse) + (others_low - row_low)
+                tl.store(rest + j, tl.where(others > 0, 0.0, others))
             else:
                 tl.store(rest + j, log1p(-kept))
 
 
 @triton.jit
 def write_buckets(
-    x, out, bias, V, scale, cap, inverse, lse, P_kept, P_rest, E, H, target, coef, ids, dlogprobs, edges,
+    x, out, bias, V, scale, cap, inverse, lse, low, P_kept, P_rest, E, H, target, coef, ids, dlogprobs, edges,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d(loss)/d(product) of the row at `x` into `out`: columns among the ids have P_kept and their own term."""
@@ -209,7 +220,7 @@ def write_buckets(
             hit = cols == tl.load(ids + p).to(tl.int32)
             P = tl.where(hit, P_kept, P)
             own = tl.where(hit, tl.load(dlogprobs + p), own)
-        log_s = z - lse
+        log_s = (z - lse) - low
         s = tl.exp(log_s)
         g = own - P * s
         if E is not None:
@@ -222,7 +233,7 @@ def write_buckets(
 @triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=UNALIGNED)
 def grad_buckets_kernel(
     x, stride, V, targets, bias, inverses, inverse, scale, cap,
-    coefs, lse_coefs, lse, entropy_coefs, entropy,
+    coefs, lse_coefs, lse, lse_low, entropy_coefs, entropy,
     taught, ordered_ids, k, edges, blocks, dlogprobs, rest, drest, out, out_stride, live,
     ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -260,13 +271,14 @@ def grad_buckets_kernel(
         P_rest = tl.where(d != 0, tl.maximum(tl.minimum(P_kept - d * share, HUGE), -HUGE), P_kept)
         P_kept += d
     tl.store(live + row, (alive | trained).to(tl.uint8))
+    low = 0.0 if lse_low is None else tl.load(lse_low + row)
     if trained:
         write_buckets(
-            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, tl.load(lse + row), P_kept, P_rest,
+            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, tl.load(lse + row), low, P_kept, P_rest,
             E, H, target, coef, ordered_ids + its * k, dlogprobs + its * k, edges + its * (blocks + 1), BLOCK,
         )  # fmt: skip
     else:
         write_gradient(
-            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, tl.load(lse + row), P, E, H, target,
+            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, tl.load(lse + row), low, P, E, H, target,
             coef, targets, coefs, row, row, alive, True, BLOCK,
         )  # fmt: skip

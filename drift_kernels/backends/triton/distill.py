@@ -48,15 +48,15 @@ def kl_terms(log_s, log_t, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def divergences(
-    x, y, bias, y_bias, V, scale, cap, inverse, lse, y_scale, y_cap, y_inverse, y_lse, alpha,
+    x, y, bias, y_bias, V, scale, cap, inverse, lse, low, y_scale, y_cap, y_inverse, y_lse, y_low, alpha,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of `kl_terms` over the first V columns of the rows at `x` and `y`."""
     a = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        log_s = block_at(x, bias, start, V, scale, cap, inverse, BLOCK) - lse
-        log_t = block_at(y, y_bias, start, V, y_scale, y_cap, y_inverse, BLOCK) - y_lse
+        log_s = (block_at(x, bias, start, V, scale, cap, inverse, BLOCK) - lse) - low
+        log_t = (block_at(y, y_bias, start, V, y_scale, y_cap, y_inverse, BLOCK) - y_lse) - y_low
         mine, its = kl_terms(log_s, log_t, alpha, KIND)
         a += mine
         b += its
@@ -65,14 +65,14 @@ def divergences(
 
 @triton.jit
 def write_taught(
-    x, y, out, bias, y_bias, V, scale, cap, inverse, lse, y_scale, y_cap, y_inverse, y_lse, weight, kl, alpha,
+    x, y, out, bias, y_bias, V, scale, cap, inverse, lse, low, y_scale, y_cap, y_inverse, y_lse, y_low, weight, kl, alpha,
     P, E, H, target, coef, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d(loss)/d(product) of the row at `x` into `out`; `kl` is its KL(s‖t) or KL(s‖M), the rest as in `write_gradient`."""
     for start in range(0, V, BLOCK):
         z = block_at(x, bias, start, V, scale, cap, inverse, BLOCK)
-        log_s = z - lse
-        log_t = block_at(y, y_bias, start, V, y_scale, y_cap, y_inverse, BLOCK) - y_lse
+        log_s = (z - lse) - low
+        log_t = (block_at(y, y_bias, start, V, y_scale, y_cap, y_inverse, BLOCK) - y_lse) - y_low
         s = tl.exp(log_s)
         g = -P * s
         if E is not None:
@@ -92,8 +92,8 @@ def write_taught(
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def fused_distill_kernel(
     x, stride, V, targets, bias, inverses, inverse, scale, cap,
-    coefs, lse_coefs, lse, entropy_coefs, entropy,
-    taught, y, y_stride, y_bias, y_inverses, y_inverse, y_scale, y_cap, y_lse, weights, alpha, divergence,
+    coefs, lse_coefs, lse, lse_low, entropy_coefs, entropy,
+    taught, y, y_stride, y_bias, y_inverses, y_inverse, y_scale, y_cap, y_lse, y_lse_low, weights, alpha, divergence,
     out, out_stride, live,
     KIND: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -107,10 +107,12 @@ def fused_distill_kernel(
     inv = inverse if inverses is None else tl.load(inverses + row)
     y_inv = y_inverse if y_inverses is None else tl.load(y_inverses + its, mask=named, other=1.0)
     row_lse = tl.load(lse + row)
+    row_low = 0.0 if lse_low is None else tl.load(lse_low + row)
     its_lse = tl.load(y_lse + its, mask=named, other=0.0)
+    its_low = 0.0 if y_lse_low is None else tl.load(y_lse_low + its, mask=named, other=0.0)
     kl, kl_t = divergences(
-        at, at_y, bias, y_bias, tl.where(named, V, 0), scale, cap, inv, row_lse, y_scale, y_cap, y_inv, its_lse,
-        alpha, KIND, BLOCK,
+        at, at_y, bias, y_bias, tl.where(named, V, 0), scale, cap, inv, row_lse, row_low, y_scale, y_cap, y_inv,
+        its_lse, its_low, alpha, KIND, BLOCK,
     )  # fmt: skip
     if KIND == FORWARD:
         value = kl_t
@@ -133,11 +135,11 @@ def fused_distill_kernel(
         tl.store(live + row, (alive | (weight != 0)).to(tl.uint8))
         if weight != 0:
             write_taught(
-                at, at_y, out + row * out_stride, bias, y_bias, V, scale, cap, inv, row_lse,
-                y_scale, y_cap, y_inv, its_lse, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
+                at, at_y, out + row * out_stride, bias, y_bias, V, scale, cap, inv, row_lse, row_low,
+                y_scale, y_cap, y_inv, its_lse, its_low, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
             )  # fmt: skip
         else:
             write_gradient(
-                at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, P, E, H, target, coef,
+                at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, row_low, P, E, H, target, coef,
                 targets, coefs, row, row, alive, True, BLOCK,
             )  # fmt: skip

@@ -95,25 +95,45 @@ def target_logit(x, bias, y, valid, V, scale, cap, inverse):
 
 
 @triton.jit
-def store_row(row, top, s0, s1, s2, sz, V, lse, entropy, mean, log_sum_sq):
-    """Statistics of a row from its sums; returns (lse, entropy)."""
+def log_sum_exp(top, s0):
+    """top + log(s0), and what rounding took from it: 0 if the sum is not finite."""
     log_s0 = tl.log(s0)
+    high = top + log_s0
+    rounded = high - top  # the part of log_s0 that arrived
+    low = (top - (high - rounded)) + (log_s0 - rounded)
+    return high, tl.where(low - low == 0, low, 0.0)
+
+
+@triton.jit
+def log_prob(z, lse, low):
+    """(z − lse) − low, at most 0: log(sum) ≥ 0 holds in exact arithmetic; rounding must not make a probability above 1."""
+    lp = (z - lse) - low
+    return tl.where(lp > 0, 0.0, lp)
+
+
+@triton.jit
+def store_row(row, top, s0, s1, s2, sz, V, lse, lse_low, entropy, mean, log_sum_sq):
+    """Statistics of a row from its sums; returns (lse, its remainder, entropy)."""
+    log_s0 = tl.log(s0)
+    high, low = log_sum_exp(top, s0)
     h = log_s0 - s1 / s0
     if lse is not None:
-        tl.store(lse + row, top + log_s0)
+        tl.store(lse + row, high)
+    if lse_low is not None:
+        tl.store(lse_low + row, low)
     if entropy is not None:
         tl.store(entropy + row, h)
     if mean is not None:
         tl.store(mean + row, sz / V)
     if log_sum_sq is not None:
         tl.store(log_sum_sq + row, tl.log(s2) - 2.0 * log_s0)
-    return top + log_s0, h
+    return high, low, h
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def row_stats_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
-    logprobs, top1, lse, entropy, mean, log_sum_sq, partials, at_target,
+    logprobs, top1, lse, lse_low, entropy, mean, log_sum_sq, partials, at_target,
     ENTROPY: tl.constexpr, EXTRA: tl.constexpr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each row and its targets; or, where `partials` [5, rows] is given, the sums they are made of and the
@@ -123,7 +143,7 @@ def row_stats_kernel(
         at = x + row * stride
         inv = inverse if inverses is None else tl.load(inverses + row)
         top, s0, s1, s2, sz = sweep(at, bias, V, scale, cap, inv, ENTROPY, EXTRA, BLOCK)
-        row_lse, _ = store_row(row, top, s0, s1, s2, sz, V, lse, entropy, mean, log_sum_sq)
+        row_lse, row_low, _ = store_row(row, top, s0, s1, s2, sz, V, lse, lse_low, entropy, mean, log_sum_sq)
         if partials is not None:
             tl.store(partials + row, top)
             tl.store(partials + row + rows, s0)
@@ -138,17 +158,17 @@ def row_stats_kernel(
             z = target_logit(at, bias, y, valid, V, scale, cap, inv)
             if at_target is not None:
                 tl.store(at_target + entry, tl.where((y >= 0) & (y < V), z, float("-inf")), mask=valid)
-            if logprobs is not None:  # log(sum) >= 0 holds in exact arithmetic; rounding must not make p above 1
-                tl.store(logprobs + entry, tl.where((y < 0) | (z > row_lse), 0.0, z - row_lse), mask=valid)
+            if logprobs is not None:
+                tl.store(logprobs + entry, tl.where(y < 0, 0.0, log_prob(z, row_lse, row_low)), mask=valid)
             if top1 is not None:
                 tl.store(top1 + entry, tl.where((y >= 0) & (z >= top), 1.0, 0.0), mask=valid)
 
 
 @triton.jit
-def gradient_block(x, bias, cols, mask, scale, cap, inverse, lse, P, E, H, RAW: tl.constexpr):
+def gradient_block(x, bias, cols, mask, scale, cap, inverse, lse, low, P, E, H, RAW: tl.constexpr):
     """dz/dx, and −P·p − E·p·(log p + H), of some columns; E None leaves the entropy term out."""
     z = logits_at(x, bias, cols, mask, scale, cap, inverse) if RAW else read(x, cols, mask)
-    lp = z - lse
+    lp = (z - lse) - low
     p = tl.exp(lp)
     g = -P * p
     if E is not None:
@@ -169,7 +189,7 @@ def add_targets(g, cols, y, coef, targets, coefs, begin, end):
 
 @triton.jit
 def write_gradient(
-    x, out, bias, V, scale, cap, inverse, lse, P, E, H, y, coef, targets, coefs, begin, end, alive,
+    x, out, bias, V, scale, cap, inverse, lse, low, P, E, H, y, coef, targets, coefs, begin, end, alive,
     RAW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d(loss)/d(product) of the row at `x` into `out`; zeros where it has no coefficient."""
@@ -178,12 +198,12 @@ def write_gradient(
     if alive:
         for start in range(0, whole, BLOCK):
             cols = start + lanes
-            slope, g = gradient_block(x, bias, cols, None, scale, cap, inverse, lse, P, E, H, RAW)
+            slope, g = gradient_block(x, bias, cols, None, scale, cap, inverse, lse, low, P, E, H, RAW)
             g = add_targets(g, cols, y, coef, targets, coefs, begin, end)
             tl.store(out + cols, (slope * g).to(out.dtype.element_ty))
         if whole < V:
             cols = whole + lanes
-            slope, g = gradient_block(x, bias, cols, cols < V, scale, cap, inverse, lse, P, E, H, RAW)
+            slope, g = gradient_block(x, bias, cols, cols < V, scale, cap, inverse, lse, low, P, E, H, RAW)
             g = add_targets(g, cols, y, coef, targets, coefs, begin, end)
             tl.store(out + cols, (slope * g).to(out.dtype.element_ty), mask=cols < V)
     else:
@@ -194,7 +214,7 @@ def write_gradient(
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def grad_logits_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
-    coefs, lse_coefs, lse, entropy_coefs, entropy, out, out_stride, live,
+    coefs, lse_coefs, lse, lse_low, entropy_coefs, entropy, out, out_stride, live,
     RAW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Products (RAW) or logits to d(loss)/d(product) in `out`; live says which rows have any coefficient."""
@@ -218,8 +238,9 @@ def grad_logits_kernel(
             y = None
             coef = None
         row_lse = tl.load(lse + row)
+        row_low = 0.0 if lse_low is None else tl.load(lse_low + row)
         write_gradient(
-            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, row_lse, P, E, H, y, coef,
+            x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, row_lse, row_low, P, E, H, y, coef,
             targets, coefs, begin, end, alive, RAW, BLOCK,
         )  # fmt: skip
         tl.store(live + row, alive.to(tl.uint8))
@@ -228,7 +249,7 @@ def grad_logits_kernel(
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=UNALIGNED)
 def fused_policy_kernel(
     x, stride, rows, V, targets, row_ptr, bias, inverses, inverse, scale, cap,
-    logprobs, top1, lse, entropy, mean, log_sum_sq,
+    logprobs, top1, lse, lse_low, entropy, mean, log_sum_sq,
     advantages, old, ref, weights, loss, ratio, kl, clipped,
     numbers,
     coefs, lse_coefs, entropy_coefs, out, out_stride, live,
@@ -244,7 +265,7 @@ def fused_policy_kernel(
         at = x + row * stride
         inv = inverse if inverses is None else tl.load(inverses + row)
         top, s0, s1, s2, sz = sweep(at, bias, V, scale, cap, inv, ENTROPY, EXTRA, BLOCK)
-        row_lse, h = store_row(row, top, s0, s1, s2, sz, V, lse, entropy, mean, log_sum_sq)
+        row_lse, row_low, h = store_row(row, top, s0, s1, s2, sz, V, lse, lse_low, entropy, mean, log_sum_sq)
         begin, end = span(row_ptr, row)
         w_sum = 0.0
         c_sum = 0.0
@@ -255,7 +276,7 @@ def fused_policy_kernel(
             y = tl.load(targets + entry, mask=inside, other=-1)
             valid = inside & (y >= 0)
             z = target_logit(at, bias, y, valid, V, scale, cap, inv)
-            logp = tl.where(z > row_lse, 0.0, z - row_lse)
+            logp = log_prob(z, row_lse, row_low)
             A = tl.full([ENTRIES], 1.0, tl.float32)
             if advantages is not None:
                 A = tl.load(advantages + entry, mask=valid, other=0.0)
@@ -304,7 +325,7 @@ def fused_policy_kernel(
             else:
                 e, H = None, None
             write_gradient(
-                at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, extra + c_sum, e, H, y, c_sum,
+                at, out + row * out_stride, bias, V, scale, cap, inv, row_lse, row_low, extra + c_sum, e, H, y, c_sum,
                 targets, coefs, begin, end, alive, True, BLOCK,
             )  # fmt: skip
             tl.store(live + row, alive.to(tl.uint8))
