@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
-from drift_kernels.checks import number, one_of
+from drift_kernels.checks import constant, number, one_of
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.spec import PolicySpec
 
@@ -171,8 +171,16 @@ def _pack(kind: type, value: Any) -> Any:
     if value is None:
         return None
     return tuple(
-        [getattr(value, name) if part is None else _pack(part, getattr(value, name)) for name, part in PARTS[kind]]
+        [
+            _plain(getattr(value, name)) if part is None else _pack(part, getattr(value, name))
+            for name, part in PARTS[kind]
+        ]
     )
+
+
+def _plain(value: Any) -> Any:
+    """A field that is no dataclass, as it travels."""
+    return tuple([constant(v) for v in value]) if isinstance(value, tuple) else constant(value)
 
 
 def _unpack(kind: type, packed: tuple) -> Any:

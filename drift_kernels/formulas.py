@@ -297,9 +297,7 @@ def corrected(tokens: Tokens, factor: Tensor, spec: PolicySpec) -> Tokens:
         return tokens
     if not spec.traits.linear:
         weights = tokens.weights
-        return replace(
-            tokens, weights=factor if weights is None else torch.where(weights != 0, weights * factor, 0.0)
-        )
+        return replace(tokens, weights=factor if weights is None else torch.where(weights != 0, weights * factor, 0.0))
     return replace(tokens, advantages=factor if tokens.advantages is None else tokens.advantages * factor)
 
 

@@ -44,7 +44,9 @@ def policy(flat: Flat, tokens: Tokens, call: Call, normalizer: Tensor) -> tuple[
     stats = statistics(flat, call, read)
     terms = reference.policy(stats, read, tokens, call.spec)
     loss = terms["loss"].sum() / normalizer
-    if bool((read != mask).any()):  # outputs are of every unmasked entry, but a NaN of one without a weight reaches no gradient
+    if bool(
+        (read != mask).any()
+    ):  # outputs are of every unmasked entry, but a NaN of one without a weight reaches no gradient
         with torch.no_grad():
             stats = statistics(flat, call, mask)
             terms = reference.policy(stats, mask, tokens, call.spec)
