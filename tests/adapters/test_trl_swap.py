@@ -306,7 +306,7 @@ def test_what_is_not_there_is_said(monkeypatch):
 
 def test_zero3_is_refused(monkeypatch):
     adapter.enable()
-    monkeypatch.setattr("drift_kernels.adapters.trl.swap.zero3_enabled", lambda: True)
+    monkeypatch.setattr("drift_kernels.adapters.trl.swap.is_zero3", lambda: True)
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         utils._ChunkedLogProbFunction.apply(*arguments(), 1.0, 16, None, 1.0, ALL)
 
