@@ -9,7 +9,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = [ROOT / "drift/config" / name for name in ("schema.py", "online.py")]
+SCHEMA = [ROOT / "drift/config" / name for name in ("source.py", "schema.py", "online.py")]
 TYPES = {
     "Positive": "integer ≥ 1",
     "Count": "integer ≥ 0",
@@ -77,7 +77,7 @@ def settings_page() -> str:
         }
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and any(
-                isinstance(b, ast.Name) and b.id == "Section" for b in node.bases
+                isinstance(b, ast.Name) and (b.id == "Section" or b.id in sections) for b in node.bases
             ):
                 sections[node.name], comments[node] = node, found
     lines = [
@@ -87,12 +87,18 @@ def settings_page() -> str:
         "one, and a mistyped one is answered with the nearest right one. Types are strict, unknown keys are refused.",
     ]
 
+    def inherited(node: ast.ClassDef) -> list[tuple[ast.ClassDef, ast.AnnAssign]]:
+        """A section's settings with those of the sections that it extends, which come first; its own replace theirs."""
+        bases = [sections[b.id] for b in node.bases if isinstance(b, ast.Name) and b.id in sections]
+        pairs = [pair for base in bases for pair in inherited(base)] + [(node, field) for field in fields(node)]
+        return list({field.target.id: (owner, field) for owner, field in pairs}.values())
+
     def add(name: str, prefix: str) -> None:
         node, below = sections[name], []
         lines.extend(["", f"## {prefix.rstrip('.') or 'A config'}", "", ast.get_docstring(node) or "", ""])
         lines.extend(["| key | type | default | |", "|---|---|---|---|"])
-        for field in fields(node):
-            key, kind, text = field.target.id, ast.unparse(field.annotation), text_of(field, comments[node])
+        for owner, field in inherited(node):
+            key, kind, text = field.target.id, ast.unparse(field.annotation), text_of(field, comments[owner])
             inner = next((other for other in sections if re.search(rf"\b{other}\b", kind)), None)
             if inner:
                 below.append((inner, f"{prefix}{key}."))
