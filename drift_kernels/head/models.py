@@ -241,7 +241,8 @@ def _probe(model: Any) -> _Probe:
         return product
 
     ids = torch.arange(_ROWS, device=model.get_input_embeddings().weight.device)[None] % _vocabulary(model)
-    with _evaluating(model), torch.no_grad():
+    # without autocast: it would keep weights cast here, without a gradient, for the training step that surrounds a check
+    with _evaluating(model), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
         with _replaced(head_module(model), around):
             logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
