@@ -70,7 +70,7 @@ def checksum(tensors: Iterable[Tensor | None]) -> int:
     found = 0
     for tensor in tensors:
         if tensor is not None:
-            found = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), found)
+            found = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
     return found
 
 

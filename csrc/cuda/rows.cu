@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
     if (threadIdx.x == 0) shared_stats = finish(sums, rows.vocab);
     cluster.sync();
   }
-  const RowStats s = shared_stats;
+  const RowStats& s = shared_stats;  // not a copy: its registers would be live across the sweeps
   const bool first = cluster.rank() == 0;
   if (MODE != GRAD && first && threadIdx.x == 0) {
     put(job.stats.lse, row, s.lse.high);
@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   __syncthreads();
 
   const Slope c = shared_slope;
+  const RowStats near = {0, s.lse, s.entropy, 0, 0};
   Out* const out = static_cast<Out*>(job.out) + row * job.out_stride;
   const float* const source = ON_CHIP ? kept : x;
   const int out_lead = lead_of(out + slice.begin);
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
 #pragma unroll
       for (int u = 0; u < U; u++) load<N>(source + j + u * step, g + u * N, aligned);
 #pragma unroll
-      for (int i = 0; i < N * U; i++) g[i] = gradient(t, s, c, ON_CHIP ? g[i] : to_z(g[i], j + i / N * step + i % N), 0.0f);
+      for (int i = 0; i < N * U; i++) g[i] = gradient(t, near, c, ON_CHIP ? g[i] : to_z(g[i], j + i / N * step + i % N), 0.0f);
     }
 #pragma unroll
     for (int u = 0; u < U; u++) store<N>(out + j + u * step, g + u * N);
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
     float own = 0;
     for (int64_t i = k; i < entries.end; i++)
       if (rows.targets[i] == y) own += entry(i, false).coef;
-    out[y] = narrow(gradient(t, s, c, to_z(x[y], y), own), Out());
+    out[y] = narrow(gradient(t, near, c, to_z(x[y], y), own), Out());
   }
 }
 

@@ -36,7 +36,7 @@ _SIGNATURES = {
     "fused_policy": (c_int, (c_int, *[c_void_p] * 5, c_int64, c_int, c_void_p, c_int, c_int, c_int)),
     "fused_distill": (c_int, (c_int, *[c_void_p] * 7, c_int64, c_int, c_void_p, c_int, c_int, c_int)),
     "top_k": (c_int, (c_int, *[c_void_p] * 4, c_int, c_int)),
-    "bucket_logprobs": (c_int, (c_int, *[c_void_p] * 5, c_int)),
+    "bucket_logprobs": (c_int, (c_int, *[c_void_p] * 6, c_int)),
     "grad_buckets": (c_int, (c_int, *[c_void_p] * 6, c_int64, c_int, c_void_p, c_int)),
 }
 

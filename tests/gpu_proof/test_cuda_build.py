@@ -218,7 +218,7 @@ def test_an_error_comes_back_by_name_with_what_to_do(library):
     teacher, buckets, coefs = _cpu.Teacher(), _cpu.Buckets(), _cpu.Coefs()
     for name, *arguments in (
         ("fused_distill", coefs.address, 0, rows.address, teacher.address, 0, 0, 0, 0, 64, 1, 0),
-        ("bucket_logprobs", 0, 0, buckets.address, 64),
+        ("bucket_logprobs", 0, 0, 0, buckets.address, 64),
         ("grad_buckets", coefs.address, 0, buckets.address, 0, 0, 0, 0, 64),
         ("top_k", 0, buckets.address, 512, 64),
     ):

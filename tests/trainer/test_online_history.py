@@ -10,7 +10,8 @@ from drift import store
 from drift.model.policy import load_policy
 from drift.online import loop as online
 from drift.online.samples import read
-from drift.rollouts.environments import FEEDBACK, VerifyEnvironment
+from drift.rollouts.environments import VerifyEnvironment
+from drift.rollouts.feedback import FEEDBACK
 from drift.track import Track
 
 DROPS_THINKING = (
