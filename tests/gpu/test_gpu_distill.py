@@ -30,7 +30,8 @@ def teacher_of(device, mode, dtype, kind):
         known = dk.topk_logprobs(seen.hidden, seen.weight, 20, config=REFERENCE)
         return dk.TeacherTopK(known.ids, known.logprobs.to(kind), known.rest.to(kind))
     warm = torch.linspace(0.5, 2.0, T, device=device)
-    return dk.Teacher(*(t.to(kind) for t in (seen.hidden, seen.weight, seen.bias)), temperature=warm, softcap=6.0)
+    hidden, weight, bias = (t.to(kind) for t in (seen.hidden, seen.weight, seen.bias))
+    return dk.Teacher(hidden, dk.Head(weight, bias, softcap=6.0, temperature=warm))
 
 
 def hybrid(device, mode, case, dtype, active=None):

@@ -41,8 +41,8 @@ def config(dtype=torch.float32, **options):
 
 def head_of(dtype, kind, lora=None):
     """The teacher's head with numbers exact in `dtype`, as `kind`."""
-    tensors = (t.to(dtype).to(kind) for t in (SEEN.hidden, SEEN.weight, SEEN.bias))
-    return dk.Teacher(*tensors, lora=lora, temperature=torch.linspace(0.5, 2.0, T), softcap=6.0, logit_scale=0.8)
+    hidden, weight, bias = (t.to(dtype).to(kind) for t in (SEEN.hidden, SEEN.weight, SEEN.bias))
+    return dk.Teacher(hidden, dk.Head(weight, bias, lora, 6.0, 0.8, torch.linspace(0.5, 2.0, T)))
 
 
 def stored(dtype, kind, rest=True):
