@@ -1,4 +1,4 @@
-# make run · make demo · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu · make lint · make wheel · make docs · make bench · make study
+# make run · make demo · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu-compile · make gpu · make lint · make wheel · make docs · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
 run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
-.PHONY: run demo test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu lint wheel docs bench study clean
+.PHONY: run demo test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel docs bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run quickstart
@@ -77,9 +77,14 @@ $(VLLM)/.serves: Makefile tests/vllm_server/requirements.py
 	$(VLLM)/bin/pip install -r $(VLLM)/requirements.txt accelerate
 	@touch $@
 
-# The GPU kernels without a GPU: Triton's in its interpreter, and compiled for three architectures.
+# The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on an emulation and by nvcc.
 gpu-proof: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof --ignore=tests/gpu_proof/test_triton_compile.py \
+	  --ignore=tests/gpu_proof/test_triton_machine.py
+
+# Triton's kernels ahead of time for six architectures: registers, spills, instructions. Minutes a table.
+gpu-compile: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof/test_triton_compile.py tests/gpu_proof/test_triton_machine.py
 
 # The day a GPU is there: tests, benchmark and launch choices on it, and one report (docs/gpu.md). Without an index to install
 # from, `python -m bench.gpu` does the same in the environment at hand.
