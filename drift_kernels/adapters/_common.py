@@ -103,11 +103,11 @@ def wrap_forward(model: nn.Module, around: Callable[..., Any]) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def verify_if_loaded(model: Any) -> None:
+def verify_if_loaded(model: Any, *, at_head: bool = False) -> None:
     """Checks `Head.of(model)` now, unless parameters are still empty; the first forward checks it then."""
     head_module(unwrap_peft(model))
     if not any(p.is_meta or p.numel() == 0 for p in model.parameters()):
-        dk.Head.of(model)
+        read(model, at_head=at_head)
 
 
 def run_inside_forward(model: Any) -> None:

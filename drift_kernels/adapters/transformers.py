@@ -24,6 +24,7 @@ from drift_kernels.adapters._common import (
     WeightedCollator,
     inside_head,
     not_compiled,
+    verify_if_loaded,
     wrap_forward,
 )
 from drift_kernels.head.models import head_module, transformed, unwrap_peft, verify
@@ -143,6 +144,7 @@ class _Patch:
         self.captured: _Captured | None = None  # waiting for compute_loss_func
         self.model: Any = model
         self.head: Any = head_module(model)
+        self.unknown = _unknown(model)
         self.before = [vars(model).get("_loss_function"), vars(model).get("forward"), None]
         self.ours: list[Any] = [None, None]
         model._drift_patch = self  # where a copy of the model finds the copy of this
@@ -213,7 +215,6 @@ class _Patch:
                 "apply(model) again"
             )
         check_batch(model, kwargs if args == () else {"input_ids": args[0], **kwargs})
-        verify(model)  # before the call begins: a check runs the model itself
         self.call = _Captured(model.training, token_weights, self.config)
         try:
             outputs = before(*args, **kwargs)
@@ -269,6 +270,8 @@ class _Patch:
         With the head handing through, that function was applied to the hidden states, where it can be looked at. A view of
         them is refused: cutting off a vocabulary's end leaves all of what is narrower.
         """
+        if isinstance(self.unknown, NotImplementedError):
+            raise NotImplementedError(f"{self.unknown}; call remove(model)") from self.unknown
         hidden, reading = call.hidden, verify(self.model)
         softcap, scale = reading.softcap, reading.logit_scale
         assert hidden is not None
@@ -289,6 +292,15 @@ class _Patch:
                 f"{type(self.model).__name__} changes its logits in another way than softcap {softcap} and scale "
                 f"{scale} of its config: that is not supported; call remove(model)"
             )
+
+
+def _unknown(model: Any) -> NotImplementedError | None:
+    """Why the model's logits cannot be reproduced, found before FSDP or DDP wrap it; said at its first training batch."""
+    try:
+        verify_if_loaded(model, at_head=True)
+    except NotImplementedError as error:
+        return error
+    return None
 
 
 class _Anchor(torch.autograd.Function):

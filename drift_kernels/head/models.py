@@ -114,7 +114,7 @@ def head_tensors(model: Any) -> Head:
     layer = getattr(module, "base_layer", module)
     if is_dtensor(layer.weight):
         raise NotImplementedError(
-            "lm_head is sharded at the place of the loss: split over tensor-parallel ranks, or by an FSDP2 root that reshards "
+            "lm_head is sharded where the loss is made: split over tensor-parallel ranks, or by an FSDP2 root that reshards "
             "after its forward (set reshard_after_forward=False, make the loss inside the model's forward, or pass a Head of its "
             "to_local() with parallel=VocabParallel.of(weight) or GatherHidden.of(weight))"
         )
@@ -205,7 +205,9 @@ def _read_off(model: Any, depends_on: tuple[Any, ...]) -> _Reading:
     scales, caps = _candidates(model)
     before = _factor(probe.head_input, probe.hidden, scales)
     if not _agree(probe.product, probe.own_product):
-        raise NotImplementedError(f"{type(model).__name__}'s head is not h·Wᵀ + b with a LoRA: that is not supported")
+        raise NotImplementedError(
+            f"{type(model).__name__} makes its logits in another way than h·Wᵀ + b with a LoRA: that is not supported"
+        )
     if probe.logits.shape == probe.product.shape:
         for cap in caps:
             for scale in scales:
@@ -213,8 +215,8 @@ def _read_off(model: Any, depends_on: tuple[Any, ...]) -> _Reading:
                     return _Reading(cap, scale, before, depends_on)
     named = ", ".join(f"{name}={value:g}" for name, value in _numbers(model).items()) or "none"
     raise NotImplementedError(
-        f"{type(model).__name__} makes its logits from its head in a way that no number of its configuration ({named}) "
-        "explains as softcap(scale·(h·Wᵀ + b)): that is not supported"
+        f"{type(model).__name__} makes its logits in another way than softcap(scale·(h·Wᵀ + b)) with numbers of its "
+        f"configuration ({named}): that is not supported"
     )
 
 

@@ -79,10 +79,10 @@ class Sequential(online._Loop):
 
     rows = None
 
-    def step(self, number, writer=None):
+    def step(self, number, writer=None, track=None):
         self.now = self.rows or self._sampled(number, number)
         self.rows = self._sampled(number + 1, number) if number + 1 < self.online.steps else None
-        return super().step(number, writer)
+        return super().step(number, writer, track)
 
     def _play(self, number, version):
         return self.now
