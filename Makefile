@@ -14,7 +14,7 @@ ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
 run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
-.PHONY: run demo test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel docs bench study clean
+.PHONY: run demo test test-gate test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel docs bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run quickstart
@@ -28,6 +28,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The kernels, and the trainer up to its online loop.
+test-gate: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/kernels tests/test_structure.py tests/test_docs.py tests/test_install.py \
+	  $(wildcard tests/trainer/test_[a-n]*.py) tests/trainer/test_online.py
 
 # Several processes under torchrun, over gloo: minutes, on two cores.
 test-ranks: $(VENV)/.dev
