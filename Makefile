@@ -11,7 +11,7 @@ TORCH := 2.13.0
 # Idle OpenMP threads sleep in place of spinning, unless the environment says otherwise: see drift/threads.py. Not in
 # benchmarks, whose threads wait as each project's users have them.
 ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
-run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
+run test test-gate test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
 .PHONY: run demo test test-gate test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel docs bench study clean

@@ -348,6 +348,7 @@ def test_sft_refuses_by_name(tmp_path):
 
 FAMILIES = {
     "MiniCPM3": dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16),
+    "Inkling": dict(head_dim=16),
     "Dory": {},
     "Gemma2": dict(head_dim=16, final_logit_softcapping=2.0),
 }
@@ -365,7 +366,7 @@ def of_family(name: str):
     return made
 
 
-@pytest.mark.parametrize("name", ["MiniCPM3", "Gemma2"])
+@pytest.mark.parametrize("name", ["MiniCPM3", "Gemma2", "Inkling"])
 def test_families_that_change_hidden_states_or_logits_train_the_same(name, tmp_path):
     ones = weighted().map(lambda row: {"weight": 1.0})
     make = lambda cls: lambda p: drift_sft(p, ones, of_family(name), cls=cls, max_steps=4)  # noqa: E731

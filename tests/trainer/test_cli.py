@@ -253,7 +253,8 @@ def test_stages_refuse_what_is_not_there(tmp_path, capsys):
     assert "is not a file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["eval", str(config), "--modell", "x"])
-    assert cli.main(["report", str(tmp_path), "train.lr=1"]) != 0  # a second folder, which is not there
+    assert cli.main(["report", str(tmp_path), "train.lr=1"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_report_writes_the_page(tmp_path, capsys):
