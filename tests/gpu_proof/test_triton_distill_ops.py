@@ -8,6 +8,7 @@ import torch
 
 import drift_kernels as dk
 from drift_kernels import cpu_sweep, gpu_sweep
+from drift_kernels.calls import Call
 from drift_kernels.plan import Plan
 from drift_kernels.testing import gradients, make_case, within_budget
 
@@ -303,7 +304,7 @@ def test_the_ops_are_registered_for_cuda_and_pass_opcheck():
     for op in ("distill", "top_k"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"drift_kernels::{op}", "CUDA")
     case = make_case(10, D, V, seed=14, dtype=torch.float32)
-    call = dk.spec.Call(config=config())
+    call = Call(config=config())
     args = (case.hidden.float(), case.weight.float(), None, None, None, case.targets.clamp(min=0), None, None, None, 4)
     torch.library.opcheck(
         torch.ops.drift_kernels.top_k, (*args, call.encode()), test_utils=("test_schema", "test_faketensor")

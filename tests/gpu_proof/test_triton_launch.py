@@ -15,6 +15,7 @@ import drift_kernels as dk
 from drift_kernels import backends
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.triton import launch, rows, scorer
+from drift_kernels.calls import HeadOptions
 
 
 @pytest.mark.parametrize("vocab", [1, 100, 4096, 5000, 8191, 8192, 151_936, 262_144])
@@ -53,7 +54,7 @@ def test_a_file_overrides_the_rule(tmp_path, monkeypatch):
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 def test_results_do_not_depend_on_the_launch_but_for_rounding(blocks, monkeypatch):
     x = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
-    chunk = backend.Chunk(torch.arange(5), None, None, None, dk.spec.HeadOptions())
+    chunk = backend.Chunk(torch.arange(5), None, None, None, HeadOptions())
     usual = backend.row_stats(x, chunk, ("lse", "entropy"))
     monkeypatch.setattr(launch, "row_rule", lambda vocab: launch.Launch(128 << blocks, 1, 1, blocks))
     for name, values in backend.row_stats(x, chunk, ("lse", "entropy")).items():

@@ -8,6 +8,7 @@ import torch
 
 import drift_kernels as dk
 from drift_kernels import cpu_sweep, gpu_sweep, sweeps
+from drift_kernels.calls import Call
 from drift_kernels.plan import Plan
 from drift_kernels.testing import gradients, make_case, off_the_edges, within_budget
 
@@ -223,9 +224,10 @@ def test_active_rows_are_taken_without_reading_the_targets(entries, monkeypatch)
     monkeypatch.undo()
     leaves = case.leaves(torch.float64)
     exact = dk.policy_loss(
-        *leaves[:2],
+        leaves[0],
+        dk.Head(leaves[1], bias=leaves[2]),
         case.targets,
-        dk.Head(case.advantages, bias=leaves[2]),
+        case.advantages,
         active=active,
         outputs=OUTPUTS,
         config=REFERENCE,
@@ -306,7 +308,7 @@ def test_float64_is_refused_by_name():
 def test_the_registered_op_passes_opcheck():
     case = make_case(20, D, V, seed=15)
     h, w, b = case.leaves(torch.float32)
-    call = dk.spec.Call(config=config(), outputs=("logprobs",))
+    call = Call(config=config(), outputs=("logprobs",))
     torch.library.opcheck(
         torch.ops.drift_kernels.score,
         (h.detach(), w.detach(), b.detach(), None, None, case.targets, None, None, None, call.encode()),
