@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from drift_kernels import collectives, distill_driver, driver, gathered
+from drift_kernels import collectives, distill_driver, driver, gathered, reference
 from drift_kernels.calls import Call, DistillCall, Share
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import NO_TOKENS, Tokens
-from drift_kernels.inputs import Layout
+from drift_kernels.inputs import Flat, Layout
 from drift_kernels.plan import unmasked
 from drift_kernels.registered import HEAD_SIZE, Operands, driver_inputs, present
 from drift_kernels.spec import PolicySpec
@@ -29,15 +29,19 @@ Result = tuple[Tensor, tuple[Tensor, ...], Tensor]  # loss; gradients of the ope
 
 
 class Work(Protocol):
-    """The data of one loss: everything that is never differentiated."""
+    """One loss without its tensors that may need a gradient."""
 
     @property
     def student(self) -> Call:
         """Which gradients are wanted, and how."""
         ...
 
-    def run(self, operands: Operands) -> Result:
-        """Loss, gradients and outputs."""
+    def run(self, operands: Operands, layout: Layout, normalizer: Tensor) -> Result:
+        """Loss, gradients and outputs, by kernels."""
+        ...
+
+    def reference(self, flat: Flat, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss in plain torch, which autograd differentiates, and outputs [N] by name."""
         ...
 
 
@@ -45,31 +49,33 @@ class Work(Protocol):
 class PolicyWork:
     """A loss of single tokens, sequences or the whole call (`PolicySpec`)."""
 
-    layout: Layout
     tokens: Tokens
-    normalizer: Tensor
     student: Call
 
-    def run(self, operands: Operands) -> Result:
+    def run(self, operands: Operands, layout: Layout, normalizer: Tensor) -> Result:
         """By the registered op, or directly if dW goes into `weight.grad`."""
-        call, data = self.student, (*self.layout.flat(), *self.tokens.flat())
+        call, tensors = self.student, (*operands, *layout.flat())
         if call.accumulate_scale is None:
-            loss, *grads, outputs = torch.ops.drift_kernels.fused(*operands, *data, self.normalizer, call.encode())
+            loss, *grads, outputs = torch.ops.drift_kernels.fused(
+                *tensors, *self.tokens.flat(), normalizer, call.encode()
+            )
             return loss, tuple(grads), outputs
         # writes into weight.grad: not an op that a graph may move or repeat
-        x = driver_inputs((*operands, *self.layout.flat()), call, self.tokens, operands[1].grad)
-        return _accumulated(*driver.fused(x, call, self.normalizer))
+        x = driver_inputs(tensors, call, self.tokens, operands[1].grad)
+        return _accumulated(*driver.fused(x, call, normalizer))
+
+    def reference(self, flat: Flat, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Work.reference`."""
+        return reference.policy_loss(flat, self.tokens, self.student, normalizer)
 
 
 @dataclass(frozen=True)
 class DistillWork:
     """A divergence from a teacher, alone or with a policy loss."""
 
-    layout: Layout
     tokens: Tokens
     teacher: TeacherTensors
     lessons: DistillTokens
-    normalizer: Tensor
     call: DistillCall
 
     @property
@@ -77,36 +83,70 @@ class DistillWork:
         """The student's part of the call."""
         return self.call.student
 
-    def run(self, operands: Operands) -> Result:
+    def run(self, operands: Operands, layout: Layout, normalizer: Tensor) -> Result:
         """As `PolicyWork.run`."""
-        call, student = self.call, self.call.student
+        call, student, tensors = self.call, self.call.student, (*operands, *layout.flat())
         if student.accumulate_scale is None:
-            data = (*self.layout.flat(), *self.tokens.flat(), *self.teacher.flat(), *self.lessons.flat())
-            loss, *grads, outputs = torch.ops.drift_kernels.distill(*operands, *data, self.normalizer, call.encode())
+            data = (*self.tokens.flat(), *self.teacher.flat(), *self.lessons.flat())
+            loss, *grads, outputs = torch.ops.drift_kernels.distill(*tensors, *data, normalizer, call.encode())
             return loss, tuple(grads), outputs
-        x = driver_inputs((*operands, *self.layout.flat()), student, self.tokens, operands[1].grad)
-        return _accumulated(*distill_driver.fused(x, self.teacher, self.lessons, call, self.normalizer))
+        x = driver_inputs(tensors, student, self.tokens, operands[1].grad)
+        return _accumulated(*distill_driver.fused(x, self.teacher, self.lessons, call, normalizer))
+
+    def reference(self, flat: Flat, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Work.reference`."""
+        return reference.distill_loss(flat, self.teacher, self.tokens, self.lessons, self.call, normalizer)
 
 
 @dataclass(frozen=True)
 class PointwiseWork:
     """A token loss that is a Python function."""
 
-    layout: Layout
     fn: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
-    normalizer: Tensor
     student: Call
 
-    def run(self, operands: Operands) -> Result:
+    def run(self, operands: Operands, layout: Layout, normalizer: Tensor) -> Result:
         """Directly: an op's schema takes no function."""
         grad_into = None if self.student.accumulate_scale is None else operands[1].grad
-        x = driver_inputs((*operands, *self.layout.flat()), self.student, weight_grad=grad_into)
+        x = driver_inputs((*operands, *layout.flat()), self.student, weight_grad=grad_into)
         run = gathered.pointwise if gathered.wanted(self.student) else driver.pointwise
-        loss, grads, outputs = run(x, self.student, self.fn, self.tensors, self.normalizer)
+        loss, grads, outputs = run(x, self.student, self.fn, self.tensors, normalizer)
         if grad_into is not None:
             return _accumulated(loss, grads, outputs)
         return loss, present(grads, loss), outputs
+
+    def reference(self, flat: Flat, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Work.reference`."""
+        return reference.pointwise_loss(flat, self.fn, self.tensors, self.student, normalizer)
+
+
+def fused_loss(flat: Flat, work: Work, normalizer: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, differentiable, and the call's outputs [N] by name."""
+    denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
+    if work.student.config.backend == "reference":
+        return work.reference(flat, denominator)
+    loss, outputs = FusedLoss.apply(*flat.operands(), flat.layout, work, denominator)
+    return loss, dict(zip(work.student.outputs, outputs))
+
+
+def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
+    """The denominator as a 0-d tensor of like's dtype and device, without gradient.
+
+    A tensor's value is checked on CPU only; on a GPU, reading it would synchronise. NaN comes from NaN data, and may pass.
+    """
+    wrong = "normalizer={} must be positive; it is the global denominator of the loss"
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"normalizer has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and float(value) <= 0:
+            raise ValueError(wrong.format(float(value)))
+        return value.detach().reshape(()).to(like)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"normalizer={value!r} must be a number or a 0-d tensor")
+    if not value > 0:
+        raise ValueError(wrong.format(value))
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 def _accumulated(loss: Tensor, grads: Grads, outputs: Tensor) -> Result:
@@ -118,9 +158,9 @@ class FusedLoss(torch.autograd.Function):
     """(hidden, weight, bias, A, B) → (loss, outputs [K, N]), differentiable in the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, a, b, work: Work):
+    def forward(ctx: Any, hidden, weight, bias, a, b, layout: Layout, work: Work, normalizer: Tensor):
         operands, call = (hidden, weight, bias, a, b), work.student
-        loss, grads, outputs = work.run(operands)
+        loss, grads, outputs = work.run(operands, layout, normalizer)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.accumulate_scale, ctx.spent = call.needs, call.accumulate_scale, False
         ctx.share = call.head.share
@@ -134,7 +174,7 @@ class FusedLoss(torch.autograd.Function):
         _no_double_backward()
         grad_loss = grad_outputs[0]
         if grad_loss is None:
-            return (None,) * (HEAD_SIZE + 1)
+            return (None,) * (HEAD_SIZE + 3)
         if ctx.share is not None and not torch.compiler.is_compiling():
             _check_same_scale(grad_loss, ctx.share)
         needs = list(ctx.needs)
@@ -146,7 +186,7 @@ class FusedLoss(torch.autograd.Function):
             _scaled(g, grad_loss, dtype) if need else None
             for need, g, dtype in zip(needs, ctx.saved_tensors, ctx.dtypes)
         )
-        return (*scaled, None)
+        return (*scaled, None, None, None)
 
 
 def _check_same_scale(grad_loss: Tensor, share: Share) -> None:
@@ -203,6 +243,19 @@ def _is_last_use(grad: Tensor, scale: Tensor) -> bool:
 # --- log-probs, differentiable under any loss on top ---
 
 
+def logprobs_of(
+    flat: Flat, call: Call, further: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Log-probs [N] and, if `call.outputs` has "entropy", entropies, both differentiable; `further` outputs without gradient."""
+    with_entropy = "entropy" in call.outputs
+    if call.config.backend == "reference":
+        stats = reference.linear_logprob(flat, call, flat.mask())
+        values = {name: stats[name].detach() for name in further}
+        return stats["logprobs"], stats["entropy"] if with_entropy else None, values
+    logprobs, entropy, values = LinearLogprobs.apply(*flat.operands(), flat.layout, call, further)
+    return logprobs, entropy if with_entropy else None, dict(zip(further, values))
+
+
 class LinearLogprobs(torch.autograd.Function):
     """(head's five tensors) → (logprobs, entropy) [N] each, and `further` outputs [K, N] without gradient.
 
@@ -230,9 +283,7 @@ class LinearLogprobs(torch.autograd.Function):
             names = tuple(
                 dict.fromkeys(("logprobs", "lse", "lse_low", *(("entropy",) if with_entropy else ()), *further))
             )
-            no_needs = dict.fromkeys(("need_hidden", "need_weight", "need_bias", "need_lora_a", "need_lora_b"), False)
-            wanted = replace(call, outputs=names, **no_needs)
-            out = torch.ops.drift_kernels.score(*head, *layout.flat(), wanted.encode())
+            out = torch.ops.drift_kernels.score(*head, *layout.flat(), call.scoring(names).encode())
             logprobs, lse, lse_low = (row.clone() for row in out[:3])
             entropy = out[3].clone() if with_entropy else out.new_empty(0)
             ctx.save_for_backward(*head, lse, lse_low, entropy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
@@ -116,6 +116,19 @@ class Call:
     def need_grad(self) -> bool:
         """Whether any gradient is wanted: without, an op costs one GEMM."""
         return any(self.needs)
+
+    def scoring(self, outputs: tuple[str, ...]) -> Call:
+        """The same call without gradients, for other outputs."""
+        return replace(
+            self,
+            outputs=outputs,
+            need_hidden=False,
+            need_weight=False,
+            need_bias=False,
+            need_lora_a=False,
+            need_lora_b=False,
+            accumulate_scale=None,
+        )
 
     def encode(self) -> str:
         """As text, for an op's schema: a literal tuple (a JSON encoder would break a compiled graph)."""

@@ -13,26 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, ops, whole
 from drift_kernels import exploration as exploring
-from drift_kernels.autograd import DistillWork, FusedLoss
-from drift_kernels.backends import reference
-from drift_kernels.calls import Call, DistillCall, KernelConfig
+from drift_kernels import ops, reference
+from drift_kernels.autograd import DistillWork, fused_loss
+from drift_kernels.calls import DistillCall, KernelConfig
 from drift_kernels.distill_spec import DistillSpec, ExplorationSpec
 from drift_kernels.divergences import DistillTokens
-from drift_kernels.folding import caller_tokens, folded_tokens, own_normalizer, segments_of
+from drift_kernels.folding import folded_tokens, or_one, own_normalizer
 from drift_kernels.formulas import Tokens
 from drift_kernels.head import Head, as_head
-from drift_kernels.inputs import (
-    Flat,
-    as_normalizer,
-    check_data,
-    check_share,
-    check_tensor,
-    flatten,
-    layout_of,
-    with_needs,
-)
+from drift_kernels.inputs import Flat, caller_tokens, check_data, check_tensor, flatten
+from drift_kernels.needs import call_of
 from drift_kernels.outputs import (
     DISTILL_OUTPUTS,
     EXPLORATION_OUTPUTS,
@@ -103,13 +94,12 @@ def distill_loss(
         raise ValueError("targets must be given: importance_clip and TeacherLogprobs read log-probs of tokens")
     _check_importance(spec, old)
     wanted = tuple(dict.fromkeys((*names, "divergence")))
-    call = with_needs(Call(PolicySpec(), flat.head.options, config, wanted), flat)
+    call = call_of(flat, PolicySpec(), config, wanted)
     mask, lessons = flat.mask(), DistillTokens(weights)
     if normalizer is None:
-        normalizer = flat.or_one(mask.sum())
-    loss, values = _distill(
-        flat, teacher, Tokens(old=old), lessons, DistillCall(call, spec, call.head), names, normalizer
-    )
+        normalizer = or_one(mask.sum(), flat.dtype)
+    work = _work(flat, teacher, Tokens(old=old), lessons, DistillCall(call, spec, call.head), names)
+    loss, values = fused_loss(flat, work, normalizer)
     metrics = {"divergence": _divergence(values, mask, lessons)}
     return LossOutput(loss, flat.unflatten({name: values[name] for name in names}), metrics)
 
@@ -171,27 +161,36 @@ def self_distill_loss(
     allowed = (*POLICY_OUTPUTS, *TEACHER_OUTPUTS, *(EXPLORATION_OUTPUTS if exploration is not None else ()))
     names, mask = _check_outputs(outputs, allowed, teacher, True), flat.mask()
     _check_token_scope(policy)
-    check_data("advantages", advantages, flat.targets.device)
-    segments, count = segments_of(flat, policy, advantages, cu_seqlens, segment_ids)
-    logprobs = (old_logprobs, ref_logprobs, rollout_logprobs)
-    data = caller_tokens(flat, segments, count, advantages, *logprobs, policy_weights, "policy_weights")
-    tokens, factor = folded_tokens(flat, mask, segments, count, data, policy)
+    data = caller_tokens(
+        flat,
+        mask,
+        policy,
+        advantages,
+        old=old_logprobs,
+        ref=ref_logprobs,
+        rollout=rollout_logprobs,
+        weights=policy_weights,
+        weights_name="policy_weights",
+        cu_seqlens=cu_seqlens,
+        segment_ids=segment_ids,
+    )
+    tokens, factor = folded_tokens(data, mask, policy)
     _check_importance(distill, tokens.old)
     lessons = _lessons(flat, mask, distill_weights, distill_coef, has_teacher)
     taught = mask if lessons.taught is None else mask & lessons.taught
     if exploration is not None:
         if not isinstance(teacher, Teacher):
             raise ValueError(f"exploration reads the teacher's entropy: pass a Teacher, not {type(teacher).__name__}")
-        lessons = _explored(flat, lessons, exploration, taught, segments)
+        lessons = _explored(flat, lessons, exploration, taught, data.segments)
     dense = ("ratio",) if "clipped" in names else ()  # as in `policy_loss`
     further = () if exploration is None else exploring.NAMES
     wanted = tuple(dict.fromkeys((*names, "clipped", *dense, "divergence", *further)))
-    student = with_needs(Call(policy, flat.head.options, config, wanted), flat)
+    student = call_of(flat, policy, config, wanted)
     if normalizer is None:
-        normalizer = own_normalizer(flat, mask, segments, count, policy)
+        normalizer = own_normalizer(data, mask, policy, flat.dtype)
     spec = None if exploration is None else exploration.spec
     call = DistillCall(student, distill, student.head, exploration=spec, policy=True)
-    loss, values = _distill(flat, teacher, tokens, lessons, call, names, normalizer)
+    loss, values = fused_loss(flat, _work(flat, teacher, tokens, lessons, call, names), normalizer)
     metrics = policy_metrics(values, mask, names, factor, data.weights)
     metrics["divergence"] = _divergence(values, mask, lessons)
     for name in further:
@@ -218,15 +217,11 @@ def topk_logprobs(
     V = flat.head.vocabulary
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= V:
         raise ValueError(f"k={k!r} must be a whole number from 1 to the vocabulary's size, {V}")
-    scale = 1.0 if flat.head.lora is None else float(flat.head.lora.scale)
-    call = Call(PolicySpec(), flat.head.options, replace(config, accumulate_into_grad=None), lora_scale=scale)
-    check_share(call, hidden.device)
-    if backends.resolve(config.backend, hidden.device) == "reference":
-        with torch.no_grad():
-            top = reference.top_k(whole.logits(flat, call, flat.mask()), k, flat.mask())
+    call = call_of(flat, PolicySpec(), replace(config, accumulate_into_grad=None), ())
+    if call.config.backend == "reference":
+        ids, logprobs, rest = reference.topk_logprobs(flat, k, call)
     else:
-        top = torch.ops.drift_kernels.top_k(*flat.operands(), *layout_of(flat).flat(), k, call.encode())
-    ids, logprobs, rest = top
+        ids, logprobs, rest = torch.ops.drift_kernels.top_k(*flat.operands(), *flat.layout.flat(), k, call.encode())
     return TeacherTopK(ids.reshape(*flat.shape, k), logprobs.reshape(*flat.shape, k), rest.reshape(flat.shape))
 
 
@@ -321,22 +316,15 @@ def _divergence(values: dict[str, Tensor], mask: Tensor, lessons: DistillTokens)
     return torch.where(counts, values["divergence"], 0.0).sum(), counts.sum()
 
 
-def _distill(
+def _work(
     flat: Flat,
     teacher: AnyTeacher,
     tokens: Tokens,
     lessons: DistillTokens,
     call: DistillCall,
     names: tuple[str, ...],
-    normalizer: float | Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and per-token outputs flat by name."""
+) -> DistillWork:
     tensors, options, scale = flatten_teacher(teacher, flat, call.distill)
     teach_all = any(name in TEACHER_OUTPUTS for name in names)
     call = replace(call, teacher=options, teacher_lora_scale=scale, teach_all=teach_all)
-    denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
-    if backends.resolve(call.student.config.backend, flat.hidden.device) == "reference":
-        return whole.distill(flat, tensors, tokens, lessons, call, denominator)
-    work = DistillWork(layout_of(flat), tokens, tensors, lessons, denominator, call)
-    loss, stacked = FusedLoss.apply(*flat.operands(), work)
-    return loss, dict(zip(call.student.outputs, stacked))
+    return DistillWork(tokens, tensors, lessons, call)

@@ -1,4 +1,4 @@
-"""From a caller's per-token and per-sequence data to the per-token data of the chunk loop.
+"""From a caller's per-token data to that of the chunk loop, and the loss's own denominator.
 
 Aggregation over sequences becomes token weights; a sampler correction becomes a factor on advantages, or on weights if the loss
 is not linear in the advantage.
@@ -13,104 +13,47 @@ from torch import Tensor
 
 from drift_kernels import formulas
 from drift_kernels.formulas import Tokens
-from drift_kernels.inputs import Flat, check_off_policy, segment_ids
 from drift_kernels.spec import PolicySpec
 
 
-def segments_of(
-    flat: Flat, spec: PolicySpec, advantages: Tensor, cu_seqlens: Tensor | None, ids: Tensor | None
-) -> tuple[Tensor | None, int]:
-    """The sequence of each entry [N] and their number; raises ValueError if the loss needs sequences and none are known."""
-    if not isinstance(spec, PolicySpec):
-        raise TypeError(f"spec={spec!r} must be a PolicySpec, such as PolicySpec.preset('dapo')")
-    segments, count = segment_ids(flat.shape, cu_seqlens, ids, flat.targets.device)
-    if segments is None:
-        wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
-        wants += (
-            [f"correction={spec.correction!r}"] if spec.correction and spec.correction.startswith("sequence") else []
-        )
-        wants += [f"objective={spec.objective!r} or ratio={spec.ratio!r}"] if spec.scope == "sequence" else []
-        wants += ["off_policy_threshold"] if spec.off_policy_threshold is not None else []
-        wants += ["advantages per segment"] if advantages.shape != flat.shape else []
-        if wants:
-            raise ValueError(
-                f"{', '.join(wants)}: pass cu_seqlens (or segment_ids), since packed tokens alone do not say where sequences end"
-            )
-    return segments, count
-
-
-def caller_tokens(
-    flat: Flat,
-    segments: Tensor | None,
-    count: int,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    weights: Tensor | None,
-    weights_name: str = "token_weights",
-) -> Tokens:
-    """The caller's per-token data: flat, checked, in the compute dtype."""
-    if advantages.shape != flat.shape:
-        if advantages.dim() == 1 and torch.compiler.is_compiling():  # a graph may know the count only as it runs
-            torch._check(advantages.shape[0] == count, lambda: "advantages must be one a token, or one a segment")
-        elif advantages.shape != (count,):
-            raise ValueError(
-                f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment"
-            )
-        advantages = advantages.detach()[segments].reshape(flat.shape)
-    named = {
-        "advantages": advantages,
-        "old_logprobs": old,
-        "ref_logprobs": ref,
-        weights_name: weights,
-        "rollout_logprobs": rollout,
-    }
-    return Tokens(*(flat.per_entry(name, value) for name, value in named.items()))
-
-
-def folded_tokens(
-    flat: Flat, mask: Tensor, segments: Tensor | None, count: int, data: Tokens, spec: PolicySpec
-) -> tuple[Tokens, Tensor | None]:
+def folded_tokens(data: Tokens, mask: Tensor, spec: PolicySpec) -> tuple[Tokens, Tensor | None]:
     """The loss's per-token data, and the correction's factor [N] for the metrics (None without one).
 
-    Aggregation is folded into weights, and corrections into advantages if the loss is linear in them, else into weights.
+    data  as `inputs.caller_tokens` makes it
+    mask  [N] bool, entries that take part
     """
-    if spec.kl_coef and data.ref is None:
-        raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
-    if spec.correction and (data.old is None or data.rollout is None):
-        raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
-    check_off_policy(spec, data.old, data.rollout)
-    lengths = None if segments is None else _lengths(mask, segments, count)
-    whole = Tokens(segments=segments, lengths=None if lengths is None else lengths.clamp(min=1))
-    tokens, factor = replace(data, rollout=None), None
+    lengths = None if data.lengths is None else data.lengths.clamp(min=1)
+    tokens, factor = replace(data, rollout=None, segments=None, lengths=None), None
     if spec.correction:
-        logprobs = (None if v is None else torch.where(mask, v, 0.0) for v in (data.old, data.rollout))
-        factor = formulas.correction(replace(whole, **dict(zip(("old", "rollout"), logprobs))), spec)
+        old, rollout = (None if v is None else torch.where(mask, v, 0.0) for v in (data.old, data.rollout))
+        sampled = Tokens(old=old, rollout=rollout, segments=data.segments, lengths=lengths)
+        factor = formulas.correction(sampled, spec)
         tokens = formulas.corrected(tokens, factor, spec)
     if spec.aggregation == "sequence_mean_token_mean":
-        assert whole.lengths is not None
-        share = 1 / whole.lengths.to(flat.dtype)[segments]
+        assert lengths is not None
+        assert data.advantages is not None
+        share = 1 / lengths.to(data.advantages.dtype)[data.segments]
         tokens = replace(tokens, weights=share if tokens.weights is None else tokens.weights * share)
     if spec.reads_sequences:
         reads_rollout = spec.objective == "vespo" or spec.off_policy_threshold is not None
         rollout = data.rollout if reads_rollout else None
-        tokens = replace(tokens, rollout=rollout, segments=segments, lengths=whole.lengths)
+        tokens = replace(tokens, rollout=rollout, segments=data.segments, lengths=lengths)
     return tokens, factor
 
 
-def own_normalizer(flat: Flat, mask: Tensor, segments: Tensor | None, count: int, spec: PolicySpec) -> Tensor:
+def own_normalizer(data: Tokens, mask: Tensor, spec: PolicySpec, dtype: torch.dtype) -> Tensor:
     """The denominator of `spec.aggregation` over this call."""
     match spec.aggregation:
         case "token_mean":
-            return flat.or_one(mask.sum())
+            return or_one(mask.sum(), dtype)
         case "token_sum":
-            return torch.ones((), dtype=flat.dtype, device=mask.device)
+            return torch.ones((), dtype=dtype, device=mask.device)
         case _:
-            return flat.or_one((_lengths(mask, segments, count) > 0).sum())
+            assert data.lengths is not None
+            return or_one((data.lengths > 0).sum(), dtype)
 
 
-def _lengths(mask: Tensor, segments: Tensor | None, count: int) -> Tensor:
-    """Unmasked entries of each sequence [count] int64."""
-    assert segments is not None  # checked by `segments_of`
-    return torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
+def or_one(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """A denominator that is 1 when nothing counts, so that an empty batch has loss 0 and zero gradients."""
+    total = total.to(dtype)
+    return torch.where(total == 0, torch.ones_like(total), total)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from drift_kernels import backends
-from drift_kernels.calls import Call
+from drift_kernels.formulas import Tokens
 from drift_kernels.head import Head, as_head
 from drift_kernels.plan import unmasked
 from drift_kernels.spec import PolicySpec
@@ -45,6 +44,11 @@ class Flat:
     temperature: Tensor | None  # [T]; None = the number in the head's options
     shape: torch.Size  # of `targets` as the caller passed it; per-entry outputs get it back
 
+    @property
+    def layout(self) -> Layout:
+        """The tensors that are never differentiated."""
+        return Layout(self.targets, self.rows, self.active, self.temperature)
+
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tensors that may need a gradient: hidden, weight, bias, and LoRA's A and B."""
         a, b = (None, None) if self.head.lora is None else (self.head.lora.A, self.head.lora.B)
@@ -71,11 +75,6 @@ class Flat:
     def unflatten(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-entry outputs [N] in the shape of the targets."""
         return {name: value.reshape(self.shape) for name, value in values.items()}
-
-    def or_one(self, total: Tensor) -> Tensor:
-        """A denominator that is 1 when nothing counts, so that an empty batch has loss 0 and zero gradients."""
-        total = total.to(self.dtype)
-        return torch.where(total == 0, torch.ones_like(total), total)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -236,30 +235,31 @@ def _cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias, lora=lora)
 
 
-def segment_ids(
-    shape: torch.Size, cu_seqlens: Tensor | None, given: Tensor | None, device: torch.device
+def segments_of(
+    shape: torch.Size, cu_seqlens: Tensor | None, segment_ids: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, int]:
-    """Which sequence each entry belongs to [N] int64, and how many sequences there are; (None, 0) where nothing says.
+    """The sequence of each entry [N] int64, and the number of sequences; (None, 0) if they are not known.
 
-    From `segment_ids` as given, from `cu_seqlens` [S + 1] of a packed batch, or from the rows of a padded [B, L] one.
+    From `segment_ids` itself, from `cu_seqlens` [S + 1] of a packed batch, or from the rows of a padded [B, L] one.
     """
     total = shape.numel()
-    if given is not None and cu_seqlens is not None:
+    if segment_ids is not None and cu_seqlens is not None:
         raise ValueError("cu_seqlens and segment_ids both say where sequences end; pass one of them")
-    if given is not None:
-        check_tensor("segment_ids", given)
-        if given.shape != shape or given.dtype != torch.int64:
+    if segment_ids is not None:
+        check_tensor("segment_ids", segment_ids)
+        if segment_ids.shape != shape or segment_ids.dtype != torch.int64:
             raise ValueError(
-                f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(given.shape)} {given.dtype}"
+                f"segment_ids must be int64 of the targets' shape {tuple(shape)}; got {tuple(segment_ids.shape)} "
+                f"{segment_ids.dtype}"
             )
-        if not given.numel():
-            return given.reshape(-1), 0
+        if not segment_ids.numel():
+            return segment_ids.reshape(-1), 0
         if torch.compiler.is_compiling():
-            return given.reshape(-1), int(given.max()) + 1
-        low, high = torch.stack(given.aminmax()).tolist()  # one wait for a GPU
+            return segment_ids.reshape(-1), int(segment_ids.max()) + 1
+        low, high = torch.stack(segment_ids.aminmax()).tolist()  # one wait for a GPU
         if low < 0:
             raise ValueError(f"segment_ids holds {low}; sequences are numbered from 0")
-        return given.reshape(-1), high + 1
+        return segment_ids.reshape(-1), high + 1
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
@@ -284,105 +284,66 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         raise ValueError(f"cu_seqlens {cu_seqlens.tolist()[:8]} must rise from 0 to the number of tokens, {total}")
 
 
-def as_normalizer(value: float | Tensor, like: Tensor) -> Tensor:
-    """The denominator as a 0-d tensor of like's dtype and device, without gradient.
+def caller_tokens(
+    flat: Flat,
+    mask: Tensor,
+    spec: PolicySpec,
+    advantages: Tensor,
+    *,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None,
+    weights_name: str = "token_weights",
+) -> Tokens:
+    """The caller's data of a policy loss, flat and in the compute dtype, with sequences if they are known.
 
-    A tensor's value is looked at on a CPU alone: elsewhere looking costs a wait. NaN comes from NaN data, and may pass.
+    Raises TypeError or ValueError naming the argument, also if `spec` needs one that is missing.
     """
-    wrong = "normalizer={} must be positive; it is the global denominator of the loss"
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"normalizer has shape {tuple(value.shape)}; it must be a number or a 0-d tensor")
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and float(value) <= 0:
-            raise ValueError(wrong.format(float(value)))
-        return value.detach().reshape(()).to(like)
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"normalizer={value!r} must be a number or a 0-d tensor")
-    if not value > 0:
-        raise ValueError(wrong.format(value))
-    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+    if not isinstance(spec, PolicySpec):
+        raise TypeError(f"spec={spec!r} must be a PolicySpec, such as PolicySpec.preset('dapo')")
+    check_data("advantages", advantages, flat.targets.device)
+    segments, count = segments_of(flat.shape, cu_seqlens, segment_ids, flat.targets.device)
+    if segments is None:
+        _check_no_sequences(spec, per_segment=advantages.shape != flat.shape)
+    elif advantages.shape != flat.shape:
+        if advantages.dim() == 1 and torch.compiler.is_compiling():  # a graph may know the count only as it runs
+            torch._check(advantages.shape[0] == count, lambda: "advantages must be one a token, or one a segment")
+        elif advantages.shape != (count,):
+            raise ValueError(
+                f"advantages has shape {tuple(advantages.shape)}; it must be {tuple(flat.shape)}, or [{count}], one a segment"
+            )
+        advantages = advantages.detach()[segments].reshape(flat.shape)
+    named = {
+        "advantages": advantages,
+        "old_logprobs": old,
+        "ref_logprobs": ref,
+        weights_name: weights,
+        "rollout_logprobs": rollout,
+    }
+    values = [flat.per_entry(name, value) for name, value in named.items()]
+    if spec.kl_coef and ref is None:
+        raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
+    if spec.correction and (old is None or rollout is None):
+        raise ValueError(f"correction={spec.correction!r} needs old_logprobs and rollout_logprobs")
+    check_off_policy(spec, old, rollout)
+    if segments is None:
+        return Tokens(*values)
+    lengths = torch.zeros(count, dtype=torch.int64, device=mask.device).index_add_(0, segments, mask.to(torch.int64))
+    return Tokens(*values, segments=segments, lengths=lengths)
 
 
-def layout_of(flat: Flat) -> Layout:
-    """The part of an op's tensors that is never differentiated, as the registered ops take it."""
-    return Layout(flat.targets, flat.rows, flat.active, flat.temperature)
-
-
-def with_needs(call: Call, flat: Flat) -> Call:
-    """`call` with what has to be differentiated: looked up here, since inside a Function requires_grad stays True."""
-    hidden, weight, bias, a, b = (
-        torch.is_grad_enabled() and t is not None and t.requires_grad for t in flat.operands()
-    )
-    lora = flat.head.lora
-    check_share(call, flat.hidden.device)
-    call = replace(
-        call,
-        need_hidden=hidden,
-        need_weight=weight,
-        need_bias=bias,
-        need_lora_a=a,
-        need_lora_b=b,
-        lora_scale=1.0 if lora is None else float(lora.scale),
-    )
-    scale = call.config.accumulate_into_grad
-    if scale is None or not weight:
-        return call
-    check_accumulation(flat.head.weight)
-    return replace(call, accumulate_scale=scale)
-
-
-def check_share(call: Call, device: torch.device) -> None:
-    """Raises NotImplementedError naming the option that a head with `parallel` does not have."""
-    share = call.head.share
-    if share is None:
-        return
-    kind, backend = "GatherHidden" if share.gather else "VocabParallel", backends.resolve(call.config.backend, device)
-    refused = None
-    if backend != "cpu":
-        refused = f"backend={backend!r}; the backend that takes shares of a vocabulary is 'cpu'"
-    elif call.config.accumulate_into_grad is not None:
-        refused = "accumulate_into_grad; leave it None"
-    elif call.spec.objective == "clip_cov":
-        refused = "objective='clip_cov', whose random choice would differ between ranks; 'kl_cov' needs none"
-    elif share.gather and call.spec.scope == "batch":
-        refused = f"objective={call.spec.objective!r}, which selects over one rank's call; use VocabParallel"
-    if refused:
-        raise NotImplementedError(f"a head with parallel={kind} does not take {refused}")
-
-
-def check_accumulation(weight: Tensor) -> None:
-    """Raises RuntimeError unless dW may be added to `weight.grad` behind autograd's back, and makes it where there is none.
-
-    It may not where the weight is not a leaf (its gradient belongs to what made it) or not in its compute dtype (.grad would
-    round every sum); where hooks wait for the gradient; where the forward may run twice (activation checkpointing); where several
-    processes may share it (DDP and FSDP reduce it in hooks of their own, which cannot be seen from here); and in a compiled
-    graph.
-    """
-    reason = None
-    if torch.compiler.is_compiling():
-        reason = "a compiled graph may move or repeat it"
-    elif not weight.is_leaf:
-        reason = "weight is not a leaf (under autocast it is a cast copy): pass the parameter itself"
-    elif weight.dtype != compute_dtype(weight.dtype):
-        reason = f"weight is {weight.dtype}, and sums would be rounded to it: pass an fp32 master weight"
-    elif weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-        reason = "hooks on weight wait for its gradient, and would not see this one"
-    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        reason = (
-            "hooks on saved tensors are in force, as under activation checkpointing, which would run this forward again and "
-            "add it twice: keep the loss outside of that"
+def _check_no_sequences(spec: PolicySpec, per_segment: bool) -> None:
+    """Raises ValueError if the loss reads sequences; `per_segment`: its advantages are one a segment."""
+    correction = spec.correction or ""
+    wants = [spec.aggregation] if spec.aggregation.startswith("sequence") else []
+    wants += [f"correction={correction!r}"] if correction.startswith("sequence") else []
+    wants += [f"objective={spec.objective!r} or ratio={spec.ratio!r}"] if spec.scope == "sequence" else []
+    wants += ["off_policy_threshold"] if spec.off_policy_threshold is not None else []
+    wants += ["advantages per segment"] if per_segment else []
+    if wants:
+        raise ValueError(
+            f"{', '.join(wants)}: pass cu_seqlens (or segment_ids), since packed tokens alone do not say where sequences end"
         )
-    elif (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        reason = "several processes run, and DDP or FSDP would not see this gradient"
-    elif weight.grad is not None and (weight.grad.dtype != weight.dtype or not weight.grad.is_contiguous()):
-        reason = (
-            f"weight.grad is {weight.grad.dtype} with strides {weight.grad.stride()}; it must be a plain {weight.dtype}"
-        )
-    if reason:
-        raise RuntimeError(f"accumulate_into_grad cannot be used here: {reason}")
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)

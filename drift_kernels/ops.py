@@ -13,26 +13,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, whole
 from drift_kernels.alignment import check_old_logprobs
-from drift_kernels.autograd import FusedLoss, LinearLogprobs, PointwiseWork, PolicyWork
-from drift_kernels.calls import Call, KernelConfig
+from drift_kernels.autograd import PointwiseWork, PolicyWork, fused_loss, logprobs_of
+from drift_kernels.calls import KernelConfig
 from drift_kernels.closures import check_pointwise
-from drift_kernels.folding import caller_tokens, folded_tokens, own_normalizer, segments_of
+from drift_kernels.folding import folded_tokens, or_one, own_normalizer
 from drift_kernels.formulas import Tokens
 from drift_kernels.head import Head
 from drift_kernels.inputs import (
     IGNORE_INDEX,
-    Flat,
-    as_normalizer,
+    caller_tokens,
     check_cu_seqlens,
-    check_data,
     check_no_tangent,
     check_tensor,
     flatten,
-    layout_of,
-    with_needs,
 )
+from drift_kernels.needs import call_of
 from drift_kernels.outputs import OUTPUTS, POLICY_OUTPUTS, LinearLogprob, LossOutput, check_outputs, policy_metrics
 from drift_kernels.spec import PolicySpec
 from drift_kernels.token_terms import without_saved_hooks
@@ -91,15 +87,8 @@ def linear_logprob(
     wanted = ("logprobs", "entropy") if entropy_gradient else ("logprobs",)
     if config.accumulate_into_grad is not None and torch.is_grad_enabled() and flat.head.weight.requires_grad:
         raise ValueError("accumulate_into_grad is for losses made in one pass; linear_logprob does not know its own")
-    call = with_needs(Call(PolicySpec(), flat.head.options, config, wanted), flat)
-    if backends.resolve(config.backend, hidden.device) == "reference":
-        stats = whole.statistics(flat, call, flat.mask())
-        logprobs, entropy = stats["logprobs"], stats["entropy"]
-        values = {name: stats[name].detach() for name in names}
-    else:
-        logprobs, entropy, stacked = LinearLogprobs.apply(*flat.operands(), layout_of(flat), call, names)
-        values = dict(zip(names, stacked))
-    if entropy_gradient:
+    logprobs, entropy, values = logprobs_of(flat, call_of(flat, PolicySpec(), config, wanted), names)
+    if entropy is not None:
         values["entropy"] = entropy
     return LinearLogprob(logprobs.reshape(flat.shape), flat.unflatten(values))
 
@@ -128,11 +117,12 @@ def weighted_cross_entropy(
     flat = flatten(hidden, head, targets, rows, active)
     weights = flat.per_entry("token_weights", token_weights)
     names = check_outputs(outputs, OUTPUTS)
-    call = with_needs(Call(PolicySpec(objective="reinforce"), flat.head.options, config, names), flat)
     mask = flat.mask()
     if normalizer is None:
-        normalizer = flat.or_one(mask.sum() if weights is None else torch.where(mask, weights, 0.0).sum())
-    loss, values = _policy(flat, Tokens(weights=weights), call, normalizer)
+        total = mask if weights is None else torch.where(mask, weights, 0.0)
+        normalizer = or_one(total.sum(), flat.dtype)
+    call = call_of(flat, PolicySpec(objective="reinforce"), config, names)
+    loss, values = fused_loss(flat, PolicyWork(Tokens(weights=weights), call), normalizer)
     result = LossOutput(loss, flat.unflatten(values))
     if "logprobs" in names:
         result.metrics["nll"] = (-values["logprobs"].sum(), mask.sum())
@@ -182,22 +172,30 @@ def policy_loss(
     flat = flatten(hidden, head, targets, rows, active)
     names = check_outputs(outputs, POLICY_OUTPUTS)
     mask = flat.mask()
-    check_data("advantages", advantages, flat.targets.device)
-    segments, count = segments_of(flat, spec, advantages, cu_seqlens, segment_ids)
-    data = caller_tokens(flat, segments, count, advantages, old_logprobs, ref_logprobs, rollout_logprobs, token_weights)
-    if old_logprobs is not None:
-        warn_if_token_aligned(flat, mask, old_logprobs, config)
-    tokens, factor = folded_tokens(flat, mask, segments, count, data, spec)
+    data = caller_tokens(
+        flat,
+        mask,
+        spec,
+        advantages,
+        old=old_logprobs,
+        ref=ref_logprobs,
+        rollout=rollout_logprobs,
+        weights=token_weights,
+        cu_seqlens=cu_seqlens,
+        segment_ids=segment_ids,
+    )
+    tokens, factor = folded_tokens(data, mask, spec)
     if spec.objective == "clip_cov":
         noise = torch.rand(mask.shape, generator=generator, dtype=flat.dtype, device=mask.device)
         tokens = replace(tokens, noise=noise)
+    if normalizer is None:
+        normalizer = own_normalizer(data, mask, spec, flat.dtype)
     # metrics take "clipped" from the rows that train; a caller who asks for it reads every row, as for any output
     dense = ("ratio",) if "clipped" in names else ()
     wanted = tuple(dict.fromkeys((*names, "clipped", *dense)))
-    call = with_needs(Call(spec, flat.head.options, config, wanted), flat)
-    if normalizer is None:
-        normalizer = own_normalizer(flat, mask, segments, count, spec)
-    loss, values = _policy(flat, tokens, call, normalizer)
+    call = call_of(flat, spec, config, wanted)
+    check_old_logprobs(flat, mask, data.old, call)
+    loss, values = fused_loss(flat, PolicyWork(tokens, call), normalizer)
     metrics = policy_metrics(values, mask, names, factor, data.weights)
     return LossOutput(loss, flat.unflatten({name: values[name] for name in names}), metrics)
 
@@ -235,34 +233,8 @@ def pointwise_loss(
     with without_saved_hooks():
         check_pointwise(fn, tuple(t[mask] for t in tensors), int(mask.sum()), flat.dtype)
     names = check_outputs(outputs, OUTPUTS)
-    call = with_needs(Call(PolicySpec(), flat.head.options, config, names), flat)
-    denominator = as_normalizer(
-        flat.or_one(mask.sum()) if normalizer is None else normalizer, flat.hidden.new_empty((), dtype=flat.dtype)
-    )
-    if backends.resolve(config.backend, hidden.device) == "reference":
-        stats = whole.statistics(flat, call, mask)
-        losses = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
-        return LossOutput(losses.sum() / denominator, flat.unflatten({name: stats[name].detach() for name in names}))
-    loss, values = FusedLoss.apply(*flat.operands(), PointwiseWork(layout_of(flat), fn, tensors, denominator, call))
-    return LossOutput(loss, flat.unflatten(dict(zip(names, values))))
-
-
-def _policy(flat: Flat, tokens: Tokens, call: Call, normalizer: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and per-token outputs flat by name."""
-    denominator = as_normalizer(normalizer, flat.hidden.new_empty((), dtype=flat.dtype))
-    if backends.resolve(call.config.backend, flat.hidden.device) == "reference":
-        return whole.policy(flat, tokens, call, denominator)
-    loss, stacked = FusedLoss.apply(*flat.operands(), PolicyWork(layout_of(flat), tokens, denominator, call))
-    return loss, dict(zip(call.outputs, stacked))
-
-
-def warn_if_token_aligned(flat: Flat, mask: Tensor, old: Tensor, config: KernelConfig) -> None:
-    """`check_old_logprobs` of a call; not with `rows`, whose entries need not follow each other, or a temperature of each row."""
-    if flat.temperature is not None or flat.rows is not None:
-        return
-
-    def logprobs_of(entries: Tensor) -> Tensor:
-        scratch = KernelConfig(backend=config.backend, workspace_bytes=config.workspace_bytes)
-        return linear_logprob(flat.hidden[entries], flat.head, flat.targets[entries], config=scratch).logprobs
-
-    check_old_logprobs(old.reshape(-1), mask, flat.shape, logprobs_of)
+    if normalizer is None:
+        normalizer = or_one(mask.sum(), flat.dtype)
+    work = PointwiseWork(fn, tensors, call_of(flat, PolicySpec(), config, names))
+    loss, values = fused_loss(flat, work, normalizer)
+    return LossOutput(loss, flat.unflatten(values))

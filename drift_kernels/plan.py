@@ -150,8 +150,8 @@ def check_temperature(kept: Tensor | None) -> None:
         raise ValueError(f"temperature holds {float(kept.min())}; it must be positive: score greedy samples with 1.0")
 
 
-def check_finite(tokens: Tokens) -> None:
-    """ValueError naming the first of `tokens` (of the entries that count) that holds a NaN or an infinity."""
+def check_finite(tokens: Tokens, entries: Tensor | slice = slice(None)) -> None:
+    """ValueError naming the first of `tokens` that holds a NaN or an infinity at `entries`, those that count."""
     values = {
         "advantages": tokens.advantages,
         "old_logprobs": tokens.old,
@@ -160,8 +160,8 @@ def check_finite(tokens: Tokens) -> None:
         "token_weights": tokens.weights,
     }
     for name, value in values.items():
-        if value is not None and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).sum())
+        bad = 0 if value is None else int((~torch.isfinite(value[entries])).sum())
+        if bad:
             raise ValueError(
                 f"{name} has {bad} non-finite values on rows that count; mask them with ignore_index or weight 0"
             )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import formulas
-from drift_kernels.inputs import check_off_policy
-from drift_kernels.inputs import segment_ids as segments_of
+from drift_kernels.inputs import check_off_policy, segments_of
 from drift_kernels.spec import PolicySpec
 
 

@@ -18,7 +18,6 @@ from drift_kernels.calls import BACKENDS, KERNEL_BACKENDS
 ROOT = Path(__file__).parent.parent
 KERNELS = [
     "native",
-    "alignment",
     "checks",
     "spec",
     "distill_spec",
@@ -32,7 +31,8 @@ KERNELS = [
 KERNELS += ["outputs", "parallel", "collectives", "head", "backends", "inputs", "folding", "closures", "teachers"]
 KERNELS += ["memory", "products", "token_terms", "pieces", "cpu_sweep", "shares", "gpu_sweep", "sweeps"]
 KERNELS += ["driver", "distill_driver", "gathered"]
-KERNELS += ["registered", "scored", "autograd", "whole", "ops", "distill_ops", "testing", "conversation", "packs"]
+KERNELS += ["registered", "scored", "needs", "reference", "autograd", "alignment", "ops", "distill_ops"]
+KERNELS += ["testing", "conversation", "packs"]
 KERNELS += ["adapters"]
 TRAINER = [  # lowest first; wings of one level never import each other
     {"files", "interrupts", "shipped", "threads"},

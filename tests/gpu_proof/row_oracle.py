@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from drift_kernels.backends import reference
+from drift_kernels import reference
 from drift_kernels.backends.contract import Chunk
 from drift_kernels.calls import HeadOptions
 from drift_kernels.formulas import Tokens

@@ -7,7 +7,7 @@ import pytest
 import torch
 from row_oracle import exact, make_rows, per_entry
 
-from drift_kernels.backends import reference
+from drift_kernels import reference
 from drift_kernels.backends import triton as backend
 from drift_kernels.backends.contract import Chunk
 from drift_kernels.backends.params import ROW_OUTPUTS

@@ -1,19 +1,124 @@
-"""Whole ops in plain torch: full [T, V] logits, and autograd does the rest. The oracle; any device, any float dtype.
+"""The ops in plain torch: whole [T, V] logits, and autograd does the rest. The oracle; any device, any float dtype.
 
-fp16 and bf16 inputs are widened to fp32 first, as every backend does; fp64 stays fp64.
+fp16 and bf16 inputs are widened to fp32 first, as every backend does; fp64 stays fp64. First the ops on a caller's flat tensors,
+then their arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from drift_kernels import divergences, formulas
-from drift_kernels.calls import HeadOptions
+from drift_kernels import distill_driver, divergences, formulas
+from drift_kernels.calls import Call, DistillCall, HeadOptions
 from drift_kernels.distill_spec import DistillSpec
-from drift_kernels.divergences import TeacherTensors
+from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import Tokens
+from drift_kernels.inputs import Flat
+from drift_kernels.plan import check_finite, check_targets, check_temperature, counting, distillation_rows
 from drift_kernels.spec import PolicySpec
+from drift_kernels.tensors import Inputs
+
+
+def student_logits(flat: Flat, call: Call, mask: Tensor) -> Tensor:
+    """Logits [T, V] of the hidden rows that the entries in `mask` [N] read; of zeros elsewhere."""
+    check_targets(flat.targets[mask], flat.head.vocabulary, call.head.ignore_index)
+    read = mask
+    if flat.rows is not None:
+        read = torch.zeros_like(flat.hidden[:, 0], dtype=torch.bool).index_fill(0, flat.rows[mask], True)
+    check_temperature(None if flat.temperature is None else flat.temperature[read])
+    hidden = torch.where(read[:, None], flat.hidden, 0.0)  # so that a masked NaN reaches nothing
+    _, weight, bias, a, b = flat.operands()
+    weight = merged(weight, a, b, call.lora_scale, flat.dtype)
+    return logits(hidden, weight, bias, flat.temperature, call.head)
+
+
+def linear_logprob(flat: Flat, call: Call, mask: Tensor) -> dict[str, Tensor]:
+    """Per-entry statistics [N] by name, differentiable."""
+    return statistics(student_logits(flat, call, mask), flat.targets, flat.rows, mask)
+
+
+def policy_loss(flat: Flat, tokens: Tokens, call: Call, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `autograd.PolicyWork`: the loss, and the call's outputs [N] by name."""
+    mask = flat.mask()
+    if call.config.check_finite:
+        check_finite(tokens, counting(flat.targets, flat.active, tokens, call))
+    read = counting(flat.targets, flat.active, replace(tokens, advantages=None), replace(call, outputs=()))
+    stats = linear_logprob(flat, call, read)
+    terms = policy(stats, read, tokens, call.spec)
+    loss = terms["loss"].sum() / normalizer
+    if bool(
+        (read != mask).any()
+    ):  # outputs are of every unmasked entry; a NaN of one without a weight reaches no gradient
+        with torch.no_grad():
+            stats = linear_logprob(flat, call, mask)
+            terms = policy(stats, mask, tokens, call.spec)
+    return loss, {name: (stats | terms)[name].detach() for name in call.outputs}
+
+
+def pointwise_loss(
+    flat: Flat, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], call: Call, normalizer: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `autograd.PointwiseWork`: the loss, and the call's outputs [N] by name."""
+    mask = flat.mask()
+    stats = linear_logprob(flat, call, mask)
+    losses = fn(stats["logprobs"][mask], *(t[mask] for t in tensors))
+    return losses.sum() / normalizer, {name: stats[name].detach() for name in call.outputs}
+
+
+def distill_loss(
+    flat: Flat,
+    teacher: TeacherTensors,
+    tokens: Tokens,
+    lessons: DistillTokens,
+    call: DistillCall,
+    normalizer: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `autograd.DistillWork`: the loss, and the call's outputs [N] by name."""
+    options = call.student
+    x = Inputs(flat.hidden, flat.head.weight, flat.head.bias, flat.targets, None, flat.active, flat.temperature, tokens)
+    student_reads, taught = distillation_rows(x, lessons, call)
+    if options.config.check_finite:
+        check_finite(tokens, student_reads)
+        check_finite(Tokens(weights=lessons.weights), student_reads)
+    z = student_logits(flat, options, student_reads)
+    stats = statistics(z, flat.targets, None, student_reads)
+    teacher_z, teacher_stats = None, {}
+    if teacher.hidden is not None:
+        teacher_z = _teacher_logits(teacher, taught, flat, call)
+        teacher_stats = statistics(teacher_z, flat.targets, None, taught)
+    seen, nothing = {name: value.detach() for name, value in stats.items()}, flat.hidden.new_zeros(1, dtype=flat.dtype)
+    lessons = replace(lessons, taught=taught)
+    weights, factor, values = distill_driver.weigh(seen, teacher_stats, (nothing, nothing), tokens, lessons, call)
+    divergence = distillation(z, stats, teacher_z, teacher, taught.nonzero().squeeze(1), call.distill)
+    loss = torch.where(weights != 0, weights * divergence, 0.0)
+    if call.policy:
+        if factor is not None:
+            tokens = replace(tokens, weights=factor if tokens.weights is None else tokens.weights * factor)
+        terms = policy(stats, student_reads, tokens, options.spec)
+        loss, values = loss + terms.pop("loss"), values | terms
+    values = stats | values | {f"teacher_{name}": value for name, value in teacher_stats.items()}
+    values["divergence"] = divergence
+    return loss.sum() / normalizer, {name: values[name].detach() for name in options.outputs}
+
+
+def topk_logprobs(flat: Flat, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """As the op `top_k`, without gradient."""
+    mask = flat.mask()
+    with torch.no_grad():
+        return top_k(student_logits(flat, call, mask), k, mask)
+
+
+def _teacher_logits(teacher: TeacherTensors, taught: Tensor, flat: Flat, call: DistillCall) -> Tensor:
+    assert teacher.hidden is not None
+    assert teacher.weight is not None
+    check_temperature(None if teacher.temperature is None else teacher.temperature[taught])
+    hidden = torch.where(taught[:, None], teacher.hidden, 0.0)
+    weight = merged(teacher.weight, teacher.lora_a, teacher.lora_b, call.teacher_lora_scale, flat.dtype)
+    return logits(hidden, weight, teacher.bias, teacher.temperature, call.teacher)
 
 
 def logits(
@@ -84,7 +189,7 @@ def distillation(
     where: Tensor,
     spec: DistillSpec,
 ) -> Tensor:
-    """The divergence of each row [T], zero but at the rows `where` [n] int64; differentiable through logits `z` [T, V]."""
+    """The divergence of each row [T], zero outside the rows `where` [n] int64; differentiable through logits `z` [T, V]."""
     z, V = z[where], z.shape[1]
     if teacher.sampled is not None:
         values = divergences.sampled(stats["logprobs"][where], teacher.sampled[where])
