@@ -67,11 +67,11 @@ def reduce_rows(values: Tensor, counts: list[int], share: Share) -> Tensor:
 
 def checksum(tensors: Iterable[Tensor | None]) -> int:
     """Of the bytes of tensors on a CPU."""
-    found = 0
+    crc = 0
     for tensor in tensors:
         if tensor is not None:
-            found = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
-    return found
+            crc = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 def agree(numbers: list[int], same: str, share: Share) -> list[list[int]]:

@@ -90,7 +90,7 @@ def inspect_rows(
             f"markers are of {sorted(markers)}, but {sorted(trained_roles)} may be trained: name those too"
         )
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    made = []
+    inspected = []
     ids, labels, kept_in = _same_shape(ids, labels, attention_mask)
     if _is_mask(ids, labels):
         labels = [row.bool() for row in labels]
@@ -102,17 +102,18 @@ def inspect_rows(
         if marks.dtype != torch.bool and bool((marks != row)[trained].any()):
             problems.append("labels are other tokens than those in their places (shifted already?)")
         roles, begins = _roles(row.tolist(), markers or {})
-        found = Row(row.tolist(), trained.tolist(), roles, (), begins)
-        problems += _problems(found, set(trained_roles), ends)
-        made.append(replace(found, problems=tuple(problems)))
-    return made
+        example = Row(row.tolist(), trained.tolist(), roles, (), begins)
+        problems += _problems(example, set(trained_roles), ends)
+        inspected.append(replace(example, problems=tuple(problems)))
+    return inspected
 
 
 def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list[int]]:
     """{role: ids that a turn of it begins with}, read off a tokenizer's chat template: the first line that stands before it.
 
     Left out are roles that the template refuses, ignores, or shows as another (a tool's turns often are a user's). Raises
-    ValueError where user or assistant turns have no beginning of their own; then `markers` are the caller's to name.
+    ValueError if user or assistant turns have no beginning of their own; then `markers` are the caller's to name. An error
+    other than the template's refusal is raised as it is: a tokenizer without a template, say.
     """
     markers: dict[str, list[int]] = {}
     for role in sorted(roles, key=lambda role: role not in ("user", "assistant")):  # others may look like a user
@@ -120,7 +121,7 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
         messages = [{"role": name, "content": text} for name, text in (*before, (role, "QZC"))]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # a template refuses a role in words of its own
+        except _refusals():
             continue
         head = text.partition("QZC")[0]
         for end in [tokenizer.eos_token, *(text for _, text in before)]:
@@ -134,6 +135,12 @@ def role_markers(tokenizer: Any, roles: Sequence[str] = ROLES) -> dict[str, list
             f"the chat template begins turns with {markers}: not user and assistant; name `markers` yourself"
         )
     return markers
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """The error by which a chat template refuses a role; jinja2 is loaded if a template has run."""
+    jinja2 = sys.modules.get("jinja2")
+    return () if jinja2 is None else (jinja2.TemplateError,)
 
 
 def _same_shape(ids: Any, labels: Any, mask: Any) -> tuple[list[Tensor], ...]:
@@ -181,9 +188,9 @@ def _roles(ids: list[int], markers: Markers) -> tuple[list[str | None], frozense
 def _problems(row: Row, allowed: set[str], ends: set[int]) -> Iterator[str]:
     if not any(row.trained):
         yield "nothing is trained"
-    known = [role for role, trained in zip(row.roles, row.trained) if trained and role is not None]
-    for role in dict.fromkeys(role for role in known if role not in allowed):
-        yield f"{known.count(role)} trained tokens are in a turn of {role}"
+    trained_roles = [role for role, trained in zip(row.roles, row.trained) if trained and role is not None]
+    for role in dict.fromkeys(role for role in trained_roles if role not in allowed):
+        yield f"{trained_roles.count(role)} trained tokens are in a turn of {role}"
     for start, stop in _turns(row) if ends else ():
         last = max(place for place in range(start, stop) if row.trained[place])
         if row.ids[last] not in ends:

@@ -256,22 +256,25 @@ def _check_importance(spec: DistillSpec, old: Tensor | None) -> None:
         raise ValueError(f"importance_clip={spec.importance_clip} needs old_logprobs")
 
 
-def _lessons(flat: Flat, mask: Tensor, weights: Tensor | None, coef: float, taught: Tensor | None) -> DistillTokens:
-    given = flat.per_entry("distill_weights", weights)
+def _lessons(
+    flat: Flat, mask: Tensor, distill_weights: Tensor | None, coef: float, has_teacher: Tensor | None
+) -> DistillTokens:
+    weights = flat.per_entry("distill_weights", distill_weights)
     if not isinstance(coef, (int, float)) or not math.isfinite(coef):
         raise ValueError(
             f"distill_coef={coef!r} must be a finite number; what differs by token goes into distill_weights"
         )
     if coef != 1:
-        given = (torch.ones(mask.shape, dtype=flat.dtype, device=mask.device) if given is None else given) * coef
-    if taught is not None:
-        check_tensor("has_teacher", taught)
-        if taught.dtype != torch.bool or taught.shape != flat.shape:
+        weights = (torch.ones(mask.shape, dtype=flat.dtype, device=mask.device) if weights is None else weights) * coef
+    if has_teacher is not None:
+        check_tensor("has_teacher", has_teacher)
+        if has_teacher.dtype != torch.bool or has_teacher.shape != flat.shape:
             raise ValueError(
-                f"has_teacher must be bool of the targets' shape {tuple(flat.shape)}; got {tuple(taught.shape)} {taught.dtype}"
+                f"has_teacher must be bool of the targets' shape {tuple(flat.shape)}; got {tuple(has_teacher.shape)} "
+                f"{has_teacher.dtype}"
             )
-        taught = taught.reshape(-1)
-    return DistillTokens(given, taught)
+        has_teacher = has_teacher.reshape(-1)
+    return DistillTokens(weights, has_teacher)
 
 
 def _explored(

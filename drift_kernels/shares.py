@@ -221,13 +221,13 @@ class ShareKernels:
         """As the contract has it; gathers 4·(k + 1) bytes a row."""
         n, where = len(ids), _rows_of_teacher(teacher_rows, len(ids))
         own, columns = self._own(ids)
-        found = logits.new_full((n, ids.shape[1] + 1), -torch.inf)
+        own_part = logits.new_full((n, ids.shape[1] + 1), -torch.inf)
         for part in self._blocks(n, logits):
             rows = _log_probs(logits[where[part]], lse, lse_low, where[part])
-            found[part, :-1] = torch.where(own[part], rows.gather(1, columns[part].clamp(min=0)), -torch.inf)
+            own_part[part, :-1] = torch.where(own[part], rows.gather(1, columns[part].clamp(min=0)), -torch.inf)
             if rest:
-                found[part, -1] = self._masked(rows, own[part], columns[part], -torch.inf).logsumexp(1)
-        parts = collectives.gather(found if rest else found[:, :-1], self.share)
+                own_part[part, -1] = self._masked(rows, own[part], columns[part], -torch.inf).logsumexp(1)
+        parts = collectives.gather(own_part if rest else own_part[:, :-1], self.share)
         if not rest:
             return parts.max(0).values, None
         return parts[..., :-1].max(0).values, parts[..., -1].logsumexp(0)

@@ -39,15 +39,15 @@ class Support:
     def check(self) -> str:
         """The installed version. Raises ImportError naming the pip command where there is none that is supported."""
         try:
-            found = importlib.metadata.version(self.package)
+            installed = importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             raise ImportError(f"this adapter needs {self}: {self.pip}") from None
         from packaging.version import Version  # comes with every trainer there is an adapter for
 
         # a development version of a release counts as that release: its seam is looked at anyway
-        if not Version(self.minimum) <= Version(Version(found).base_version) < Version(self.below):
-            raise ImportError(f"{self.package} {found} is not supported; this adapter needs {self}: {self.pip}")
-        return found
+        if not Version(self.minimum) <= Version(Version(installed).base_version) < Version(self.below):
+            raise ImportError(f"{self.package} {installed} is not supported; this adapter needs {self}: {self.pip}")
+        return installed
 
     def seam(self, module: str, name: str) -> Any:
         """The attribute `name` of `module`, which an adapter replaces; RuntimeError where this version lacks it."""
@@ -93,8 +93,8 @@ def wrap_forward(model: nn.Module, around: Callable[..., Any]) -> None:
 
     On the instance, since PEFT calls `forward` without hooks; bound to it, so that a copy of the model calls itself.
     """
-    found = model.forward
-    before = getattr(found, "__func__", None) or (lambda _, *args, **kwargs: found(*args, **kwargs))
+    bound = model.forward
+    before = getattr(bound, "__func__", None) or (lambda _, *args, **kwargs: bound(*args, **kwargs))
 
     @functools.wraps(before)  # generate() reads the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

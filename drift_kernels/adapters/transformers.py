@@ -102,7 +102,7 @@ class _Captured:
     config: dk.KernelConfig
     hidden: Tensor | None = None  # [B, L, D]
     version: int = 0  # of hidden, as the head was given it
-    given: Tensor | None = None  # what the model made of the head's output
+    head_output: Tensor | None = None  # what the model made of the head's output
     used: bool = False  # whether the model asked for the loss
 
     def loss(self, model: Any, labels: Any, shift_labels: Any, num_items: Any, ignore_index: int) -> Tensor:
@@ -235,7 +235,7 @@ class _Patch:
         if call.passing and isinstance(outputs, dict):
             return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
         if call.passing:
-            return tuple(None if item is call.given else item for item in outputs)
+            return tuple(None if item is call.head_output else item for item in outputs)
         return outputs
 
     @not_compiled
@@ -275,7 +275,7 @@ class _Patch:
         hidden, reading = call.hidden, verify(self.model)
         softcap, scale = reading.softcap, reading.logit_scale
         assert hidden is not None
-        call.given = output
+        call.head_output = output
         if output.shape != hidden.shape or _version(hidden) != call.version:
             accepted = False
         elif output is hidden:

@@ -73,8 +73,8 @@ def choose(vocabulary: int, twice: bool, shared_bytes: int, clusters: bool, pair
     while threads < 512 and threads * 16 < vocabulary // cluster:
         threads *= 2
     chosen = {"threads": threads, "cluster": cluster, "on_chip": on_chip}
-    found = tuning("cuda", (*chosen, PAIR))
-    own = found.get(PAIR, {}) if pair else {name: value for name, value in found.items() if name != PAIR}
+    measured = tuning("cuda", (*chosen, PAIR))
+    own = measured.get(PAIR, {}) if pair else {name: value for name, value in measured.items() if name != PAIR}
     if not isinstance(own, dict) or not own.keys() <= chosen.keys():
         raise ValueError(f"{VARIABLE}: 'cuda': {PAIR!r} is {own!r}; it takes {', '.join(chosen)}")
     return Launch(**chosen | own)

@@ -59,7 +59,7 @@ def merge(
         "mean_logits": lambda: sz.sum(0) / vocabulary,
         "log_sum_sq_probs": lambda: s2.log() - 2 * log_s0,
     }
-    found = {name: make() for name, make in of_rows.items() if name in want}
+    statistics = {name: make() for name, make in of_rows.items() if name in want}
     if row_ptr is not None:
         owner = torch.arange(len(lse), device=lse.device)
         owner = torch.repeat_interleave(owner, row_ptr.diff(), output_size=len(targets))
@@ -67,7 +67,7 @@ def merge(
     z = torch.where(targets < vocabulary, partials.at_target.max(0).values, float("nan"))
     if "logprobs" in want:
         lp = (z - lse) - low
-        found["logprobs"] = torch.where((targets < 0) | (lp > 0), 0.0, lp)
+        statistics["logprobs"] = torch.where((targets < 0) | (lp > 0), 0.0, lp)
     if "is_top1" in want:
-        found["is_top1"] = ((targets >= 0) & (z >= top)).to(lse.dtype)
-    return found
+        statistics["is_top1"] = ((targets >= 0) & (z >= top)).to(lse.dtype)
+    return statistics

@@ -52,6 +52,9 @@ def test_markers_come_from_the_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     with pytest.raises(ValueError, match="not user and assistant"):
         role_markers(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat_template is not set"):
+        role_markers(tokenizer)
 
 
 def test_a_conversation_as_it_should_be_is_drawn(tokenizer):

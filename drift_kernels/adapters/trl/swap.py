@@ -74,7 +74,7 @@ class FusedLogProb:
         if not torch.is_autocast_enabled(hidden.device.type):  # else the op casts, as TRL does
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        found = dk.linear_logprob(
+        scores = dk.linear_logprob(
             hidden,
             dk.Head(
                 weight, bias=bias, temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale
@@ -84,10 +84,10 @@ class FusedLogProb:
             outputs=tuple(name for name in OPTIONAL[1:] if name in outputs),
             config=cls.config,
         )
-        entropy = None if found.entropy is None else found.entropy.float()
-        squares, mean, top = (found.outputs.get(name) for name in OPTIONAL[1:])
+        entropy = None if scores.entropy is None else scores.entropy.float()
+        squares, mean, top = (scores.outputs.get(name) for name in OPTIONAL[1:])
         return (
-            found.logprobs.float(),
+            scores.logprobs.float(),
             entropy,
             None if squares is None else squares.float(),
             None if mean is None else mean.float(),

@@ -32,7 +32,7 @@ def _score(
         raise NotImplementedError("a temperature per sample is not supported by verl's fused kernels, nor here")
     if isinstance(weight, DTensor):
         weight = _gathered(weight)
-    found = dk.linear_logprob(
+    scores = dk.linear_logprob(
         hidden,
         dk.Head(
             weight.to(hidden.dtype) if not torch.is_autocast_enabled(hidden.device.type) else weight,
@@ -42,8 +42,8 @@ def _score(
         entropy_gradient=True,
         config=config,
     )
-    assert found.entropy is not None
-    return found.logprobs, found.entropy
+    assert scores.entropy is not None
+    return scores.logprobs, scores.entropy
 
 
 def _gathered(weight: DTensor) -> Tensor:

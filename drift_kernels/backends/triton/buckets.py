@@ -242,7 +242,7 @@ def grad_buckets_kernel(
     row = tl.program_id(0).to(tl.int64)
     j = row if taught is None else tl.load(taught + row)
     named = j >= 0
-    its = tl.maximum(j, 0)
+    teacher_row = tl.maximum(j, 0)
     inv = inverse if inverses is None else tl.load(inverses + row)
     P = 0.0 if lse_coefs is None else -tl.load(lse_coefs + row)
     E = None if entropy_coefs is None else tl.load(entropy_coefs + row)
@@ -254,20 +254,20 @@ def grad_buckets_kernel(
         P += coef
         alive = alive | (coef != 0)
     slopes = tl.zeros([ENTRIES], tl.float32)
-    some = tl.zeros([ENTRIES], tl.int32)
+    nonzero = tl.zeros([ENTRIES], tl.int32)
     for a in range(0, tl.where(named, k, 0), ENTRIES):
         entry = a + tl.arange(0, ENTRIES)
-        slope = tl.load(dlogprobs + its * k + entry, mask=entry < k, other=0.0)
+        slope = tl.load(dlogprobs + teacher_row * k + entry, mask=entry < k, other=0.0)
         slopes += slope
-        some |= (slope != 0).to(tl.int32)
+        nonzero |= (slope != 0).to(tl.int32)
     P_kept = P + tl.sum(slopes, axis=0)
     P_rest = P_kept
-    trained = named & (tl.max(some, axis=0) != 0)
+    trained = named & (tl.max(nonzero, axis=0) != 0)
     if drest is not None:
-        d = tl.load(drest + its, mask=named, other=0.0)
+        d = tl.load(drest + teacher_row, mask=named, other=0.0)
         trained = trained | (d != 0)
         # A token of the rest gets its share of d, p / rest; d − d / rest in one, since it cancels.
-        share = tl.minimum(expm1(-tl.load(rest + its, mask=named, other=0.0)), HUGE)
+        share = tl.minimum(expm1(-tl.load(rest + teacher_row, mask=named, other=0.0)), HUGE)
         P_rest = tl.where(d != 0, tl.maximum(tl.minimum(P_kept - d * share, HUGE), -HUGE), P_kept)
         P_kept += d
     tl.store(live + row, (alive | trained).to(tl.uint8))
@@ -275,7 +275,8 @@ def grad_buckets_kernel(
     if trained:
         write_buckets(
             x + row * stride, out + row * out_stride, bias, V, scale, cap, inv, tl.load(lse + row), low, P_kept, P_rest,
-            E, H, target, coef, ordered_ids + its * k, dlogprobs + its * k, edges + its * (blocks + 1), BLOCK,
+            E, H, target, coef, ordered_ids + teacher_row * k, dlogprobs + teacher_row * k,
+            edges + teacher_row * (blocks + 1), BLOCK,
         )  # fmt: skip
     else:
         write_gradient(

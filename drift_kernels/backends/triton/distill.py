@@ -37,13 +37,13 @@ def kl_terms(log_s, log_t, alpha, KIND: tl.constexpr):
     s = tl.exp(log_s)
     t = tl.exp(log_t)
     if KIND == FORWARD:
-        mine, its = tl.zeros_like(s), tl.where(t != 0, t * (log_t - log_s), 0.0)
+        of_student, of_teacher = tl.zeros_like(s), tl.where(t != 0, t * (log_t - log_s), 0.0)
     elif KIND == REVERSE:
-        mine, its = tl.where(s != 0, s * (log_s - log_t), 0.0), tl.zeros_like(s)
+        of_student, of_teacher = tl.where(s != 0, s * (log_s - log_t), 0.0), tl.zeros_like(s)
     else:
         of_s, of_t = against_mixture(log_s, log_t, alpha)
-        mine, its = tl.where(s != 0, s * of_s, 0.0), tl.where(t != 0, t * of_t, 0.0)
-    return mine, its
+        of_student, of_teacher = tl.where(s != 0, s * of_s, 0.0), tl.where(t != 0, t * of_t, 0.0)
+    return of_student, of_teacher
 
 
 @triton.jit
@@ -57,9 +57,9 @@ def divergences(
     for start in range(0, V, BLOCK):
         log_s = (block_at(x, bias, start, V, scale, cap, inverse, BLOCK) - lse) - low
         log_t = (block_at(y, y_bias, start, V, y_scale, y_cap, y_inverse, BLOCK) - y_lse) - y_low
-        mine, its = kl_terms(log_s, log_t, alpha, KIND)
-        a += mine
-        b += its
+        of_student, of_teacher = kl_terms(log_s, log_t, alpha, KIND)
+        a += of_student
+        b += of_teacher
     return tl.sum(a, axis=0), tl.sum(b, axis=0)
 
 
@@ -102,17 +102,17 @@ def fused_distill_kernel(
     row = tl.program_id(0).to(tl.int64)
     j = row if taught is None else tl.load(taught + row)
     named = j >= 0
-    its = tl.maximum(j, 0)
-    at, at_y = x + row * stride, y + its * y_stride
+    teacher_row = tl.maximum(j, 0)
+    at, at_y = x + row * stride, y + teacher_row * y_stride
     inv = inverse if inverses is None else tl.load(inverses + row)
-    y_inv = y_inverse if y_inverses is None else tl.load(y_inverses + its, mask=named, other=1.0)
+    y_inv = y_inverse if y_inverses is None else tl.load(y_inverses + teacher_row, mask=named, other=1.0)
     row_lse = tl.load(lse + row)
     row_low = 0.0 if lse_low is None else tl.load(lse_low + row)
-    its_lse = tl.load(y_lse + its, mask=named, other=0.0)
-    its_low = 0.0 if y_lse_low is None else tl.load(y_lse_low + its, mask=named, other=0.0)
+    teacher_lse = tl.load(y_lse + teacher_row, mask=named, other=0.0)
+    teacher_low = 0.0 if y_lse_low is None else tl.load(y_lse_low + teacher_row, mask=named, other=0.0)
     kl, kl_t = divergences(
         at, at_y, bias, y_bias, tl.where(named, V, 0), scale, cap, inv, row_lse, row_low, y_scale, y_cap, y_inv,
-        its_lse, its_low, alpha, KIND, BLOCK,
+        teacher_lse, teacher_low, alpha, KIND, BLOCK,
     )  # fmt: skip
     if KIND == FORWARD:
         value = kl_t
@@ -120,7 +120,7 @@ def fused_distill_kernel(
         value = kl
     else:
         value = (1.0 - alpha) * kl + alpha * kl_t
-    tl.store(divergence + its, value, mask=named)
+    tl.store(divergence + teacher_row, value, mask=named)
     if GRADIENT:
         weight = tl.where(named, tl.load(weights + row), 0.0)
         P = 0.0 if lse_coefs is None else -tl.load(lse_coefs + row)
@@ -136,7 +136,7 @@ def fused_distill_kernel(
         if weight != 0:
             write_taught(
                 at, at_y, out + row * out_stride, bias, y_bias, V, scale, cap, inv, row_lse, row_low,
-                y_scale, y_cap, y_inv, its_lse, its_low, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
+                y_scale, y_cap, y_inv, teacher_lse, teacher_low, weight, kl, alpha, P, E, H, target, coef, KIND, BLOCK,
             )  # fmt: skip
         else:
             write_gradient(

@@ -31,13 +31,13 @@ PROGRAMS = 264  # enough for two on each multiprocessor of an H100
 def tile(operand, stride, first, k, count, D, SIZE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
     """[SIZE, DEPTH] of an operand's rows from `first` and columns from `k`, zeros outside of it."""
     if TMA:
-        found = operand.load([first, k])
+        block = operand.load([first, k])
     else:
         rows = first + tl.arange(0, SIZE)
         cols = k + tl.arange(0, DEPTH)
         inside = (rows < count)[:, None] & (cols < D)[None, :]
-        found = tl.load(operand + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)
-    return found
+        block = tl.load(operand + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+    return block
 
 
 @triton.jit
