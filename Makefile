@@ -26,8 +26,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_problems.py runs/smollm2-problems.jsonl
 	$(BIN)/drift run configs/smollm2.yaml
 
+# A process a core: each test computes with one thread.
+PYTEST := python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 # The kernels, and the trainer up to its online loop.
 test-gate: $(VENV)/.dev
@@ -153,17 +156,18 @@ $(VENV)/.torch:
 $(VERL)/.torch:
 	$(call with_torch,$(VERL))
 
+# Each installs all of the one before, so that the extensions are compiled once, whichever is asked for.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[train,lora]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[train,lora,dev]"
-	@touch $@
+	@touch $(VENV)/.installed $@
 
-$(VENV)/.peers: $(VENV)/.dev
+$(VENV)/.peers: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[train,lora,dev,peers]"
-	@touch $@
+	@touch $(VENV)/.installed $(VENV)/.dev $@
 
 # An environment of its own, since verl pins much that its losses do not need.
 $(VERL)/.installed: $(VERL)/.torch $(SOURCES)

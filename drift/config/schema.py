@@ -395,15 +395,6 @@ class Config(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _server_samples_evaluations_whole(self) -> Config:
-        if self.engine.kind == "vllm" and self.eval.samples and self.eval.top_p != 1:
-            raise ValueError(
-                f"eval.top_p {self.eval.top_p} with engine.kind 'vllm' must be 1.0: this engine samples without a cut; set "
-                "eval.top_p=1.0, or engine.kind=hf"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _online_has_its_own_optimizer(cls, data: Any) -> Any:

@@ -22,6 +22,7 @@ class Sample:
 
     token_ids: list[int]  # as sampled; the end-of-turn token is the last one where `finished`
     logprobs: list[float]  # of each token under the distribution it was drawn from (after temperature, before top_p)
+    # a server gives those after top_p: NaN for each when top_p < 1
     finished: bool  # ended its turn, rather than ran into max_new_tokens
 
 

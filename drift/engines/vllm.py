@@ -11,6 +11,7 @@ environment of its own (`server_command`).
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import threading
@@ -221,8 +222,9 @@ class VLLMEngine:
         """One sample a prompt, in order; temperature 0 is greedy. Equal prompts go as one request for several samples.
 
         The same call gives the same samples, as far as the server's sums do not depend on how it batches requests.
-        Raises ValueError for an empty prompt, temperature < 0 or top_p other than 1 (the server's log-probs are those
-        after the cut; training needs those before it); EngineError where the server refuses, or stays away.
+        With top_p < 1 every log-prob is NaN: the server gives those after the cut, and training needs those before it.
+        Raises ValueError for an empty prompt, temperature < 0 or top_p outside (0, 1]; EngineError if the server refuses,
+        or stays away.
         """
         self._check(temperature, top_p)
         check_prompts(prompts)
@@ -232,8 +234,12 @@ class VLLMEngine:
         requests = []
         for at in places.values():
             body = self._body(prompts[at[0]], len(at), max_new_tokens, temperature, own[at[0]])
-            requests.append(_Request(COMPLETIONS, body, at))
-        return [sample for _, sample in self._batch(requests, bar)]
+            requests.append(_Request(COMPLETIONS, body | {"top_p": top_p}, at))
+        samples = [sample for _, sample in self._batch(requests, bar)]
+        if top_p < 1:
+            for sample in samples:
+                sample.logprobs = [math.nan] * len(sample.token_ids)
+        return samples
 
     def chat(
         self,
@@ -245,7 +251,7 @@ class VLLMEngine:
         bar: Any = None,
     ) -> list[tuple[list[int], Sample]]:
         """Like `generate` for messages that the server's own chat template renders: (prompt ids, sample) of each."""
-        self._check(temperature, 1.0)
+        self._check(temperature)
         own, requests = seeds(seed, len(conversations)), []
         for place, messages in enumerate(conversations):
             body = self._settings(1, max_new_tokens, temperature, own[place])
@@ -253,16 +259,11 @@ class VLLMEngine:
             requests.append(_Request(CHAT, body, [place]))
         return self._batch(requests, bar)
 
-    def _check(self, temperature: float, top_p: float) -> None:
+    def _check(self, temperature: float, top_p: float = 1.0) -> None:
         if self.version is None:
             raise EngineError("the server holds no weights of this policy yet; call sync() first")
-        if temperature < 0:
-            raise ValueError(f"temperature {temperature} should be at least 0")
-        if top_p != 1:
-            raise ValueError(
-                f"top_p {top_p} should be 1.0: vLLM's log-probs are those after the cut, training needs those before it; "
-                "engine.kind=hf has them"
-            )
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} should be at least 0 and top_p {top_p} in (0, 1]")
 
     def _body(self, prompt: list[int], n: int, limit: int, temperature: float, seed: int) -> dict[str, Any]:
         return {**self._settings(n, limit, temperature, seed), "prompt": prompt, "logprobs": 0}

@@ -64,7 +64,7 @@ def test_tables_go_between_the_marks(tmp_path):
         study.splice(file, "new")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_small_one_from_end_to_end_and_again(tmp_path, capsys):
     arguments = ["--smoke", "--jobs", "1", "--out", str(tmp_path / "out")]
     result = study.main(arguments)

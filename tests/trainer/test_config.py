@@ -30,11 +30,6 @@ def test_defaults_are_the_published_ones(tmp_path):
     assert (read.train.lr, read.train.warmup_ratio, read.train.batch_size, read.train.turns) == (5e-6, 0.1, 128, "last")
 
 
-def test_a_server_does_not_cut_the_samples_of_an_evaluation(tmp_path):
-    said = complaint(tmp_path, "engine.kind=vllm", "eval.top_p=0.95", "eval.samples=2")
-    assert "eval.top_p 0.95 with engine.kind 'vllm' must be 1.0" in said
-
-
 def test_the_online_method_has_its_own_optimizer(tmp_path):
     """Published learning rate, warm-up in steps and weight decay, unless the file says otherwise; they survive a dump."""
     read = config(tmp_path, "name: q\nonline: {}\n")

@@ -1,6 +1,7 @@
 """The engine on a vLLM server, against a stand-in for one (tests/vllm_server has the real thing); the engine in process is in
 test_policy.py."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,18 @@ def test_nothing_that_shapes_the_distribution_is_left_to_the_server(policy, serv
     assert all({**body, **neutral} == body for _, body in server.bodies)
 
 
+def test_a_cut_reaches_the_server_and_leaves_no_logprobs(policy, server):
+    """The server's log-probs are those after the cut; nothing may train on them."""
+    with opened(policy, server) as engine:
+        del server.bodies[:]
+        samples = engine.generate(PROMPTS, seed=3, **{**HOW, "top_p": 1e-6})
+    assert {body["top_p"] for _, body in server.bodies} == {1e-6}
+    greedy = HFEngine(policy).generate(PROMPTS, max_new_tokens=6, temperature=0.0)
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in greedy]
+    assert all(math.isnan(value) for sample in samples for value in sample.logprobs)
+    assert [len(sample.logprobs) for sample in samples] == [len(sample.token_ids) for sample in samples]
+
+
 def test_chat_prompts_bring_the_servers_own_prompt_ids(policy, server):
     with opened(policy, server) as engine:
         found = engine.chat([[{"role": "user", "content": "hi"}]] * 2, max_new_tokens=4, temperature=0.8, seed=1)
@@ -168,7 +181,8 @@ def test_the_bar_counts_samples(policy, server):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_p": 0.9}, "top_p 0.9"),
+        ({"top_p": 0.0}, r"top_p 0\.0"),
+        ({"top_p": 1.1}, r"top_p 1\.1"),
         ({"temperature": -1.0}, "temperature -1"),
         ({"prompts": [[1], []]}, "number 1 is empty"),
     ],

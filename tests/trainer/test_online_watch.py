@@ -121,7 +121,7 @@ def test_a_training_without_a_teacher_stores_what_the_student_shows(tmp_path):
 
 def test_the_watch_is_in_the_log_and_says_what_looks_wrong(tmp_path):
     watch = {"every": 2, "window": 1, "solved_below": 1.0, "examples": 0}
-    _, track, rows = trained(tmp_path, "grpo", watch=watch)
+    _, track, rows = trained(tmp_path, "grpo", watch=watch, rare=3)
     assert rows == []
     for step, row in track.logged.items():
         assert [row[f"watch/pass_at_{k}"] for k in (1, 2, 4)] == sorted(row[f"watch/pass_at_{k}"] for k in (1, 2, 4))
