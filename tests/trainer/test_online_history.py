@@ -52,7 +52,8 @@ def test_a_template_that_changes_nothing_trains_the_same(tmp_path, algorithm):
         assert any("earlier_turns" in row for row in store.read(path)) == (history == "template")
     for kept, rendered in zip(*logged.values()):
         assert kept.keys() == rendered.keys()
-        assert rendered["online/tokens_shared"] > kept["online/tokens_shared"]  # a sample a turn repeats all turns before
+        # a sample a turn repeats all turns before it
+        assert rendered["online/tokens_shared"] > kept["online/tokens_shared"]
         own = {"online/tokens_shared", "online/seconds_sampling", "online/step_time", "online/step_cpu_time"}
         for name in kept.keys() - own:
             assert rendered[name] == pytest.approx(kept[name], rel=2e-3, abs=1e-6), name
