@@ -68,6 +68,8 @@ class DriftLoss(ChunkedLossWrapper):
         if head is None:
             raise RuntimeError("call set_lm_head before the loss; torchtitan's trainer does")
         weights = loss_inputs.get("token_weights")
+        count = torch.as_tensor(1.0 if global_valid_tokens is None else global_valid_tokens)
+        count = torch.where(count == 0, torch.ones_like(count), count)  # a global batch without a label has loss 0
 
         def inside(hidden: Tensor) -> Tensor:
             split = get_spmd_backend() == "spmd_types" and spmd_mesh_size("tp") > 1
@@ -80,7 +82,7 @@ class DriftLoss(ChunkedLossWrapper):
                 dk.Head(head.weight, bias=head.bias),
                 labels,
                 weights,
-                normalizer=1.0 if global_valid_tokens is None else torch.as_tensor(global_valid_tokens),
+                normalizer=count,
                 config=self.kernel,
             ).loss
 

@@ -64,6 +64,18 @@ def test_positions_are_no_weights_and_token_weights_are():
     torch.testing.assert_close(weighted[2][-1], head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [None, torch.tensor(0), torch.tensor(9)])
+def test_a_batch_without_a_label_changes_nothing(given):
+    """torchtitan's own loss is 0 / 0 for a global count of 0; its gradient is 0."""
+    body, head, x, labels = case()
+    loss_fn = DriftLoss.Config().build()
+    loss_fn.set_lm_head(head)
+    loss, _ = loss_fn(body(x), torch.full_like(labels, IGNORE_INDEX), given)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(p.grad.any() for p in (*body.parameters(), *head.parameters()))
+
+
 def test_validation_has_no_gradient_and_the_head_stays_as_it_was():
     body, head, x, labels = case()
     names = set(vars(head))

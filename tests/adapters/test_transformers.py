@@ -107,6 +107,24 @@ def test_a_family_has_the_same_loss_and_gradients(name, items):
     assert tiny.differences(theirs, gradients(model)) < 1e-4
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("items", [0, torch.tensor(0), torch.tensor(13)])
+def test_a_batch_without_a_label_changes_nothing(items, deferred):
+    """transformers' own loss is NaN if the whole accumulation window has none."""
+    model = family("qwen2").train()
+    nothing = torch.full_like(batch()["labels"], -100)
+    if deferred:
+        loss_of = fused.compute_loss_func(model)
+        outputs = model(input_ids=batch()["input_ids"], num_items_in_batch=items)
+        loss = loss_of(outputs, nothing, items)
+    else:
+        fused.apply(model)
+        loss = model(input_ids=batch()["input_ids"], labels=nothing, num_items_in_batch=items).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(grad.any() for grad in gradients(model).values())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_apply_leaves_evaluation_generation_and_state_alone(name):
     model = family(name)

@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 import trl
+from datasets import concatenate_datasets
 from test_trl_swap import common, compare, grpo, lora, run, sft
 from torch.nn.functional import cross_entropy
 
@@ -162,6 +163,67 @@ def test_grpo_takes_vllms_corrections_and_tool_masks(level, loss_type, threshold
         assert math.isclose(value, metrics2[key], rel_tol=1e-4, abs_tol=1e-5), key
 
 
+def absolute():
+    """GPT-2, whose positions are learned."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    off = dict(attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **off))
+    made.config._name_or_path = "tiny"
+    return made
+
+
+def test_grpo_counts_absolute_positions_from_the_prompts_first_token(tmp_path):
+    """Each row's log-probs, with padding on its left and in a pass for old log-probs, are those of the row alone."""
+    trainer = grpo(tmp_path, absolute(), cls=DriftGRPOTrainer)
+    inputs = vllm_inputs("token")
+    inputs["prompt_mask"] = (torch.arange(5) >= torch.tensor([[0], [2], [3], [4]])).long()
+    inputs["prompt_ids"] = inputs["prompt_ids"] * inputs["prompt_mask"]
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    found = trainer._one_pass(trainer.model, inputs)["logprobs"]
+    ids, attended = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    scored, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 8)
+    for i, keep in enumerate(attended.bool()):
+        alone = (trainer.model(ids[i : i + 1, keep]).logits[0] / trainer.temperature).log_softmax(-1)
+        count, last = int(inputs["completion_mask"][i].sum()), int(keep.sum())
+        expected = alone[last - count - 1 : -1].gather(1, inputs["completion_ids"][i, :count, None])[:, 0]
+        trained = inputs["tool_mask"][i, :count].bool()
+        torch.testing.assert_close(found[i, :count][trained], expected[trained], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scored[i, :count], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grpo_samples_from_the_policy_that_it_trains(tmp_path):
+    """On-policy log-probs of a model of absolute positions: those that generation gave to rows padded on the left."""
+    trainer = grpo(tmp_path, absolute(), cls=DriftGRPOTrainer, num_iterations=2, max_steps=2, learning_rate=0.0)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "clip_ratio/region_mean" in row]
+    assert logs
+    assert all(row["clip_ratio/region_mean"] == 0.0 for row in logs)
+
+
+EMPTY = [name for name, changes in GRPO.items() if not changes.get("torch_compile")]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_grpo_without_a_token_to_train_changes_nothing(name, tmp_path):
+    """As TRL: every completion was cut and is masked, in a window of two micro-batches."""
+    changes = {k: v for k, v in GRPO[name].items() if k not in ITERATE and k != "gradient_accumulation_steps"}
+    found = []
+    for cls in (trl.GRPOTrainer, DriftGRPOTrainer):
+        trainer = grpo(tmp_path, reference(tmp_path) if changes.get("beta") else None, cls=cls, **changes)
+        trainer.current_gradient_accumulation_steps = 2
+        trainer.model.train()
+        inputs = vllm_inputs("token")
+        inputs |= {"completion_mask": torch.zeros(4, 8, dtype=torch.long), "num_items_in_batch": torch.tensor(0.0)}
+        loss = trainer._compute_loss(trainer.model, inputs | {"ref_per_token_logps": inputs["old_per_token_logps"]})
+        loss.backward()
+        assert loss.item() == 0.0
+        assert not any(p.grad is not None and p.grad.any() for p in trainer.model.parameters())
+        found.append({key: values[-1] for key, values in trainer._metrics["train"].items()})
+    torch.testing.assert_close(found[0], found[1], equal_nan=True)
+
+
 def test_grpo_refuses_by_name(tmp_path):
     for message, changes in {
         "loss_type='grpo', which averages": dict(entropy_coef=0.01, loss_type="grpo"),
@@ -309,6 +371,26 @@ def test_sft_weights_ride_along_with_text_and_evaluation_needs_none(tmp_path):
     assert ends[0][1].keys() == ends[1][1].keys()
     for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"):
         assert math.isclose(ends[0][1][key], ends[1][1][key], rel_tol=1e-4), key
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "weights", "samples", "sample_weights"])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_sft_goes_on_after_a_window_without_a_label(normalize, padding_free, tmp_path):
+    """The window changes no weight, and the ones around it are those of a run without it."""
+    rows = weighted(12)
+    nothing = rows.select(range(4, 8)).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    changes = SGD | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_length=None)
+    ends, losses = [], []
+    for parts in ([rows.select(range(4)), nothing, rows.select(range(8, 12))],
+                  [rows.select(range(4)), rows.select(range(8, 12))]):  # fmt: skip
+        changes["max_steps"] = len(parts)
+        trainer = drift_sft(tmp_path, rows, normalize=normalize, padding_free=padding_free, **changes)
+        trainer.train_dataset = concatenate_datasets(parts)  # TRL would drop rows without labels
+        trainer.train()
+        ends.append(tiny.weights_of(trainer.model))
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == [losses[1][0], 0.0, losses[1][1]]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])

@@ -22,6 +22,7 @@ from verl.workers.config import ActorConfig
 
 import drift_kernels as dk
 from drift_kernels.adapters import verl as adapter
+from drift_kernels.adapters.verl.losses import LOSSES
 
 ORIGINAL = (kernel.linear_cross_entropy, torch_functional.FusedLinearForPPO)
 
@@ -162,6 +163,23 @@ def test_registered_losses_are_verls_where_verl_has_them(name, mode, weighted):
         assert abs(results[0][2]["actor/pg_clipfrac"] - results[1][2]["actor/pg_clipfrac"]) < 1e-6
 
 
+@pytest.mark.parametrize("count", [None, 0, 11])
+@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_a_batch_without_a_token_changes_nothing(mode, count):
+    """verl's own losses are 0 / 0, and their gradients NaN, if the whole global batch has none."""
+    adapter.enable()
+    old, logp, advantages, mask = padded()
+    actor = config()
+    actor.global_batch_info.update(batch_num_tokens=count, global_batch_size=count)
+    for name in LOSSES:
+        leaf = logp.clone().requires_grad_()
+        loss, metrics = core_algos.get_policy_loss_fn(name)(old, leaf, advantages, mask & False, mode, actor)
+        loss.backward()
+        assert loss.item() == 0.0
+        assert not leaf.grad.any()
+        assert not any(metrics.values())
+
+
 def test_enable_registers_what_verl_lacks():
     assert not [name for name in core_algos.POLICY_LOSS_REGISTRY if name.startswith("drift")]
     adapter.enable()
@@ -231,6 +249,7 @@ ROLLOUT = """
 import pytest
 import drift_kernels as dk
 from drift_kernels.adapters import verl as adapter
+from drift_kernels.adapters.verl.losses import LOSSES
 from verl.trainer.ppo import core_algos
 
 adapter.register_policy_loss("vanilla_of_drift", dk.PolicySpec(dual_clip=3.0), clip_from_config=True)

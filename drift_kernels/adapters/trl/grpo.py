@@ -9,6 +9,7 @@ what is not text.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -134,10 +135,25 @@ class DriftGRPOTrainer(GRPOTrainer):
             self._scored = None
         return scores["loss"]
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self._scored is not None:
             return (*self._scored, None)
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(self._placed(model), *args, **kwargs)
+
+    def _placed(self, model: Any) -> Any:
+        """`model`, which counts positions from the first token that is no padding, as `generate` does.
+
+        TRL leaves positions out. Then a model of absolute positions counts the padding on the left.
+        """
+        plain = unwrap_peft(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        if "position_ids" not in inspect.signature(plain.forward).parameters:
+            return model  # it reads them off the mask, or has none
+
+        def call(*, attention_mask: Tensor, **kwargs: Any) -> Any:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            return model(attention_mask=attention_mask, position_ids=positions, **kwargs)
+
+        return call
 
     def _one_pass(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """loss (0-d), and per-token logprobs and entropy [B, T] without gradient."""
@@ -167,7 +183,7 @@ class DriftGRPOTrainer(GRPOTrainer):
             return {"loss": out.loss, **out.outputs}
 
         with self.accelerator.autocast():
-            return model(
+            return self._placed(model)(
                 input_ids=torch.cat([inputs["prompt_ids"], completion], dim=1),
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 drift_inside=inside,

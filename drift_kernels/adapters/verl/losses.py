@@ -63,7 +63,10 @@ def _policy_loss(spec: dk.PolicySpec, clip_from_config: bool) -> Any:
             used = replace(spec, clip_low=low, clip_high=high)
         terms = dk.policy_token_loss(log_prob, advantages, response_mask, old_logprobs=old_log_prob, spec=used)
         losses = terms["loss"] if rollout_is_weights is None else terms["loss"] * rollout_is_weights
-        loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info)
+        if response_mask.any():
+            loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info)
+        else:  # verl may divide by the number of tokens
+            loss = torch.where(response_mask.bool(), losses, 0.0).sum()
         count = response_mask.sum().clamp(min=1)
         clipped = (terms["clipped"] != 0).sum() / count
         moved = torch.where(response_mask.bool(), old_log_prob - log_prob.detach(), 0.0).sum() / count
