@@ -1,5 +1,6 @@
 """Every script in examples/ runs, and does what it says; so do the lines in the README."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -21,6 +22,18 @@ def test_drop_in_learns(capsys):
     losses = runpy.run_path(str(EXAMPLES / "drop_in.py"))["main"](steps=15)
     assert losses[-1] < 0.8 * losses[0]
     assert "loss" in capsys.readouterr().out
+
+
+def test_the_notebook_runs_and_prints_as_shown(capsys):
+    """Cell by cell in one namespace; the numbers that are stored in it may differ in their last digits."""
+    cells, values = json.loads((EXAMPLES / "grpo_step.ipynb").read_text(encoding="utf-8"))["cells"], {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), values)
+            shown = "".join(line for part in cell["outputs"] for line in part["text"])
+            assert len(capsys.readouterr().out.splitlines()) == len(shown.splitlines())
+    total, count = values["out"].metrics["ppo_kl"]
+    assert total / count > 0.05  # ten updates away from the sampler
 
 
 def test_own_rollouts_are_read_weighed_packed_and_trained(tmp_path, capsys):
