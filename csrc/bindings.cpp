@@ -1,4 +1,5 @@
-// Python's view of the kernels: the structs of rows.h and cpu/gemm.h with addresses as integers. Nothing is computed here.
+// Python's view of the kernels: the structs of rows.h and cpu/gemm.h with addresses
+// as integers. Nothing is computed here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -31,16 +32,21 @@ void itself(py::class_<C>& c) {
 
 void check(const Rows& rows) {
   if (!rows.logits && rows.rows) throw std::invalid_argument("logits is null");
-  if (rows.stride < rows.vocab) throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " + std::to_string(rows.vocab));
+  if (rows.stride < rows.vocab)
+    throw std::invalid_argument("stride " + std::to_string(rows.stride) + " is below vocab " +
+                                std::to_string(rows.vocab));
 }
 
 void check(const Rows& rows, const Buckets& b) {
-  if (b.k < 0 || b.k > rows.vocab) throw std::invalid_argument("k = " + std::to_string(b.k) + " of vocab " + std::to_string(rows.vocab));
+  if (b.k < 0 || b.k > rows.vocab)
+    throw std::invalid_argument("k = " + std::to_string(b.k) + " of vocab " + std::to_string(rows.vocab));
 }
 
 void check(const Gemm& g) {
-  if (g.m < 0 || g.n < 0 || g.k < 0 || g.threads < 1) throw std::invalid_argument("sizes must not be negative, and threads at least 1");
-  if (g.m && g.n && !((g.c || (g.rounded && !g.accumulate)) && g.scratch && (g.k == 0 || (g.a && g.b)))) throw std::invalid_argument("a, b, c or scratch is null");
+  if (g.m < 0 || g.n < 0 || g.k < 0 || g.threads < 1)
+    throw std::invalid_argument("sizes must not be negative, and threads at least 1");
+  if (g.m && g.n && !((g.c || (g.rounded && !g.accumulate)) && g.scratch && (g.k == 0 || (g.a && g.b))))
+    throw std::invalid_argument("a, b, c or scratch is null");
 }
 
 }  // namespace
@@ -54,7 +60,9 @@ PYBIND11_MODULE(_cpu, m) {
   address(rows, "targets", &Rows::targets);
   address(rows, "bias", &Rows::bias);
   address(rows, "inv_temperature", &Rows::inv_temperature);
-  rows.def_readwrite("rows", &Rows::rows).def_readwrite("vocab", &Rows::vocab).def_readwrite("stride", &Rows::stride);
+  rows.def_readwrite("rows", &Rows::rows)
+      .def_readwrite("vocab", &Rows::vocab)
+      .def_readwrite("stride", &Rows::stride);
   rows.def_readwrite("scalar_inv_temperature", &Rows::scalar_inv_temperature);
   rows.def_readwrite("logit_scale", &Rows::logit_scale).def_readwrite("softcap", &Rows::softcap);
 
@@ -86,7 +94,9 @@ PYBIND11_MODULE(_cpu, m) {
 #undef DRIFT_FIELD
 
   py::class_<Policy> policy(m, "Policy");
-  policy.def(py::init<>()).def_readwrite("params", &Policy::params).def_readwrite("gradient", &Policy::gradient);
+  policy.def(py::init<>())
+      .def_readwrite("params", &Policy::params)
+      .def_readwrite("gradient", &Policy::gradient);
   itself(policy);
   address(policy, "advantages", &Policy::advantages);
   address(policy, "old", &Policy::old);
@@ -140,30 +150,39 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     f64 ? top_k<double>(r, indices(taught), b) : top_k<float>(r, indices(taught), b);
   });
-  m.def("bucket_logprobs", [indices, bytes](const Rows& r, uintptr_t taught, uintptr_t lse, uintptr_t low, const Buckets& b, bool f64) {
+  m.def("bucket_logprobs", [indices, bytes](const Rows& r, uintptr_t taught, uintptr_t lse, uintptr_t low,
+                                            const Buckets& b, bool f64) {
     check(r);
     check(r, b);
     py::gil_scoped_release release;
-    f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), bytes(low), b) : bucket_logprobs<float>(r, indices(taught), bytes(lse), bytes(low), b);
+    f64 ? bucket_logprobs<double>(r, indices(taught), bytes(lse), bytes(low), b)
+        : bucket_logprobs<float>(r, indices(taught), bytes(lse), bytes(low), b);
   });
-  m.def("fused_distill", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Teacher& t, uintptr_t live, bool f64) {
+  m.def("fused_distill", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Teacher& t,
+                                          uintptr_t live, bool f64) {
     check(r);
     py::gil_scoped_release release;
-    f64 ? fused_distill<double>(r, c, indices(taught), t, bytes(live)) : fused_distill<float>(r, c, indices(taught), t, bytes(live));
+    f64 ? fused_distill<double>(r, c, indices(taught), t, bytes(live))
+        : fused_distill<float>(r, c, indices(taught), t, bytes(live));
   });
-  m.def("grad_buckets", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Buckets& b, uintptr_t live, bool f64) {
+  m.def("grad_buckets", [indices, bytes](const Rows& r, const Coefs& c, uintptr_t taught, const Buckets& b,
+                                         uintptr_t live, bool f64) {
     check(r);
     check(r, b);
     py::gil_scoped_release release;
-    f64 ? grad_buckets<double>(r, c, indices(taught), b, bytes(live)) : grad_buckets<float>(r, c, indices(taught), b, bytes(live));
+    f64 ? grad_buckets<double>(r, c, indices(taught), b, bytes(live))
+        : grad_buckets<float>(r, c, indices(taught), b, bytes(live));
   });
-  m.def("compact", [bytes](uintptr_t logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, uintptr_t live, uintptr_t order) {
+  m.def("compact", [bytes](uintptr_t logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
+                           uintptr_t live, uintptr_t order) {
     py::gil_scoped_release release;
-    return compact(reinterpret_cast<void*>(logits), rows, row_bytes, stride_bytes, bytes(live), reinterpret_cast<int64_t*>(order));
+    return compact(reinterpret_cast<void*>(logits), rows, row_bytes, stride_bytes, bytes(live),
+                   reinterpret_cast<int64_t*>(order));
   });
 
   m.def("isas", &row_isas);
-  m.def("limit_isa", [](const std::optional<std::string>& name) { limit_row_isa(name ? *name : row_isas().back()); });
+  m.def("limit_isa",
+        [](const std::optional<std::string>& name) { limit_row_isa(name ? *name : row_isas().back()); });
 
   py::class_<Gemm> gemm(m, "Gemm");
   gemm.def(py::init<>());
@@ -173,9 +192,16 @@ PYBIND11_MODULE(_cpu, m) {
   address(gemm, "scratch", &Gemm::scratch);
   address(gemm, "rounded", &Gemm::rounded);
   gemm.def_readwrite("m", &Gemm::m).def_readwrite("n", &Gemm::n).def_readwrite("k", &Gemm::k);
-  gemm.def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("b_stride", &Gemm::b_stride).def_readwrite("c_stride", &Gemm::c_stride);
-  gemm.def_readwrite("accumulate", &Gemm::accumulate).def_readwrite("threads", &Gemm::threads).def_readwrite("pairs", &Gemm::pairs).def_readwrite("scale", &Gemm::scale);
-  gemm.def_property("type", [](const Gemm& g) { return static_cast<int>(g.type); }, [](Gemm& g, int t) { g.type = static_cast<Type>(t); });
+  gemm.def_readwrite("a_stride", &Gemm::a_stride)
+      .def_readwrite("b_stride", &Gemm::b_stride)
+      .def_readwrite("c_stride", &Gemm::c_stride);
+  gemm.def_readwrite("accumulate", &Gemm::accumulate)
+      .def_readwrite("threads", &Gemm::threads)
+      .def_readwrite("pairs", &Gemm::pairs)
+      .def_readwrite("scale", &Gemm::scale);
+  gemm.def_property(
+      "type", [](const Gemm& g) { return static_cast<int>(g.type); },
+      [](Gemm& g, int t) { g.type = static_cast<Type>(t); });
 
   m.def("has_gemm", &has_gemm);
   m.def("has_bf16_gemm", &has_bf16_gemm);

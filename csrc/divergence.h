@@ -1,7 +1,7 @@
-// The generalised divergence of two distributions over a vocabulary, one token at a time: student s, teacher t,
-// M = (1 - a) s + a t; KL(t||s) at a = 0, KL(s||t) at a = 1, (1 - a) KL(s||M) + a KL(t||M) between.
-// The only place in C++ and CUDA where it is written; `drift_kernels/divergences.py` is the same in torch. `Math` has a
-// backend's exp and log.
+// The generalised divergence of two distributions over a vocabulary, one token at a time: student s, teacher
+// t, M = (1 - a) s + a t; KL(t||s) at a = 0, KL(s||t) at a = 1, (1 - a) KL(s||M) + a KL(t||M) between. The
+// only place in C++ and CUDA where it is written; `drift_kernels/divergences.py` is the same in torch. `Math`
+// has a backend's exp and log.
 #pragma once
 #include "rows.h"
 
@@ -9,10 +9,12 @@ namespace drift {
 
 enum class Kind { none, forward, reverse, mixed };  // no teacher, KL(t||s), KL(s||t), between
 
-DRIFT_HD Kind kind_of(double alpha) { return alpha == 0 ? Kind::forward : alpha == 1 ? Kind::reverse : Kind::mixed; }
+DRIFT_HD Kind kind_of(double alpha) {
+  return alpha == 0 ? Kind::forward : alpha == 1 ? Kind::reverse : Kind::mixed;
+}
 
-// What one token adds to KL(s||t) or KL(s||M), and to KL(t||s) or KL(t||M), where 0 * inf is 0; and what of the teacher the
-// gradient there needs: t, log(s/t) or log(s/M).
+// What one token adds to KL(s||t) or KL(s||M), and to KL(t||s) or KL(t||M), where 0 * inf is 0; and what of
+// the teacher the gradient there needs: t, log(s/t) or log(s/M).
 template <class R>
 struct Contrast { R student, teacher, kept; };
 
@@ -63,7 +65,9 @@ DRIFT_HD R gradient_at(R log_s, R kept, const Terms<R>& t) {
 // The divergence from its two sums.
 template <class R>
 DRIFT_HD R divergence_of(Kind kind, R alpha, R student, R teacher) {
-  return kind == Kind::forward ? teacher : kind == Kind::reverse ? student : (R(1) - alpha) * student + alpha * teacher;
+  return kind == Kind::forward   ? teacher
+         : kind == Kind::reverse ? student
+                                 : (R(1) - alpha) * student + alpha * teacher;
 }
 
 }  // namespace drift

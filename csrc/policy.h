@@ -1,5 +1,5 @@
-// Pointwise policy arithmetic: one token's log-prob in, its loss and d(loss)/d(log-prob) out.
-// The only place in C++ and CUDA where a policy loss is written; `drift_kernels/formulas.py` is the same in torch.
+// Pointwise policy arithmetic: one token's log-prob in, its loss and d(loss)/d(log-prob) out. The only place
+// in C++ and CUDA where a policy loss is written; `drift_kernels/formulas.py` is the same in torch.
 #pragma once
 #include <cmath>
 
@@ -11,7 +11,16 @@
 
 namespace drift {
 
-enum Objective : int { CLIP = 0, CISPO = 1, SAPO = 2, REINFORCE = 3, DPPO_TV = 4, DPPO_KL = 5, DRO = 6, GPPO = 7 };
+enum Objective : int {
+  CLIP = 0,
+  CISPO = 1,
+  SAPO = 2,
+  REINFORCE = 3,
+  DPPO_TV = 4,
+  DPPO_KL = 5,
+  DRO = 6,
+  GPPO = 7
+};
 enum Kl : int { K1 = 0, K2 = 1, K3 = 2, KABS = 3 };
 
 // The fields of PolicyParams: type, name, default. Python's view of the struct is made of the same list.
@@ -43,7 +52,8 @@ template <class R>
 struct TokenLoss {
   R loss, dlogp;   // objective + kl_coef * kl, and its derivative; entropy and z-loss belong to the row
   R ratio, kl;
-  R clipped;       // -1 where the lower bound of the ratio cuts the gradient, +1 where the upper one does, else 0
+  // -1 where the lower bound of the ratio cuts the gradient, +1 where the upper one does, else 0
+  R clipped;
 };
 
 template <class R>
@@ -66,24 +76,28 @@ DRIFT_HD R kl_slope(int kind, R d) {
   }
 }
 
-// Whether DPPO's trust region ends here for the move that the advantage asks for: q is the old probability, p the new one.
+// Whether DPPO's trust region ends here for the move that the advantage asks for: q
+// is the old probability, p the new one.
 template <class R>
 DRIFT_HD bool beyond_region(const PolicyParams& p, R advantage, R logp, R old) {
   const R now = std::exp(logp), before = std::exp(old);
   const R move = advantage > 0 ? now - before : before - now, bound = advantage > 0 ? R(p.high) : R(p.low);
   if (p.objective == DPPO_TV) return move > bound;
   const R tiny = R(1e-8);
-  const R kl = before * (old - logp) + (R(1) - before) * std::log((R(1) - before + tiny) / (R(1) - now + tiny));
+  const R kl =
+      before * (old - logp) + (R(1) - before) * std::log((R(1) - before + tiny) / (R(1) - now + tiny));
   return move > 0 && kl > bound;
 }
 
 // has_old = false is on-policy: the ratio is 1 and its gradient that of logp.
 template <class R>
-DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, bool has_old, R old, bool has_ref, R ref) {
+DRIFT_HD TokenLoss<R> policy_token(const PolicyParams& p, R logp, R advantage, bool has_old, R old,
+                                   bool has_ref, R ref) {
   const R A = advantage;
   const R raw = logp - (has_old ? old : logp);  // on-policy 0, but NaN where logp is
   const R log_ratio = raw > R(20) ? R(20) : (raw < R(-20) ? R(-20) : raw);
-  const R inside = (raw != raw || log_ratio == raw) ? R(1) : R(0);  // the clamp has no slope outside; NaN stays NaN
+  // the clamp has no slope outside; NaN stays NaN
+  const R inside = (raw != raw || log_ratio == raw) ? R(1) : R(0);
   const R r = std::exp(raw != raw ? raw : log_ratio);
   const R low = R(p.low), high = R(p.high);
   TokenLoss<R> out{R(0), R(0), r, R(0), R(0)};

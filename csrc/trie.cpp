@@ -1,8 +1,8 @@
 // Token sequences as packs of prefix trees, for drift/packing/trees.py.
 //
-// Sorted sequences and the lengths of the prefixes that neighbours share are a tree already: an inner node is a stretch of
-// neighbours that share `depth` tokens. Nodes close from the leaves up; one that does not fit a pack is cut at its children,
-// so what is cut is always the branch that shares least.
+// Sorted sequences and the lengths of the prefixes that neighbours share are a tree already: an inner node is
+// a stretch of neighbours that share `depth` tokens. Nodes close from the leaves up; one that does not fit a
+// pack is cut at its children, so what is cut is always the branch that shares least.
 #include "trie.h"
 
 #include <pybind11/numpy.h>
@@ -20,8 +20,9 @@ namespace py = pybind11;
 using Ints = std::vector<int64_t>;
 using Array = py::array_t<int64_t, py::array::c_style>;
 
-// Items from the longest to the shortest (equal lengths in their given order), each into the fullest bin that still has
-// room. Bins of equal room are alike to the packing; the one filled last is taken. O(n log n), no randomness.
+// Items from the longest to the shortest (equal lengths in their given order), each into the
+// fullest bin that still has room. Bins of equal room are alike to the packing; the one filled
+// last is taken. O(n log n), no randomness.
 int64_t best_fit_decreasing(const int64_t* lengths, int64_t count, int64_t capacity, int64_t* bin_of) {
   Ints order(count);
   std::iota(order.begin(), order.end(), int64_t{0});
@@ -133,10 +134,12 @@ struct Layout {
   Ints members, member_bounds{0};                  // sequences, pack by pack
   Ints rows;                                       // of every token of every sequence, its row in its pack
   Ints source, row_bounds{0};                      // of every row, the token that it holds
-  Ints starts, parents, segment_bounds{0};         // of every segment its first row, and the segment that it goes on from
+  // of every segment its first row, and the segment that it goes on from
+  Ints starts, parents, segment_bounds{0};
 };
 
-// Lays a pack's tree down depth first: a sequence adds the tokens that it does not share with the one before it.
+// Lays a pack's tree down depth first: a sequence adds the tokens that it
+// does not share with the one before it.
 void lay(const Sequences& all, const Ints& order, const Ints& pack, Layout& out) {
   const int64_t first_row = out.row_bounds.back();
   Ints parent_row;

@@ -151,6 +151,14 @@ def test_files_are_rooms_with_one_job():
     assert lengths[len(lengths) // 2][0] <= 200, lengths
 
 
+def test_lines_of_the_kernels_sources_fit():
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu"}]
+    lines = ((path, number, line) for path in files for number, line in enumerate(path.read_text().splitlines(), 1))
+    long = [f"{path.relative_to(ROOT)}:{number}" for path, number, line in lines if len(line) > 110]
+    assert files
+    assert not long
+
+
 def test_ops_have_few_parameters_and_the_documentation_counts_them():
     page, limits = (ROOT / "docs/losses.md").read_text(), {"self_distill_loss": 21}
     ops = [name for name in dk.__all__ if inspect.isfunction(getattr(dk, name)) and "hidden" in parameters_of(name)]

@@ -1,5 +1,5 @@
-// Row kernels of distillation for a CPU: divergences of two rows of logits and their gradient, top-k and what remains.
-// One thread takes one row, or a pair of rows.
+// Row kernels of distillation for a CPU: divergences of two rows of logits and their gradient, top-k and what
+// remains. One thread takes one row, or a pair of rows.
 #include <utility>
 #include <vector>
 
@@ -24,7 +24,8 @@ ALWAYS_INLINE R gradient_of(R v, R y, const Terms<R>& t) {
 }
 
 template <Kind K, bool CAPPED, class R>
-ALWAYS_INLINE void grad_sweep(R* __restrict z, const R* __restrict y, int64_t V, const Terms<R>& terms, R flat, R per_cap) {
+ALWAYS_INLINE void grad_sweep(R* __restrict z, const R* __restrict y, int64_t V, const Terms<R>& terms,
+                              R flat, R per_cap) {
   const Terms<R> t = terms;
 #pragma omp simd
   for (int64_t i = 0; i < V; i++) {
@@ -35,15 +36,18 @@ ALWAYS_INLINE void grad_sweep(R* __restrict z, const R* __restrict y, int64_t V,
 
 template <Kind K, class R>
 ALWAYS_INLINE void grad_any(R* z, const R* y, int64_t V, const Terms<R>& terms, const Transform<R>& t) {
-  const R flat = t.logit_scale * t.inv_temperature, per_cap = t.softcap != 0 ? R(1) / (t.inv_temperature * t.softcap) : R(0);
-  t.softcap != 0 ? grad_sweep<K, true>(z, y, V, terms, flat, per_cap) : grad_sweep<K, false>(z, y, V, terms, flat, per_cap);
+  const R flat = t.logit_scale * t.inv_temperature,
+          per_cap = t.softcap != 0 ? R(1) / (t.inv_temperature * t.softcap) : R(0);
+  t.softcap != 0 ? grad_sweep<K, true>(z, y, V, terms, flat, per_cap)
+                 : grad_sweep<K, false>(z, y, V, terms, flat, per_cap);
 }
 
 template <class R>
 struct Kls { R student, teacher; };  // KL(s||t) or KL(s||M), KL(t||s) or KL(t||M)
 
 template <Kind K, class R>
-ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int64_t V, Lse<R> lse, Lse<R> teacher_lse, R alpha) {
+ALWAYS_INLINE Kls<R> kl_sweep(const R* __restrict z, const R* __restrict y, int64_t V, Lse<R> lse,
+                              Lse<R> teacher_lse, R alpha) {
   double student = 0, teacher = 0;
   for (int64_t b = 0; b < V; b += BLOCK) {
     const int64_t end = std::min(b + BLOCK, V);
@@ -64,9 +68,12 @@ constexpr int64_t STRIP = 256;  // elements looked at together for one that belo
 
 // A heap of the k best so far, its worst on top; strips without a better one are passed over.
 template <class R>
-ALWAYS_INLINE void select(const R* __restrict z, int64_t V, int64_t k, int64_t* ids, std::pair<R, int64_t>* heap) {
+ALWAYS_INLINE void select(const R* __restrict z, int64_t V, int64_t k, int64_t* ids,
+                          std::pair<R, int64_t>* heap) {
   using Item = std::pair<R, int64_t>;
-  const auto better = [](const Item& a, const Item& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+  const auto better = [](const Item& a, const Item& b) {
+    return a.first > b.first || (a.first == b.first && a.second < b.second);
+  };
   const auto key = [](R x) { return x == x ? x : -std::numeric_limits<R>::infinity(); };  // a NaN sorts last
   for (int64_t i = 0; i < k; i++) heap[i] = {key(z[i]), i};
   std::make_heap(heap, heap + k, better);
@@ -96,30 +103,39 @@ struct Sweeps {
   void (*select)(const R*, int64_t, int64_t, int64_t*, std::pair<R, int64_t>*);
 };
 
-#define SWEEPS(NAME, TARGET)                                                                            \
-  template <class R>                                                                                    \
-  struct NAME {                                                                                         \
-    TARGET static Kls<R> kl(Kind kind, const R* z, const R* y, int64_t V, Lse<R> lse, Lse<R> teacher_lse, R alpha) { \
-      switch (kind) {                                                                                   \
-        case Kind::forward: return kl_sweep<Kind::forward>(z, y, V, lse, teacher_lse, alpha);           \
-        case Kind::reverse: return kl_sweep<Kind::reverse>(z, y, V, lse, teacher_lse, alpha);           \
-        default: return kl_sweep<Kind::mixed>(z, y, V, lse, teacher_lse, alpha);                        \
-      }                                                                                                 \
-    }                                                                                                   \
-    TARGET static void grad(Kind kind, R* z, const R* y, int64_t V, const Terms<R>& terms, const Transform<R>& t) { \
-      switch (kind) {                                                                                   \
-        case Kind::none: return grad_any<Kind::none>(z, y, V, terms, t);                                   \
-        case Kind::forward: return grad_any<Kind::forward>(z, y, V, terms, t);                             \
-        case Kind::reverse: return grad_any<Kind::reverse>(z, y, V, terms, t);                             \
-        default: return grad_any<Kind::mixed>(z, y, V, terms, t);                                          \
-      }                                                                                                 \
-    }                                                                                                   \
-    TARGET static Lse<R> lse(R* z, int64_t V) {                                                         \
-      return stats_sweep(z, V, Transform<R>{R(1), R(0), R(1), nullptr}, false).lse;                     \
-    }                                                                                                   \
+#define SWEEPS(NAME, TARGET)                                                                                 \
+  template <class R>                                                                                         \
+  struct NAME {                                                                                              \
+    TARGET static Kls<R> kl(Kind kind, const R* z, const R* y, int64_t V, Lse<R> lse, Lse<R> teacher_lse,    \
+                            R alpha) {                                                                       \
+      switch (kind) {                                                                                        \
+        case Kind::forward:                                                                                  \
+          return kl_sweep<Kind::forward>(z, y, V, lse, teacher_lse, alpha);                                  \
+        case Kind::reverse:                                                                                  \
+          return kl_sweep<Kind::reverse>(z, y, V, lse, teacher_lse, alpha);                                  \
+        default:                                                                                             \
+          return kl_sweep<Kind::mixed>(z, y, V, lse, teacher_lse, alpha);                                    \
+      }                                                                                                      \
+    }                                                                                                        \
+    TARGET static void grad(Kind kind, R* z, const R* y, int64_t V, const Terms<R>& terms,                   \
+                            const Transform<R>& t) {                                                         \
+      switch (kind) {                                                                                        \
+        case Kind::none:                                                                                     \
+          return grad_any<Kind::none>(z, y, V, terms, t);                                                    \
+        case Kind::forward:                                                                                  \
+          return grad_any<Kind::forward>(z, y, V, terms, t);                                                 \
+        case Kind::reverse:                                                                                  \
+          return grad_any<Kind::reverse>(z, y, V, terms, t);                                                 \
+        default:                                                                                             \
+          return grad_any<Kind::mixed>(z, y, V, terms, t);                                                   \
+      }                                                                                                      \
+    }                                                                                                        \
+    TARGET static Lse<R> lse(R* z, int64_t V) {                                                              \
+      return stats_sweep(z, V, Transform<R>{R(1), R(0), R(1), nullptr}, false).lse;                          \
+    }                                                                                                        \
     TARGET static void select(const R* z, int64_t V, int64_t k, int64_t* ids, std::pair<R, int64_t>* heap) { \
-      drift::select(z, V, k, ids, heap);                                                                \
-    }                                                                                                   \
+      drift::select(z, V, k, ids, heap);                                                                     \
+    }                                                                                                        \
   };
 
 SWEEPS(Baseline, )
@@ -148,10 +164,16 @@ struct Other {
 template <class R>
 Other<R> other_terms(const Rows& rows, const Coefs& c, int64_t i) {
   const R target = rows.targets && rows.targets[i] >= 0 ? at<R>(c.logprobs, i, R(0)) : R(0);
-  return {target, {{static_cast<const R*>(c.lse)[i], at<R>(c.lse_low, i, R(0))}, target - at<R>(c.row_lse, i, R(0)), at<R>(c.entropy, i, R(0)), at<R>(c.row_entropy, i, R(0))}};
+  return {target,
+          {{static_cast<const R*>(c.lse)[i], at<R>(c.lse_low, i, R(0))},
+           target - at<R>(c.row_lse, i, R(0)),
+           at<R>(c.entropy, i, R(0)),
+           at<R>(c.row_entropy, i, R(0))}};
 }
 template <class R>
-bool any(const Other<R>& o, const Coefs& c, int64_t i) { return o.target != 0 || o.terms.E != 0 || at<R>(c.row_lse, i, R(0)) != 0; }
+bool any(const Other<R>& o, const Coefs& c, int64_t i) {
+  return o.target != 0 || o.terms.E != 0 || at<R>(c.row_lse, i, R(0)) != 0;
+}
 
 // The gradient of row i over its z, with the target's own term.
 template <class R>
@@ -179,7 +201,8 @@ void top_k(const Rows& rows, const int64_t* taught, const Buckets& buckets) {
 }
 
 template <class R>
-void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const void* lse_low, const Buckets& buckets) {
+void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, const void* lse_low,
+                     const Buckets& buckets) {
   const int64_t k = buckets.k;
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
@@ -206,7 +229,8 @@ void bucket_logprobs(const Rows& rows, const int64_t* taught, const void* lse, c
 }
 
 template <class R>
-void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher, uint8_t* live) {
+void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Teacher& teacher,
+                   uint8_t* live) {
   const Kind kind = kind_of(teacher.alpha);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
@@ -230,7 +254,8 @@ void fused_distill(const Rows& rows, const Coefs& coefs, const int64_t* taught, 
 }
 
 template <class R>
-void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets, uint8_t* live) {
+void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, const Buckets& buckets,
+                  uint8_t* live) {
   const R HUGE_SHARE = R(std::is_same<R, float>::value ? 1e38 : 1e300);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < rows.rows; i++) {
@@ -254,9 +279,11 @@ void grad_buckets(const Rows& rows, const Coefs& coefs, const int64_t* taught, c
     std::vector<Own> own(k);
     for (int64_t a = 0; a < k; a++) {
       const R v = z[ids[a]], slope = transform.slope(v);
-      own[a] = {slope, slope * gradient_of<Kind::none>(v, R(0), o.terms) + (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
+      own[a] = {slope, slope * gradient_of<Kind::none>(v, R(0), o.terms) +
+                           (o.target != 0 && ids[a] == rows.targets[i] ? slope * o.target : R(0))};
     }
-    if (drest != 0) {  // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
+    // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
+    if (drest != 0) {
       const R share = std::min(std::expm1(-static_cast<const R*>(buckets.rest)[j]), HUGE_SHARE);
       o.terms.P = std::min(std::max(others + kept - drest * share, -HUGE_SHARE), HUGE_SHARE);
     }

@@ -74,8 +74,8 @@ using Avx2 = avx2::Panels;
 using Avx512 = avx512::single::Panels;
 using Pairs = avx512::pairs::Panels;
 
-// Lines of n elements that will be packed next: fetched one by one while tiles are multiplied, or packing
-// would wait for memory.
+// Lines of n elements that will be packed next: fetched one by one while tiles are
+// multiplied, or packing would wait for memory.
 template <class T>
 struct Ahead {
   const T* p;
@@ -190,8 +190,8 @@ void nt(const Gemm& g) {
   }
 }
 
-// Threads share out C. One packs its own columns of B, and its own rows of A: they are cut so that least is
-// packed.
+// Threads share out C. One packs its own columns of B, and its own rows of A:
+// they are cut so that least is packed.
 template <class K, class A, class B>
 void nn(const Gemm& g) {
   using L = Blocks<K>;
@@ -253,8 +253,8 @@ void nn(const Gemm& g) {
   }
 }
 
-// B is packed whole; a thread takes BLOCK rows of C at a time. If the result is bf16, sums between blocks of
-// k stay with the thread.
+// B is packed whole; a thread takes BLOCK rows of C at a time. If the result is bf16, sums
+// between blocks of k stay with the thread.
 template <class K, class A, class B>
 void tn(const Gemm& g) {
   using L = Blocks<K>;
@@ -277,8 +277,8 @@ void tn(const Gemm& g) {
     const int64_t onward = last ? block + g.threads * L::BLOCK : (k + deep) * g.a_stride + block;
     return Ahead<A>{a + onward, g.a_stride, rows, deep};
   };
-  // One tile of C, at row `at`: from the sums so far, and to where the next block of k or the caller finds
-  // it.
+  // One tile of C, at row `at`: from the sums so far, and to where the
+  // next block of k or the caller finds it.
   const auto tile = [&](int64_t at, int64_t rows, int64_t j, int64_t k, const dword* left, float* sums) {
     const dword* right = scratch.shared + j * dwords + K::dwords(k) * NR;
     const int64_t steps = K::dwords(std::min(deep, g.k - k));

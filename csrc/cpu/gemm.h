@@ -1,5 +1,5 @@
-// The three products of a language-model head, summed in fp32: C = A · B of hidden rows, their logits and a
-// vocabulary's weight.
+// The three products of a language-model head, summed in fp32: C = A · B of hidden rows,
+// their logits and a vocabulary's weight.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,10 @@
-// Packing and the micro-kernel. gemm.cpp includes this once for each kind of product, in a namespace that has registers.h's
-// functions, with TARGET (the instruction set) and STEP_OF_K (elements of k in a packed dword). Where that is not 1 the namespace
-// has its own `load_line` (the first elements of a line along k), `load_column` (along n; STEP_OF_K lines) and `multiply`.
+// Packing and the micro-kernel. gemm.cpp includes this once for each kind of product, in a namespace that has
+// registers.h's functions, with TARGET (the instruction set) and STEP_OF_K (elements of k in a packed dword).
+// Where that is not 1 the namespace has its own `load_line` (the first elements of a line along k),
+// `load_column` (along n; STEP_OF_K lines) and `multiply`.
 //
-// A panel holds W lanes for each dword of k, side by side. One micro-kernel holds an MR × NR tile of C in registers: 24 of
-// AVX-512's 32, or 12 of AVX2's 16.
+// A panel holds W lanes for each dword of k, side by side. One micro-kernel holds an MR × NR tile of C in
+// registers: 24 of AVX-512's 32, or 12 of AVX2's 16.
 #if STEP_OF_K == 1
 template <class T>
 TARGET_INLINE Reg load_line(const T* p, int64_t n) { return load(p, n); }
@@ -59,14 +60,15 @@ struct Panels {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) fetch(in + (first + LANES + i) * stride + c);
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) r[i] = i < lanes ? load_line(in + (first + i) * stride + c, k - c) : zero();
+        for (int i = 0; i < LANES; i++)
+          r[i] = i < lanes ? load_line(in + (first + i) * stride + c, k - c) : zero();
         transpose(r);
-        const int64_t some = std::min(LANES, dwords(k - c));
-        if (some == LANES) {
+        const int64_t used = std::min(LANES, dwords(k - c));
+        if (used == LANES) {
 #pragma GCC unroll 16
           for (int i = 0; i < LANES; i++) put<W>(out, depth, first, lanes, c / STEP + i, r[i]);
         } else {
-          for (int i = 0; i < some; i++) put<W>(out, depth, first, lanes, c / STEP + i, r[i]);
+          for (int i = 0; i < used; i++) put<W>(out, depth, first, lanes, c / STEP + i, r[i]);
         }
       }
     }
@@ -90,11 +92,11 @@ struct Panels {
     store(to, n, multiply_add(factor, sum, as_fp32(from ? load(from, n) : zero())));
   }
 
-  // to = from + scale · A · B of a tile of rows × columns, at most MR × LANES · V; `from` null starts at zero. The tile below is the
-  // next one, or soon to come.
+  // to = from + scale · A · B of a tile of rows × columns, at most MR × LANES · V; `from` null starts at
+  // zero. The tile below is the next one, or soon to come.
   template <int V, class T>
-  TARGET static void tile(const dword* a, const dword* b, int64_t depth, int64_t rows, int64_t columns, float scale, const float* from,
-                          int64_t from_stride, T* to, int64_t to_stride) {
+  TARGET static void tile(const dword* a, const dword* b, int64_t depth, int64_t rows, int64_t columns,
+                          float scale, const float* from, int64_t from_stride, T* to, int64_t to_stride) {
     Sum sum[MR][V];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
@@ -119,7 +121,9 @@ struct Panels {
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 3
-        for (int j = 0; j < V; j++) finish(to + i * to_stride + LANES * j, from ? from + i * from_stride + LANES * j : nullptr, columns - LANES * j, factor, sum[i][j]);
+        for (int j = 0; j < V; j++)
+          finish(to + i * to_stride + LANES * j, from ? from + i * from_stride + LANES * j : nullptr,
+                 columns - LANES * j, factor, sum[i][j]);
       return;
     }
     alignas(64) float left[MR * V * LANES];  // so that above, sums stay in registers
@@ -128,12 +132,14 @@ struct Panels {
 #pragma GCC unroll 3
       for (int j = 0; j < V; j++) store(left + (i * V + j) * LANES, LANES, sum[i][j]);
     for (int i = 0; i < rows; i++)
-      for (int j = 0; j < V; j++) finish(to + i * to_stride + LANES * j, from ? from + i * from_stride + LANES * j : nullptr, columns - LANES * j, factor, as_fp32(load(left + (i * V + j) * LANES, LANES)));
+      for (int j = 0; j < V; j++)
+        finish(to + i * to_stride + LANES * j, from ? from + i * from_stride + LANES * j : nullptr,
+               columns - LANES * j, factor, as_fp32(load(left + (i * V + j) * LANES, LANES)));
   }
 
   template <class T>
-  static void any_tile(const dword* a, const dword* b, int64_t depth, int64_t rows, int64_t columns, float scale, const float* from,
-                       int64_t from_stride, T* to, int64_t to_stride) {
+  static void any_tile(const dword* a, const dword* b, int64_t depth, int64_t rows, int64_t columns,
+                       float scale, const float* from, int64_t from_stride, T* to, int64_t to_stride) {
     rows = std::min(rows, MR);
     columns = std::min(columns, NR);
     const auto kernel = columns > 2 * LANES ? tile<3, T> : columns > LANES ? tile<2, T> : tile<1, T>;

@@ -1,7 +1,7 @@
 // What panels.h is written in, for AVX2 and AVX-512: a register `Reg` of LANES dwords, and functions of it.
 //
-// `load` takes the first n elements of a line, zeros behind them, and widens bf16 and fp16 to fp32. `store` writes the first n
-// of a register of fp32, rounded to bf16 where it goes to bf16.
+// `load` takes the first n elements of a line, zeros behind them, and widens bf16 and fp16 to fp32. `store`
+// writes the first n of a register of fp32, rounded to bf16 where it goes to bf16.
 #pragma once
 #include <immintrin.h>
 
@@ -15,7 +15,10 @@ using dword = uint32_t;
 using bf16 = uint16_t;
 struct fp16 { uint16_t bits; };
 
-inline __attribute__((always_inline)) void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }  // may lie beyond the end
+// may lie beyond the end
+inline __attribute__((always_inline)) void fetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 namespace avx512 {
 
@@ -30,14 +33,24 @@ INLINE Reg repeat(const dword* p) { return _mm512_set1_epi32(static_cast<int>(*p
 INLINE Sum repeat(float x) { return _mm512_set1_ps(x); }
 INLINE Reg load(const dword* p) { return _mm512_loadu_si512(p); }
 INLINE void store(dword* p, Reg v) { _mm512_storeu_si512(p, v); }
-INLINE void store_low(dword* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v)); }
-INLINE void store_high(dword* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_extracti64x4_epi64(v, 1)); }
+INLINE void store_low(dword* p, Reg v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
+}
+INLINE void store_high(dword* p, Reg v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_extracti64x4_epi64(v, 1));
+}
 
-INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1); }
+INLINE __mmask16 first(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1);
+}
 
 INLINE Reg load(const float* p, int64_t n) { return _mm512_castps_si512(_mm512_maskz_loadu_ps(first(n), p)); }
-INLINE Reg load(const bf16* p, int64_t n) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16); }
-INLINE Reg load(const fp16* p, int64_t n) { return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))); }
+INLINE Reg load(const bf16* p, int64_t n) {
+  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16);
+}
+INLINE Reg load(const fp16* p, int64_t n) {
+  return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)));
+}
 
 INLINE Sum as_fp32(Reg v) { return _mm512_castsi512_ps(v); }
 INLINE Sum multiply_add(Sum a, Sum b, Sum sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -58,7 +71,8 @@ INLINE Reg high32(Reg a, Reg b) { return _mm512_unpackhi_epi32(a, b); }
 INLINE Reg low64(Reg a, Reg b) { return _mm512_unpacklo_epi64(a, b); }
 INLINE Reg high64(Reg a, Reg b) { return _mm512_unpackhi_epi64(a, b); }
 
-INLINE void transpose_blocks(Reg (&r)[16]) {  // of four dwords: block j of register 4j' + i goes to block j' of 4j + i
+// of four dwords: block j of register 4j' + i goes to block j' of 4j + i
+INLINE void transpose_blocks(Reg (&r)[16]) {
   Reg t[16];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
@@ -91,11 +105,16 @@ INLINE Reg repeat(const dword* p) { return _mm256_set1_epi32(static_cast<int>(*p
 INLINE Sum repeat(float x) { return _mm256_set1_ps(x); }
 INLINE Reg load(const dword* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE void store(dword* p, Reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-INLINE void store_low(dword* p, Reg v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v)); }
-INLINE void store_high(dword* p, Reg v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_extracti128_si256(v, 1)); }
+INLINE void store_low(dword* p, Reg v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
+}
+INLINE void store_high(dword* p, Reg v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_extracti128_si256(v, 1));
+}
 
 INLINE Reg first(int64_t n) {  // masked stores are slow: whole registers go without
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::min<int64_t>(n, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::min<int64_t>(n, 8))),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 template <class T>
@@ -109,7 +128,9 @@ INLINE __m128i load16(const T* p, int64_t n) {
 INLINE Reg load(const float* p, int64_t n) {
   return _mm256_castps_si256(n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n)));
 }
-INLINE Reg load(const bf16* p, int64_t n) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p, n)), 16); }
+INLINE Reg load(const bf16* p, int64_t n) {
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p, n)), 16);
+}
 INLINE Reg load(const fp16* p, int64_t n) { return _mm256_castps_si256(_mm256_cvtph_ps(load16(p, n))); }
 
 INLINE Sum as_fp32(Reg v) { return _mm256_castsi256_ps(v); }
@@ -126,7 +147,8 @@ INLINE void store(bf16* p, int64_t n, Sum sum) {  // to nearest even; a NaN stay
   const Reg odd = _mm256_and_si256(_mm256_srli_epi32(v, 16), _mm256_set1_epi32(1));
   const Reg up = _mm256_add_epi32(v, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const Reg nan = _mm256_castps_si256(_mm256_cmp_ps(sum, sum, _CMP_UNORD_Q));
-  const Reg bits = _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_or_si256(v, _mm256_set1_epi32(0x400000)), nan), 16);
+  const Reg bits =
+      _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_or_si256(v, _mm256_set1_epi32(0x400000)), nan), 16);
   const __m128i eight = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
   if (n >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), eight);
   alignas(16) uint16_t some[8];

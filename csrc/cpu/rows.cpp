@@ -1,4 +1,5 @@
-// Row kernels for a CPU. One thread takes one row; a row (0.6 MB at V = 151,936) stays in its L2 between sweeps.
+// Row kernels for a CPU. One thread takes one row; a row (0.6 MB at V =
+// 151,936) stays in its L2 between sweeps.
 #include <vector>
 
 #include "cpu/sweeps.h"
@@ -6,10 +7,13 @@
 namespace drift {
 namespace {
 
-// z (or, raw, the products) become -(P p + E p (log p + H)) times dz/dx; the targets' own terms are added by the caller.
+// z (or, raw, the products) become -(P p + E p (log p + H)) times dz/dx; the
+// targets' own terms are added by the caller.
 template <class R, bool CAPPED, bool ENTROPY>
-ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {
-  const R flat = t.logit_scale * t.inv_temperature, per_cap = CAPPED ? R(1) / (t.inv_temperature * t.softcap) : R(0);
+ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P,
+                              R E, R H) {
+  const R flat = t.logit_scale * t.inv_temperature,
+          per_cap = CAPPED ? R(1) / (t.inv_temperature * t.softcap) : R(0);
   const R minus_p = -P * flat, minus_e = -E * flat;
   for (int64_t b = 0; b < V; b += BLOCK) {
     const int64_t n = std::min(BLOCK, V - b);
@@ -29,8 +33,12 @@ ALWAYS_INLINE void grad_sweep(R* __restrict z, int64_t V, const Transform<R>& t,
 template <class R>
 ALWAYS_INLINE void grad_any(R* z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {
   raw = raw && !t.identity();
-  if (t.softcap != 0) E != 0 ? grad_sweep<R, true, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, true, false>(z, V, t, raw, lse, P, E, H);
-  else E != 0 ? grad_sweep<R, false, true>(z, V, t, raw, lse, P, E, H) : grad_sweep<R, false, false>(z, V, t, raw, lse, P, E, H);
+  if (t.softcap != 0)
+    E != 0 ? grad_sweep<R, true, true>(z, V, t, raw, lse, P, E, H)
+           : grad_sweep<R, true, false>(z, V, t, raw, lse, P, E, H);
+  else
+    E != 0 ? grad_sweep<R, false, true>(z, V, t, raw, lse, P, E, H)
+           : grad_sweep<R, false, false>(z, V, t, raw, lse, P, E, H);
 }
 
 // The two sweeps, compiled once for each instruction set.
@@ -40,13 +48,15 @@ struct Sweeps {
   void (*grad)(R*, int64_t, const Transform<R>&, bool, Lse<R>, R, R, R);
 };
 
-#define SWEEPS(NAME, TARGET)                                                                                          \
-  template <class R>                                                                                                  \
-  struct NAME {                                                                                                       \
-    TARGET static RowStats<R> stats(R* z, int64_t V, const Transform<R>& t, bool extra) { return stats_sweep(z, V, t, extra); } \
-    TARGET static void grad(R* z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) {                  \
-      grad_any(z, V, t, raw, lse, P, E, H);                                                                           \
-    }                                                                                                                 \
+#define SWEEPS(NAME, TARGET)                                                                               \
+  template <class R>                                                                                       \
+  struct NAME {                                                                                            \
+    TARGET static RowStats<R> stats(R* z, int64_t V, const Transform<R>& t, bool extra) {                  \
+      return stats_sweep(z, V, t, extra);                                                                  \
+    }                                                                                                      \
+    TARGET static void grad(R* z, int64_t V, const Transform<R>& t, bool raw, Lse<R> lse, R P, R E, R H) { \
+      grad_any(z, V, t, raw, lse, P, E, H);                                                                \
+    }                                                                                                      \
   };
 
 SWEEPS(Baseline, )
@@ -67,7 +77,8 @@ Sweeps<R> sweeps() {
 template <class R>
 RowStats<R> measure(const Rows& rows, const Stats& stats, int64_t i) {
   R* z = row_of<R>(rows, i);
-  const auto s = sweeps<R>().stats(z, rows.vocab, transform_of<R>(rows, i), stats.mean_logits || stats.log_sum_sq);
+  const auto s =
+      sweeps<R>().stats(z, rows.vocab, transform_of<R>(rows, i), stats.mean_logits || stats.log_sum_sq);
   put<R>(stats.lse, i, s.lse.high);
   put<R>(stats.lse_low, i, s.lse.low);
   put<R>(stats.entropy, i, s.entropy);
@@ -82,7 +93,8 @@ RowStats<R> measure(const Rows& rows, const Stats& stats, int64_t i) {
   return s;
 }
 
-// dlogits of one row from its coefficients; returns false, and leaves the row, where all are zero. `coef(k)` is entry k's.
+// dlogits of one row from its coefficients; returns false, and leaves the row, where
+// all are zero. `coef(k)` is entry k's.
 template <class R, class F>
 bool differentiate(const Rows& rows, int64_t i, bool raw, Lse<R> lse, R extra, R E, R H, F coef) {
   const Span e = entries_of(rows, i);
@@ -129,7 +141,8 @@ void grad_logits(const Rows& rows, const Coefs& coefs, bool raw, uint8_t* live) 
   for (int64_t i = 0; i < rows.rows; i++) {
     const Lse<R> lse{at<R>(coefs.lse, i, R(0)), at<R>(coefs.lse_low, i, R(0))};
     const R E = at<R>(coefs.entropy, i, R(0)), H = at<R>(coefs.row_entropy, i, R(0));
-    live[i] = differentiate<R>(rows, i, raw, lse, -at<R>(coefs.row_lse, i, R(0)), E, H, [&](int64_t k) { return at<R>(coefs.logprobs, k, R(0)); });
+    live[i] = differentiate<R>(rows, i, raw, lse, -at<R>(coefs.row_lse, i, R(0)), E, H,
+                               [&](int64_t k) { return at<R>(coefs.logprobs, k, R(0)); });
   }
 }
 
@@ -156,8 +169,8 @@ void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, ui
         continue;
       }
       const R logp = s.lse.at_most_0(z[y]), w = at<R>(policy.weights, k, R(1));
-      const auto token = policy_token<R>(p, logp, at<R>(policy.advantages, k, R(1)), policy.old, at<R>(policy.old, k, R(0)), policy.ref,
-                                         at<R>(policy.ref, k, R(0)));
+      const auto token = policy_token<R>(p, logp, at<R>(policy.advantages, k, R(1)), policy.old,
+                                         at<R>(policy.old, k, R(0)), policy.ref, at<R>(policy.ref, k, R(0)));
       R loss = token.loss;
       if (p.entropy_coef != 0) loss -= R(p.entropy_coef) * s.entropy;
       if (p.z_loss_coef != 0) loss += R(p.z_loss_coef) * s.lse.high * s.lse.high;
@@ -170,11 +183,13 @@ void fused_policy(const Rows& rows, const Stats& stats, const Policy& policy, ui
     }
     if (!policy.gradient) continue;
     const R E = -R(p.entropy_coef) * weight_sum, extra = -R(2 * p.z_loss_coef) * weight_sum * s.lse.high;
-    live[i] = differentiate<R>(rows, i, false, s.lse, extra, E, s.entropy, [&](int64_t k) { return coef[k]; });
+    live[i] =
+        differentiate<R>(rows, i, false, s.lse, extra, E, s.entropy, [&](int64_t k) { return coef[k]; });
   }
 }
 
-int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, const uint8_t* live, int64_t* order) {
+int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_bytes, const uint8_t* live,
+                int64_t* order) {
   int64_t count = 0;
   for (int64_t i = 0; i < rows; i++) count += live[i] != 0;
   std::vector<Span> moves;  // {from, to}: a live row behind the cut fills a dead one before it
@@ -190,7 +205,8 @@ int64_t compact(void* logits, int64_t rows, int64_t row_bytes, int64_t stride_by
   char* base = static_cast<char*>(logits);
   const int64_t n = static_cast<int64_t>(moves.size());
 #pragma omp parallel for
-  for (int64_t k = 0; k < n; k++) std::memcpy(base + moves[k].end * stride_bytes, base + moves[k].begin * stride_bytes, row_bytes);
+  for (int64_t k = 0; k < n; k++)
+    std::memcpy(base + moves[k].end * stride_bytes, base + moves[k].begin * stride_bytes, row_bytes);
   return count;
 }
 

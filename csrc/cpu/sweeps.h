@@ -1,4 +1,5 @@
-// What sweeps over a row are made of: vectorised exp, tanh and log, the way from a product to a logit, the statistics of a row.
+// What sweeps over a row are made of: vectorised exp, tanh and log, the way from a
+// product to a logit, the statistics of a row.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,12 +16,13 @@
 namespace drift {
 namespace {  // each file that includes this has its own copy, inlined into its sweeps
 
-// Sweeps are compiled for AVX-512, AVX2 and the baseline, and chosen once by what the CPU has (target_clones would go by its
-// maker: arch=haswell is not chosen on an AMD one). Keep OpenMP regions outside: an outlined body has the baseline's
-// instructions.
+// Sweeps are compiled for AVX-512, AVX2 and the baseline, and chosen once by what the CPU has (target_clones
+// would go by its maker: arch=haswell is not chosen on an AMD one). Keep OpenMP regions outside: an outlined
+// body has the baseline's instructions.
 #if defined(__x86_64__)
 #define DRIFT_AVX2 __attribute__((target("avx2,fma")))
-#define DRIFT_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define DRIFT_AVX512 \
+  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
 #endif
 
 constexpr int64_t BLOCK = 2048;  // elements between two folds into double: keeps fp32 sums exact to a few ulp
@@ -49,13 +51,15 @@ ALWAYS_INLINE double fast_exp(double x) { return std::exp(x); }
 // tanh to a few ulp: the exponential form cancels near 0, where a polynomial takes over.
 ALWAYS_INLINE float fast_tanh(float a) {
   const float s = a * a;
-  const float small = a * (1.0f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
+  const float small =
+      a * (1.0f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
   const float large = 1.0f - 2.0f / (fast_exp(2.0f * a) + 1.0f);
   return s < 0.0625f ? small : large;
 }
 ALWAYS_INLINE double fast_tanh(double a) { return std::tanh(a); }
 
-// log to 2 ulp of a positive normal number; NaN gives anything, so let it reach the result another way. After Cephes.
+// log to 2 ulp of a positive normal number; NaN gives anything, so let it reach
+// the result another way. After Cephes.
 ALWAYS_INLINE float fast_log(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -81,7 +85,9 @@ template <class R>
 struct Transform {  // x -> z, and dz/dx from z
   R logit_scale, softcap, inv_temperature;
   const R* bias;
-  ALWAYS_INLINE bool identity() const { return !bias && softcap == 0 && logit_scale == 1 && inv_temperature == 1; }
+  ALWAYS_INLINE bool identity() const {
+    return !bias && softcap == 0 && logit_scale == 1 && inv_temperature == 1;
+  }
   ALWAYS_INLINE R apply(R x, int64_t j) const {
     R u = logit_scale * (bias ? x + bias[j] : x);
     if (softcap != 0) u = softcap * fast_tanh(u / softcap);
@@ -98,7 +104,8 @@ struct Transform {  // x -> z, and dz/dx from z
 };
 
 template <class R, bool BIAS, bool CAPPED>
-ALWAYS_INLINE void transform_block(R* __restrict x, int64_t n, const R* __restrict bias, R scale, R cap, R inverse) {
+ALWAYS_INLINE void transform_block(R* __restrict x, int64_t n, const R* __restrict bias, R scale, R cap,
+                                   R inverse) {
   const R per_cap = R(1) / (CAPPED ? cap : R(1));
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
@@ -112,8 +119,12 @@ template <class R>
 ALWAYS_INLINE void transform_any(R* x, int64_t n, int64_t first, const Transform<R>& t) {
   const R* b = t.bias ? t.bias + first : nullptr;
   const R s = t.logit_scale, c = t.softcap, i = t.inv_temperature;
-  if (b) c != 0 ? transform_block<R, true, true>(x, n, b, s, c, i) : transform_block<R, true, false>(x, n, b, s, c, i);
-  else c != 0 ? transform_block<R, false, true>(x, n, b, s, c, i) : transform_block<R, false, false>(x, n, b, s, c, i);
+  if (b)
+    c != 0 ? transform_block<R, true, true>(x, n, b, s, c, i)
+           : transform_block<R, true, false>(x, n, b, s, c, i);
+  else
+    c != 0 ? transform_block<R, false, true>(x, n, b, s, c, i)
+           : transform_block<R, false, false>(x, n, b, s, c, i);
 }
 
 template <class R>
@@ -179,7 +190,8 @@ ALWAYS_INLINE RowStats<R> stats_sweep(R* __restrict z, int64_t V, const Transfor
 
 template <class R>
 Transform<R> transform_of(const Rows& rows, int64_t i) {
-  const R inv = rows.inv_temperature ? static_cast<const R*>(rows.inv_temperature)[i] : R(rows.scalar_inv_temperature);
+  const R inv =
+      rows.inv_temperature ? static_cast<const R*>(rows.inv_temperature)[i] : R(rows.scalar_inv_temperature);
   return {R(rows.logit_scale), R(rows.softcap), inv, static_cast<const R*>(rows.bias)};
 }
 

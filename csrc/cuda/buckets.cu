@@ -1,10 +1,12 @@
-// Distillation over some tokens of a row and the rest as one more: `top_k`, `bucket_logprobs` and `grad_buckets` of rows.h on
-// fp32 products, gradients out of place in fp32, bf16 or fp16. A row is one block's, which reads it once.
+// Distillation over some tokens of a row and the rest as one more: `top_k`, `bucket_logprobs` and
+// `grad_buckets` of rows.h on fp32 products, gradients out of place in fp32, bf16 or fp16. A row is one
+// block's, which reads it once.
 //
-// `top_k` passes over a row with the k-th best logit so far in hand and collects what is better, next to the k best; when the
-// list is full it is sorted and cut to k. Logit and column are one 64-bit number, so that the order is strict and the result
-// does not depend on the list's. A row in rising order, which no model makes, is sorted as often as the list fills up.
-// Left out: a histogram of digits (radix select), which needs atomics or several readings of the row.
+// `top_k` passes over a row with the k-th best logit so far in hand and collects what is better, next to the
+// k best; when the list is full it is sorted and cut to k. Logit and column are one 64-bit number, so that
+// the order is strict and the result does not depend on the list's. A row in rising order, which no model
+// makes, is sorted as often as the list fills up. Left out: a histogram of digits (radix select), which needs
+// atomics or several readings of the row.
 #include "launch.h"
 #include "terms.h"
 
@@ -26,7 +28,8 @@ struct Job {
 
 // ---- the k largest
 
-// A number that is larger for a larger logit and, between equal ones, for the lower column. A NaN is -inf, and -0 is 0.
+// A number that is larger for a larger logit and, between equal ones, for the
+// lower column. A NaN is -inf, and -0 is 0.
 __device__ __forceinline__ uint64_t rank_of(float z, int64_t column) {
   const uint32_t bits = __float_as_uint(z == z ? z + 0.0f : -INFINITY);
   const uint32_t image = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -103,7 +106,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) top_k_kernel(const __grid_cons
     }
   }
   shorten();
-  for (unsigned i = threadIdx.x; i < k; i += blockDim.x) job.buckets.ids[taught * k + i] = ~static_cast<uint32_t>(list[i]);
+  for (unsigned i = threadIdx.x; i < k; i += blockDim.x)
+    job.buckets.ids[taught * k + i] = ~static_cast<uint32_t>(list[i]);
 }
 
 // ---- log-probs
@@ -111,7 +115,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) top_k_kernel(const __grid_cons
 constexpr int TILE = 16384, TILE_WORDS = TILE / 4;  // columns that are marked at a time, a byte each
 
 // Log-sum-exp of a row without the columns of ids [k]; the products stay as they are.
-__device__ Lse<float> lse_without(const Row& logits, int64_t V, const int64_t* ids, int64_t k, const Cluster& block) {
+__device__ Lse<float> lse_without(const Row& logits, int64_t V, const int64_t* ids, int64_t k,
+                                  const Cluster& block) {
   __shared__ uint32_t words[TILE_WORDS];
   uint8_t* const marked = reinterpret_cast<uint8_t*>(words);
   Sums sums = Sums::nothing();
@@ -146,7 +151,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) bucket_kernel(const __grid_con
   const int64_t* const ids = job.buckets.ids + taught * k;
   Totals<1> kept = Totals<1>::nothing();
   for (int64_t a = threadIdx.x; a < k; a += blockDim.x) {
-    const float z = ids[a] >= 0 && ids[a] < V ? logits.at(ids[a]) : NAN;  // outside the vocabulary must not hide
+    // outside the vocabulary must not hide
+    const float z = ids[a] >= 0 && ids[a] < V ? logits.at(ids[a]) : NAN;
     put(job.buckets.logprobs, taught * k + a, lse.at_most_0(z));
     kept.of[0] += expf(lse.log_prob(z));
   }
@@ -175,7 +181,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
   const Others others(job.rows, job.coefs, row);
   const float drest = k ? at(job.buckets.drest, taught, 0.0f) : 0.0f;
   Totals<2> totals = Totals<2>::nothing();  // of dlogprobs, and of those that are not 0
-  for (int64_t a = threadIdx.x; a < k; a += blockDim.x) totals.add({dlogprobs[a], dlogprobs[a] != 0 ? 1.0f : 0.0f});
+  for (int64_t a = threadIdx.x; a < k; a += blockDim.x)
+    totals.add({dlogprobs[a], dlogprobs[a] != 0 ? 1.0f : 0.0f});
   totals = row_total(block, totals);
   const bool live = others.any || drest != 0 || totals.of[1] != 0;
   if (threadIdx.x == 0) job.live[row] = live;
@@ -183,7 +190,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
   Terms<float> of_ids = others.terms, of_rest = others.terms;
   of_ids.P += totals.of[0] + drest;
   of_rest.P = of_ids.P;
-  if (drest != 0) {  // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
+  // a token of the rest gets its share of drest, p / rest; drest - drest / rest in one, since it cancels
+  if (drest != 0) {
     float share = expm1f(-static_cast<const float*>(job.buckets.rest)[taught]);
     share = share > HUGE_SHARE ? HUGE_SHARE : share;
     const float P = others.terms.P + totals.of[0] - drest * share;
@@ -200,8 +208,9 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
       logits.read<N, 1>(g, j, step, aligned);
 #pragma unroll
       for (int i = 0; i < N; i++)
-        g[i] = logits.t.slope(g[i]) * (gradient_at<Kind::none, Accurate>(of_rest.lse.log_prob(g[i]), 0.0f, of_rest) +
-                                       (i == target ? others.target : 0.0f));
+        g[i] = logits.t.slope(g[i]) *
+               (gradient_at<Kind::none, Accurate>(of_rest.lse.log_prob(g[i]), 0.0f, of_rest) +
+                (i == target ? others.target : 0.0f));
     }
     store<N>(out + j, g);
   });
@@ -211,7 +220,9 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
   for (int64_t a = threadIdx.x; a < k; a += blockDim.x) {
     if (ids[a] < 0 || ids[a] >= V) continue;
     const float z = logits.at(ids[a]), own = dlogprobs[a] + (ids[a] == others.column ? others.target : 0.0f);
-    out[ids[a]] = narrow(logits.t.slope(z) * (gradient_at<Kind::none, Accurate>(of_ids.lse.log_prob(z), 0.0f, of_ids) + own), Out());
+    out[ids[a]] = narrow(
+        logits.t.slope(z) * (gradient_at<Kind::none, Accurate>(of_ids.lse.log_prob(z), 0.0f, of_ids) + own),
+        Out());
   }
 }
 
@@ -220,10 +231,12 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) grad_buckets_kernel(const __gr
 int enqueue(int device, void* stream, const Job& job, int threads, bool complete, void (*kernel)(Job)) {
   const Launch how{threads, 1, 0};
   const Buckets& b = job.buckets;
-  if (!takes(job.rows, how) || b.k < 0 || b.k > job.rows.vocab || !complete || job.rows.row_ptr || !kernel) return cudaErrorInvalidValue;
+  if (!takes(job.rows, how) || b.k < 0 || b.k > job.rows.vocab || !complete || job.rows.row_ptr || !kernel)
+    return cudaErrorInvalidValue;
   if (job.rows.rows == 0) return cudaSuccess;
   return on_device(device, [&] {
-    return start(kernel, job, job.rows.rows, how, job.room * sizeof(uint64_t), static_cast<cudaStream_t>(stream));
+    return start(kernel, job, job.rows.rows, how, job.room * sizeof(uint64_t),
+                 static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -233,26 +246,28 @@ int enqueue(int device, void* stream, const Job& job, int threads, bool complete
 using namespace drift;
 
 // `room` is a power of two, and at least k and one reading of 4 columns by each thread.
-DRIFT_EXPORT int drift_cuda_top_k(int device, void* stream, const Rows* rows, const int64_t* taught, const Buckets* buckets,
-                                  int room, int threads) {
+DRIFT_EXPORT int drift_cuda_top_k(int device, void* stream, const Rows* rows, const int64_t* taught,
+                                  const Buckets* buckets, int room, int threads) {
   Job job{*rows, {}, taught, nullptr, nullptr, *buckets};
   job.room = static_cast<unsigned>(room);
-  const bool fits = room > 0 && (room & (room - 1)) == 0 && buckets->k > 0 && buckets->k + 4 * threads <= room;
+  const bool fits =
+      room > 0 && (room & (room - 1)) == 0 && buckets->k > 0 && buckets->k + 4 * threads <= room;
   return enqueue(device, stream, job, threads, fits, top_k_kernel);
 }
 
-DRIFT_EXPORT int drift_cuda_bucket_logprobs(int device, void* stream, const Rows* rows, const int64_t* taught, const void* lse,
-                                            const void* lse_low, const Buckets* buckets, int threads) {
+DRIFT_EXPORT int drift_cuda_bucket_logprobs(int device, void* stream, const Rows* rows, const int64_t* taught,
+                                            const void* lse, const void* lse_low, const Buckets* buckets,
+                                            int threads) {
   const Job job{*rows, {}, taught, lse, lse_low, *buckets};
   return enqueue(device, stream, job, threads, rows->rows == 0 || lse, bucket_kernel);
 }
 
-DRIFT_EXPORT int drift_cuda_grad_buckets(int device, void* stream, const Rows* rows, const Coefs* coefs, const int64_t* taught,
-                                         const Buckets* buckets, void* out, int64_t out_stride, int out_type, uint8_t* live,
-                                         int threads) {
+DRIFT_EXPORT int drift_cuda_grad_buckets(int device, void* stream, const Rows* rows, const Coefs* coefs,
+                                         const int64_t* taught, const Buckets* buckets, void* out,
+                                         int64_t out_stride, int out_type, uint8_t* live, int threads) {
   const Job job{*rows, *coefs, taught, nullptr, nullptr, *buckets, 0, out, out_stride, live};
-  const bool complete = rows->rows == 0 || (coefs->lse && live && out && out_stride >= rows->vocab && out != rows->logits &&
-                                            (buckets->rest || !buckets->drest));
+  const bool complete = rows->rows == 0 || (coefs->lse && live && out && out_stride >= rows->vocab &&
+                                            out != rows->logits && (buckets->rest || !buckets->drest));
   const auto kernel = out_type == FP32   ? grad_buckets_kernel<float>
                       : out_type == BF16 ? grad_buckets_kernel<__nv_bfloat16>
                       : out_type == FP16 ? grad_buckets_kernel<__half>

@@ -1,5 +1,6 @@
-// What the row kernels are made of: 16-byte loads and stores, a sum of exponentials that carries its own maximum, and the
-// reductions over a warp, a block and a cluster. Every reduction has one fixed order, so results repeat bitwise.
+// What the row kernels are made of: 16-byte loads and stores, a sum of exponentials that carries
+// its own maximum, and the reductions over a warp, a block and a cluster. Every reduction has one
+// fixed order, so results repeat bitwise.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -46,8 +47,9 @@ __device__ __forceinline__ float narrow(float x, float) { return x; }
 __device__ __forceinline__ __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
 __device__ __forceinline__ __half narrow(float x, __half) { return __float2half_rn(x); }
 
-// N values to p in device memory, which lies on a 16-byte boundary where they make 16 bytes. The compiler would cut a plain
-// assignment of 16 bytes into smaller ones, hence the intrinsic (its policy is the ordinary one).
+// N values to p in device memory, which lies on a 16-byte boundary where they make 16 bytes.
+// The compiler would cut a plain assignment of 16 bytes into smaller ones, hence the
+// intrinsic (its policy is the ordinary one).
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const float* v) {
   if constexpr (N * sizeof(T) == 16 && std::is_same_v<T, float>) {
@@ -72,17 +74,19 @@ __device__ __forceinline__ void keep(float* p, const float* v) {
 
 struct Slice { int64_t begin, end; };  // columns of a row
 
-// The columns of a slice, each once, over the threads of a block: the first `lead` and the last few singly, the rest in
-// vectors of N columns, U of them at a time, `step` columns apart, so that U loads are in flight.
+// The columns of a slice, each once, over the threads of a block: the first `lead` and the last few singly,
+// the rest in vectors of N columns, U of them at a time, `step` columns apart, so that U loads are in flight.
 // visit(column, step, Count<N>, Count<U>).
 template <int N, int U, class F>
 __device__ __forceinline__ void for_columns(Slice s, int lead, F&& visit) {
   const int64_t first = s.begin + lead, vectors = first < s.end ? (s.end - first) / N : 0;
-  const int64_t thread = threadIdx.x, threads = blockDim.x, head = s.begin + thread, tail = first + vectors * N + thread;
+  const int64_t thread = threadIdx.x, threads = blockDim.x, head = s.begin + thread,
+                tail = first + vectors * N + thread;
   if (head < first && head < s.end) visit(head, threads, Count<1>(), Count<1>());
   int64_t v = thread;
   if constexpr (U > 1)
-    for (; v + (U - 1) * threads < vectors; v += U * threads) visit(first + v * N, threads * N, Count<N>(), Count<U>());
+    for (; v + (U - 1) * threads < vectors; v += U * threads)
+      visit(first + v * N, threads * N, Count<N>(), Count<U>());
   for (; v < vectors; v += threads) visit(first + v * N, threads * N, Count<N>(), Count<1>());
   if (tail < s.end) visit(tail, threads, Count<1>(), Count<1>());
 }
@@ -182,7 +186,9 @@ struct Cluster {
   __device__ __forceinline__ unsigned size() const { return group.num_blocks(); }
   __device__ __forceinline__ void sync() const { group.sync(); }
   template <class T>
-  __device__ __forceinline__ T* shared_of(T* mine, unsigned rank) const { return group.map_shared_rank(mine, rank); }
+  __device__ __forceinline__ T* shared_of(T* mine, unsigned rank) const {
+    return group.map_shared_rank(mine, rank);
+  }
 };
 #else
 struct Cluster {
@@ -194,8 +200,8 @@ struct Cluster {
 };
 #endif
 
-// The sums of a whole row, in warp 0 of every block of its cluster (elsewhere: something else). Until the cluster's next
-// sync() other blocks may still be reading this one's shared memory.
+// The sums of a whole row, in warp 0 of every block of its cluster (elsewhere: something else). Until the
+// cluster's next sync() other blocks may still be reading this one's shared memory.
 template <class T>
 __device__ __forceinline__ T row_sum(const Cluster& cluster, T s) {
   __shared__ T partial[MAX_WARPS];
@@ -205,7 +211,8 @@ __device__ __forceinline__ T row_sum(const Cluster& cluster, T s) {
   if (warp() != 0) return s;
   const unsigned warps = blockDim.x / WARP;
   T total = T::nothing();
-  for (unsigned k = lane(); k < warps * cluster.size(); k += WARP) total.add(cluster.shared_of(partial, k / warps)[k % warps]);
+  for (unsigned k = lane(); k < warps * cluster.size(); k += WARP)
+    total.add(cluster.shared_of(partial, k / warps)[k % warps]);
   return warp_sum(total);
 }
 

@@ -1,10 +1,11 @@
-// Divergence of a student's row of products from a teacher's, and its gradient: `fused_distill` of rows.h on fp32 products of
-// both, gradients out of place in fp32, bf16 or fp16.
+// Divergence of a student's row of products from a teacher's, and its gradient: `fused_distill` of rows.h on
+// fp32 products of both, gradients out of place in fp32, bf16 or fp16.
 //
-// A pair of rows belongs to one block or, from sm_90 on, to one cluster. The first sweep adds up the two KL sums and leaves on
-// chip what the second one needs: the student's logit and the number that divergence.h keeps, so that the gradient costs one
-// exp. Where that does not fit, both rows are read twice. Which divergence it is, is asked once a vector and not a kernel of
-// its own. Left out: several targets a row, and the statistics of the rows, which `row_stats` has made before.
+// A pair of rows belongs to one block or, from sm_90 on, to one cluster. The first sweep adds up the two KL
+// sums and leaves on chip what the second one needs: the student's logit and the number that divergence.h
+// keeps, so that the gradient costs one exp. Where that does not fit, both rows are read twice. Which
+// divergence it is, is asked once a vector and not a kernel of its own. Left out: several targets a row, and
+// the statistics of the rows, which `row_stats` has made before.
 #include "launch.h"
 #include "terms.h"
 
@@ -47,11 +48,14 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
   const float alpha = float(job.teacher.alpha);
   const Lse<float> lse{static_cast<const float*>(job.coefs.lse)[row], at(job.coefs.lse_low, row, 0.0f)};
   Lse<float> teacher_lse{0.0f, 0.0f};
-  if (other >= 0) teacher_lse = {static_cast<const float*>(job.teacher.lse)[other], at(job.teacher.lse_low, other, 0.0f)};
+  if (other >= 0)
+    teacher_lse = {static_cast<const float*>(job.teacher.lse)[other], at(job.teacher.lse_low, other, 0.0f)};
   const bool first = cluster.rank() == 0 && threadIdx.x == 0;
   const int lead = lead_of(student.x + slice.begin);
-  float* const logits = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);  // logits[j] is column j's
-  float* const kept = logits + columns_of(rows.vocab, cluster.size()) + 4;             // likewise what is kept of the teacher
+  // logits[j] is column j's
+  float* const logits = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);
+  // likewise what is kept of the teacher
+  float* const kept = logits + columns_of(rows.vocab, cluster.size()) + 4;
 
   float student_kl = 0;
   if (ON_CHIP || other >= 0) {
@@ -66,7 +70,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
         Totals<2> some = Totals<2>::nothing();
 #pragma unroll
         for (int i = 0; i < N * U; i++) {
-          const auto both = contrast<decltype(k)::value, Accurate>(lse.log_prob(z[i]), teacher_lse.log_prob(y[i]), alpha);
+          const auto both =
+              contrast<decltype(k)::value, Accurate>(lse.log_prob(z[i]), teacher_lse.log_prob(y[i]), alpha);
           some.add({both.student, both.teacher});
           y[i] = both.kept;
         }
@@ -78,7 +83,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
     });
     sums = row_total(cluster, sums);
     student_kl = sums.of[0];
-    if (first && other >= 0) put(job.teacher.divergence, other, divergence_of(kind, alpha, student_kl, sums.of[1]));
+    if (first && other >= 0)
+      put(job.teacher.divergence, other, divergence_of(kind, alpha, student_kl, sums.of[1]));
   }
   if (!GRADIENT) return;
 
@@ -107,7 +113,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) distill_kernel(const __grid_co
 #pragma unroll
         for (int i = 0; i < N; i++) {
           const float z = g[i], log_s = t.lse.log_prob(z);
-          const float of_teacher = ON_CHIP ? y[i] : contrast<K, Accurate>(log_s, t.teacher_lse.log_prob(y[i]), t.alpha).kept;
+          const float of_teacher =
+              ON_CHIP ? y[i] : contrast<K, Accurate>(log_s, t.teacher_lse.log_prob(y[i]), t.alpha).kept;
           const float own = static_cast<int>(j) + i == others.column ? others.target : 0.0f;
           g[i] = student.t.slope(z) * (gradient_at<K, Accurate>(log_s, of_teacher, t) + own);
         }
@@ -136,18 +143,23 @@ cudaError_t launch(const Job& job, int out_type, const Launch& how, cudaStream_t
 
 using namespace drift;
 
-DRIFT_EXPORT int drift_cuda_fused_distill(int device, void* stream, const Rows* rows, const Coefs* coefs, const int64_t* taught,
-                                          const Rows* teacher_rows, const Teacher* teacher, void* out, int64_t out_stride,
-                                          int out_type, uint8_t* live, int threads, int cluster, int on_chip) {
+DRIFT_EXPORT int drift_cuda_fused_distill(int device, void* stream, const Rows* rows, const Coefs* coefs,
+                                          const int64_t* taught, const Rows* teacher_rows,
+                                          const Teacher* teacher, void* out, int64_t out_stride, int out_type,
+                                          uint8_t* live, int threads, int cluster, int on_chip) {
   const Job job{*rows, *teacher_rows, *coefs, *teacher, taught, out, out_stride, live};
   const Launch how{threads, cluster, on_chip};
-  const bool both = teacher_rows->vocab == rows->vocab && teacher_rows->stride >= rows->vocab && teacher->alpha >= 0 && teacher->alpha <= 1;
-  const bool gradient = !teacher->gradient || (out && live && out_stride >= rows->vocab && out != rows->logits);
-  if (!takes(*rows, how) || !both || !gradient || rows->row_ptr || (rows->rows && !coefs->lse)) return cudaErrorInvalidValue;
+  const bool both = teacher_rows->vocab == rows->vocab && teacher_rows->stride >= rows->vocab &&
+                    teacher->alpha >= 0 && teacher->alpha <= 1;
+  const bool gradient =
+      !teacher->gradient || (out && live && out_stride >= rows->vocab && out != rows->logits);
+  if (!takes(*rows, how) || !both || !gradient || rows->row_ptr || (rows->rows && !coefs->lse))
+    return cudaErrorInvalidValue;
   if (rows->rows == 0) return cudaSuccess;
   return on_device(device, [&] {
     const auto s = static_cast<cudaStream_t>(stream);
-    if (!teacher->gradient) return start<Job>(distill_kernel<false, false, float>, job, rows->rows, how, 0, s);
+    if (!teacher->gradient)
+      return start<Job>(distill_kernel<false, false, float>, job, rows->rows, how, 0, s);
     return on_chip ? launch<true>(job, out_type, how, s) : launch<false>(job, out_type, how, s);
   });
 }

@@ -16,20 +16,22 @@ enum OutType : int { FP32 = 0, BF16 = 1, FP16 = 2 };
 struct Launch {
   int threads, cluster, on_chip;
   bool valid() const {
-    return threads >= WARP && threads <= MAX_THREADS && threads % WARP == 0 && cluster >= 1 && cluster <= MAX_CLUSTER &&
-           (cluster & (cluster - 1)) == 0;
+    return threads >= WARP && threads <= MAX_THREADS && threads % WARP == 0 && cluster >= 1 &&
+           cluster <= MAX_CLUSTER && (cluster & (cluster - 1)) == 0;
   }
 };
 
 // Whether a launch can take these rows.
 inline bool takes(const Rows& r, const Launch& how) {
-  const bool sizes = r.rows >= 0 && r.vocab > 0 && r.vocab <= INT32_MAX && r.stride >= r.vocab && r.rows * how.cluster <= INT32_MAX;
+  const bool sizes = r.rows >= 0 && r.vocab > 0 && r.vocab <= INT32_MAX && r.stride >= r.vocab &&
+                     r.rows * how.cluster <= INT32_MAX;
   return sizes && how.valid() && (r.rows == 0 || r.logits);
 }
 
-// Prepares a kernel on the current device for `shared` bytes of dynamic shared memory, and says which PTX it was compiled
-// from. The driver is asked once for each kernel and device, and again only for more shared memory than before. A kernel that
-// keeps a row on chip gets all of the multiprocessor's L1 as shared memory, so that as many blocks fit as `cuda.choose` counts on.
+// Prepares a kernel on the current device for `shared` bytes of dynamic shared memory, and says which PTX it
+// was compiled from. The driver is asked once for each kernel and device, and again only for more shared
+// memory than before. A kernel that keeps a row on chip gets all of the multiprocessor's L1 as shared memory,
+// so that as many blocks fit as `cuda.choose` counts on.
 inline cudaError_t prepare(const void* kernel, size_t shared, int* ptx) {
   struct Known { int ptx; size_t shared; };
   static std::mutex lock;
@@ -45,7 +47,8 @@ inline cudaError_t prepare(const void* kernel, size_t shared, int* ptx) {
   }
   *ptx = at->second.ptx;
   if (shared <= at->second.shared) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (!error) at->second.shared = shared;
   return error;
@@ -53,7 +56,8 @@ inline cudaError_t prepare(const void* kernel, size_t shared, int* ptx) {
 
 // kernel(job) by one block a row, or one cluster, with `shared` bytes of dynamic shared memory.
 template <class Job>
-cudaError_t start(void (*kernel)(Job), const Job& job, int64_t rows, const Launch& how, size_t shared, cudaStream_t stream) {
+cudaError_t start(void (*kernel)(Job), const Job& job, int64_t rows, const Launch& how, size_t shared,
+                  cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;

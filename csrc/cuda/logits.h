@@ -5,7 +5,9 @@
 
 namespace drift {
 
-__device__ __forceinline__ float at(const void* p, int64_t i, float otherwise) { return p ? static_cast<const float*>(p)[i] : otherwise; }
+__device__ __forceinline__ float at(const void* p, int64_t i, float otherwise) {
+  return p ? static_cast<const float*>(p)[i] : otherwise;
+}
 __device__ __forceinline__ void put(void* p, int64_t i, float v) { if (p) static_cast<float*>(p)[i] = v; }
 
 // x -> z, and dz/dx from z. PLAIN: neither bias nor softcap.
@@ -23,7 +25,8 @@ struct Transform {
     flat = scale * inverse;
     tanh_of = 1.0f / (inverse * softcap);
   }
-  // Rounded before anything is subtracted, so that a target's logit is the very number that went into the sums.
+  // Rounded before anything is subtracted, so that a target's logit is
+  // the very number that went into the sums.
   __device__ __forceinline__ float operator()(float x, int64_t column) const {
     if (PLAIN) return __fmul_rn(x, flat);
     float u = scale * (bias ? x + bias[column] : x);
@@ -54,9 +57,13 @@ struct Row {
   bool plain;
 
   __device__ Row(const Rows& rows, int64_t row)
-      : x(static_cast<const float*>(rows.logits) + row * rows.stride), t(rows, row, false), plain(!rows.bias && rows.softcap == 0) {}
+      : x(static_cast<const float*>(rows.logits) + row * rows.stride),
+        t(rows, row, false),
+        plain(!rows.bias && rows.softcap == 0) {}
 
-  __device__ __forceinline__ float at(int64_t j) const { return plain ? __fmul_rn(x[j], t.flat) : t(x[j], j); }
+  __device__ __forceinline__ float at(int64_t j) const {
+    return plain ? __fmul_rn(x[j], t.flat) : t(x[j], j);
+  }
   // N columns from j, and U - 1 times as many, each `step` columns on.
   template <int N, int U>
   __device__ __forceinline__ void read(float* z, int64_t j, int64_t step, bool aligned) const {

@@ -1,11 +1,12 @@
-// Row kernels in CUDA: rows.h on fp32 logits, gradients out of place in fp32, bf16 or fp16. A row belongs to one block or, from
-// sm_90 on, to one cluster, whose blocks take a slice of the columns each.
+// Row kernels in CUDA: rows.h on fp32 logits, gradients out of place in fp32, bf16 or fp16. A row belongs to
+// one block or, from sm_90 on, to one cluster, whose blocks take a slice of the columns each.
 //
-// `fused_policy` reads a row from memory once where the slices fit on chip (shared memory, added up over the cluster), else
-// twice. Logits are read and gradients written 16 bytes at a time whatever the row's first address and its length. There are
-// no atomics. Logits are only read: unlike on a CPU, products stay products. exp, tanh and log are the accurate ones (no
-// --use_fast_math). Left out: rows kept in registers (a slice of a real vocabulary does not fit), several rows a block (small
-// vocabularies get small blocks instead), and bulk copies.
+// `fused_policy` reads a row from memory once where the slices fit on chip (shared memory, added up over the
+// cluster), else twice. Logits are read and gradients written 16 bytes at a time whatever the row's first
+// address and its length. There are no atomics. Logits are only read: unlike on a CPU, products stay
+// products. exp, tanh and log are the accurate ones (no --use_fast_math). Left out: rows kept in registers (a
+// slice of a real vocabulary does not fit), several rows a block (small vocabularies get small blocks
+// instead), and bulk copies.
 #include "../rows.h"
 #include "launch.h"
 #include "logits.h"
@@ -24,7 +25,8 @@ struct Job {
   void* out = nullptr;     // [rows, out_stride] d(loss)/d(product); null = not wanted
   int64_t out_stride = 0;
   uint8_t* live = nullptr; // [rows] 0 where the gradient is zero for want of a coefficient
-  float* sums = nullptr;      // [5, rows] max, Σe, Σe·(z − max), Σe², Σz of these columns, which may be a part of the vocabulary
+  // [5, rows] max, Σe, Σe·(z − max), Σe², Σz of these columns, which may be a part of the vocabulary
+  float* sums = nullptr;
   float* at_target = nullptr; // [entries] the target's logit, −inf where it is no column of these
 };
 
@@ -35,13 +37,15 @@ struct RowStats {
   Lse<float> lse;
   float entropy, mean, log_sum_sq;
 };
-struct Slope { float logprobs, entropy; bool live; };  // d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
+// d(loss)/d(sum of the row's log-probs, and lse), d(loss)/d(entropy)
+struct Slope { float logprobs, entropy; bool live; };
 struct Entry { float coef, weight; };
 struct Span { int64_t begin, end; };
 
 __device__ RowStats finish(const Sums& s, int64_t vocab) {
   const double log_e = log(double(s.e));
-  return {s.max, Lse<float>::of(s.max, log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab), float(log(double(s.ee)) - 2 * log_e)};
+  return {s.max, Lse<float>::of(s.max, log_e), float(log_e - double(s.ed) / s.e), s.z / float(vocab),
+          float(log(double(s.ee)) - 2 * log_e)};
 }
 
 // A maximum of nothing is finite in memory, so that whoever merges parts meets no 0 · inf.
@@ -50,7 +54,8 @@ __device__ void store_sums(const Job& job, int64_t row, const Sums& s) {
   for (int k = 0; k < 5; k++) put(job.sums, row + k * job.rows.rows, values[k]);
 }
 
-// Entry k of a row: its coefficient d(loss)/d(log-prob) and weight; with `write` its outputs too. z is its target's logit.
+// Entry k of a row: its coefficient d(loss)/d(log-prob) and weight; with `write` its
+// outputs too. z is its target's logit.
 template <Mode MODE>
 __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ignored, float z, bool write) {
   const float logp = s.lse.at_most_0(z);
@@ -63,7 +68,8 @@ __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ign
   const Policy& o = job.policy;
   const PolicyParams& p = o.params;
   const float w = ignored ? 0.0f : at(o.weights, k, 1.0f);
-  const auto token = policy_token<float>(p, logp, at(o.advantages, k, 1.0f), o.old, at(o.old, k, 0.0f), o.ref, at(o.ref, k, 0.0f));
+  const auto token = policy_token<float>(p, logp, at(o.advantages, k, 1.0f), o.old, at(o.old, k, 0.0f), o.ref,
+                                         at(o.ref, k, 0.0f));
   if (write) {
     float loss = token.loss;
     if (p.entropy_coef != 0) loss -= float(p.entropy_coef) * s.entropy;
@@ -76,9 +82,11 @@ __device__ Entry evaluate(const Job& job, const RowStats& s, int64_t k, bool ign
   return {w != 0 ? w * token.dlogp : 0.0f, w};
 }
 
-// d(loss)/dx at one column from its logit z; `own` adds up the coefficients of the entries whose target it is.
+// d(loss)/dx at one column from its logit z; `own` adds up the
+// coefficients of the entries whose target it is.
 template <bool PLAIN>
-__device__ __forceinline__ float gradient(const Transform<PLAIN>& t, const RowStats& s, const Slope& c, float z, float own) {
+__device__ __forceinline__ float gradient(const Transform<PLAIN>& t, const RowStats& s, const Slope& c,
+                                          float z, float own) {
   const float lp = s.lse.log_prob(z), p = expf(lp);
   return t.slope(z) * fmaf(-p, fmaf(c.entropy, fmaxf(lp, FLOOR) + s.entropy, c.logprobs), own);
 }
@@ -95,10 +103,16 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   const float* const x = static_cast<const float*>(rows.logits) + row * rows.stride;
   const Transform<PLAIN> t(rows, row, false);
   const int lead = lead_of(x + slice.begin);
-  float* const kept = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);  // kept[j] is column j's logit
+  // kept[j] is column j's logit
+  float* const kept = reinterpret_cast<float*>(on_chip + 1) - (slice.begin + lead);
 
   if (MODE == GRAD) {
-    if (threadIdx.x == 0) shared_stats = {0, {at(job.coefs.lse, row, 0.0f), at(job.coefs.lse_low, row, 0.0f)}, at(job.coefs.row_entropy, row, 0.0f), 0, 0};
+    if (threadIdx.x == 0)
+      shared_stats = {0,
+                      {at(job.coefs.lse, row, 0.0f), at(job.coefs.lse_low, row, 0.0f)},
+                      at(job.coefs.row_entropy, row, 0.0f),
+                      0,
+                      0};
     __syncthreads();
   } else {
     Sums sums = Sums::nothing();
@@ -134,7 +148,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   const Transform<PLAIN> to_z(rows, row, MODE == GRAD && !job.raw);  // of what lies in x
   const auto entry = [&](int64_t k, bool write) {
     const int64_t y = rows.targets[k];
-    const float z = y < 0 ? 0.0f : y < rows.vocab ? to_z(x[y], y) : NAN;  // a target outside the vocabulary must not hide
+    // a target outside the vocabulary must not hide
+    const float z = y < 0 ? 0.0f : y < rows.vocab ? to_z(x[y], y) : NAN;
     if (MODE == STATS && write) put(job.at_target, k, y >= 0 && y < rows.vocab ? z : -INFINITY);
     return evaluate<MODE>(job, s, k, y < 0, z, write);
   };
@@ -148,8 +163,10 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
     if (MODE != STATS) {
       const PolicyParams& p = job.policy.params;
       coefs = warp_sum(coefs), weights = warp_sum(weights), any = __any_sync(ALL_LANES, any);
-      const float lse = MODE == POLICY ? -float(2 * p.z_loss_coef) * weights * s.lse.high : -at(job.coefs.row_lse, row, 0.0f);
-      const float entropy = MODE == POLICY ? -float(p.entropy_coef) * weights : at(job.coefs.entropy, row, 0.0f);
+      const float lse = MODE == POLICY ? -float(2 * p.z_loss_coef) * weights * s.lse.high
+                                       : -at(job.coefs.row_lse, row, 0.0f);
+      const float entropy =
+          MODE == POLICY ? -float(p.entropy_coef) * weights : at(job.coefs.entropy, row, 0.0f);
       if (lane() == 0) {
         shared_slope = {coefs + lse, entropy, any || lse != 0 || entropy != 0};
         if (first && job.live) job.live[row] = shared_slope.live;
@@ -165,22 +182,25 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) row_kernel(const __grid_consta
   const float* const source = ON_CHIP ? kept : x;
   const int out_lead = lead_of(out + slice.begin);
   const bool aligned = lead_of(source + slice.begin + out_lead) == 0;
-  for_columns<16 / sizeof(Out), ON_CHIP || !PLAIN ? 1 : 2>(slice, out_lead, [&](int64_t j, int64_t step, auto width, auto count) {
-    constexpr int N = decltype(width)::value, U = decltype(count)::value;
-    float g[N * U] = {};
-    if (c.live) {
+  for_columns<16 / sizeof(Out), ON_CHIP || !PLAIN ? 1 : 2>(
+      slice, out_lead, [&](int64_t j, int64_t step, auto width, auto count) {
+        constexpr int N = decltype(width)::value, U = decltype(count)::value;
+        float g[N * U] = {};
+        if (c.live) {
 #pragma unroll
-      for (int u = 0; u < U; u++) load<N>(source + j + u * step, g + u * N, aligned);
+          for (int u = 0; u < U; u++) load<N>(source + j + u * step, g + u * N, aligned);
 #pragma unroll
-      for (int i = 0; i < N * U; i++) g[i] = gradient(t, near, c, ON_CHIP ? g[i] : to_z(g[i], j + i / N * step + i % N), 0.0f);
-    }
+          for (int i = 0; i < N * U; i++)
+            g[i] = gradient(t, near, c, ON_CHIP ? g[i] : to_z(g[i], j + i / N * step + i % N), 0.0f);
+        }
 #pragma unroll
-    for (int u = 0; u < U; u++) store<N>(out + j + u * step, g + u * N);
-  });
+        for (int u = 0; u < U; u++) store<N>(out + j + u * step, g + u * N);
+      });
   if (!c.live) return;
   __syncthreads();
 
-  // The columns of targets once more, by the block whose slice they are in; entries of one target add up in their order.
+  // The columns of targets once more, by the block whose slice they are in;
+  // entries of one target add up in their order.
   for (int64_t k = entries.begin + threadIdx.x; k < entries.end; k += blockDim.x) {
     const int64_t y = rows.targets[k];
     if (y < slice.begin || y >= slice.end) continue;
@@ -200,7 +220,8 @@ template <Mode MODE, bool ON_CHIP, class Out>
 cudaError_t launch(const Job& job, const Launch& how, cudaStream_t stream) {
   const bool plain = !job.rows.bias && job.rows.softcap == 0;
   const auto kernel = plain ? row_kernel<MODE, ON_CHIP, true, Out> : row_kernel<MODE, ON_CHIP, false, Out>;
-  return start(kernel, job, job.rows.rows, how, ON_CHIP ? (columns_of(job.rows.vocab, how.cluster) + 4) * sizeof(float) : 0, stream);
+  return start(kernel, job, job.rows.rows, how,
+               ON_CHIP ? (columns_of(job.rows.vocab, how.cluster) + 4) * sizeof(float) : 0, stream);
 }
 
 template <Mode MODE, bool ON_CHIP>
@@ -234,36 +255,40 @@ int enqueue(int device, void* stream, const Job& job, int out_type, const Launch
 
 using namespace drift;
 
-// Each entry enqueues on `stream` of `device` and returns a cudaError_t. Structs are those of rows.h: the caller compares layout().
+// Each entry enqueues on `stream` of `device` and returns a cudaError_t. Structs are those of rows.h: the
+// caller compares layout().
 
 DRIFT_EXPORT uint64_t drift_cuda_layout() { return layout(); }
 
-DRIFT_EXPORT int drift_cuda_row_stats(int device, void* stream, const Rows* rows, const Stats* stats, int threads, int cluster) {
+DRIFT_EXPORT int drift_cuda_row_stats(int device, void* stream, const Rows* rows, const Stats* stats,
+                                      int threads, int cluster) {
   Job job{*rows, *stats, {}, {}};
   return enqueue<STATS>(device, stream, job, FP32, {threads, cluster, 0});
 }
 
-DRIFT_EXPORT int drift_cuda_partial_stats(int device, void* stream, const Rows* rows, float* sums, float* at_target, int threads,
-                                          int cluster) {
+DRIFT_EXPORT int drift_cuda_partial_stats(int device, void* stream, const Rows* rows, float* sums,
+                                          float* at_target, int threads, int cluster) {
   Job job{*rows, {}, {}, {}};
   job.sums = sums, job.at_target = at_target;
   return enqueue<STATS>(device, stream, job, FP32, {threads, cluster, 0});
 }
 
-DRIFT_EXPORT int drift_cuda_grad_logits(int device, void* stream, const Rows* rows, const Coefs* coefs, int raw, void* out,
-                                        int64_t out_stride, int out_type, uint8_t* live, int threads, int cluster) {
+DRIFT_EXPORT int drift_cuda_grad_logits(int device, void* stream, const Rows* rows, const Coefs* coefs,
+                                        int raw, void* out, int64_t out_stride, int out_type, uint8_t* live,
+                                        int threads, int cluster) {
   Job job{*rows, {}, *coefs, {}, raw != 0, out, out_stride, live};
   return out ? enqueue<GRAD>(device, stream, job, out_type, {threads, cluster, 0}) : cudaErrorInvalidValue;
 }
 
-DRIFT_EXPORT int drift_cuda_fused_policy(int device, void* stream, const Rows* rows, const Stats* stats, const Policy* policy,
-                                         void* out, int64_t out_stride, int out_type, uint8_t* live, int threads, int cluster,
-                                         int on_chip) {
+DRIFT_EXPORT int drift_cuda_fused_policy(int device, void* stream, const Rows* rows, const Stats* stats,
+                                         const Policy* policy, void* out, int64_t out_stride, int out_type,
+                                         uint8_t* live, int threads, int cluster, int on_chip) {
   Job job{*rows, *stats, {}, *policy, true, out, out_stride, live};
   return enqueue<POLICY>(device, stream, job, out_type, {threads, cluster, on_chip});
 }
 
-// How many devices there are, and of one of them: shared memory a block may have, and whether this build runs clusters on it.
+// How many devices there are, and of one of them: shared memory a block may have, and
+// whether this build runs clusters on it.
 DRIFT_EXPORT int drift_cuda_device_count(int* count) { return cudaGetDeviceCount(count); }
 
 DRIFT_EXPORT int drift_cuda_limits(int device, int* shared_bytes, int* clusters) {
@@ -277,5 +302,9 @@ DRIFT_EXPORT int drift_cuda_limits(int device, int* shared_bytes, int* clusters)
   });
 }
 
-DRIFT_EXPORT const char* drift_cuda_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
-DRIFT_EXPORT const char* drift_cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+DRIFT_EXPORT const char* drift_cuda_error_name(int error) {
+  return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+DRIFT_EXPORT const char* drift_cuda_error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}

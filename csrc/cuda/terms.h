@@ -1,5 +1,5 @@
-// What the kernels of distillation read beside two rows: which teacher's row goes with a student's, and what the other terms
-// of the loss add to a row's gradient.
+// What the kernels of distillation read beside two rows: which teacher's row goes with a student's, and what
+// the other terms of the loss add to a row's gradient.
 #pragma once
 #include "../divergence.h"
 #include "logits.h"
@@ -11,7 +11,9 @@ struct Accurate {  // exp and log of divergence.h
   static __device__ __forceinline__ float log(float x) { return logf(x); }
 };
 
-__device__ __forceinline__ int64_t taught_row(const int64_t* taught, int64_t row) { return taught ? taught[row] : row; }
+__device__ __forceinline__ int64_t taught_row(const int64_t* taught, int64_t row) {
+  return taught ? taught[row] : row;
+}
 
 struct Others {
   int column;    // of the target, -1 where nothing is asked of it

@@ -123,7 +123,7 @@ BUCKETS = {
         "cuda/buckets.cu", "- drest * share;", "+ drest;", "gradient",
     ),
     "a token of the buckets that counts as one of the rest": (
-        "cuda/buckets.cu", "(z - of_ids.lse, 0.0f, of_ids)", "(z - of_ids.lse, 0.0f, of_rest)", "gradient",
+        "cuda/buckets.cu", "(of_ids.lse.log_prob(z), 0.0f, of_ids)", "(of_ids.lse.log_prob(z), 0.0f, of_rest)", "gradient",
     ),
     "the target forgotten in its bucket": (
         "cuda/buckets.cu", "(ids[a] == others.column ? others.target : 0.0f)", "0.0f", "gradient",
