@@ -30,7 +30,7 @@ T = TypeVar("T")
 FILES = ("summary.json", "metrics.jsonl", "rollouts.jsonl")  # of a run
 TRAINER_PACKAGES = ("pydantic", "yaml", "rich", "matplotlib", "safetensors", "transformers", "tokenizers")
 INSTALL = 'pip install "drift-rl[train]", or pip install -e ".[train]" in a clone; `drift doctor` lists what is there'
-COMMANDS = ("run", "study", "rollout", "train", "eval", "report", "data", "config", "init", "doctor")
+COMMANDS = ("run", "study", "rollout", "train", "eval", "report", "export", "data", "config", "init", "doctor")
 EPILOG = """\
 examples:
   drift init                                         copy the shipped configs and examples into this folder
@@ -149,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     with_model(evaluate)
     report = add("report", _report, "write report.html for a run folder, finished or not; compare several")
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run's folder, such as runs/quickstart")
+    export = add("export", _export, "the trained model in a folder of its own, for transformers and vLLM")
+    export.add_argument(
+        "run", metavar="RUN", type=Path, help="a run's folder (its first seed's last arm), or one trained model's"
+    )
+    export.add_argument("--out", metavar="DIR", type=Path, help="default: RUN/export")
+    export.add_argument("--merge-lora", action="store_true", help="add adapters to their base's weights")
+    export.add_argument("--shard-size", metavar="SIZE", help="of a file at most, such as 5GB; default: as they are")
     data = add("data", _data, "a published set of problems as a JSONL file", "Without NAME it lists the sets.")
     data.add_argument("set", metavar="NAME", nargs="?", help="such as math-500")
     data.add_argument(
@@ -273,6 +280,13 @@ def _report(options: argparse.Namespace) -> int:
         console, runs = Console(), [read(run_dir, rollouts=False) for run_dir in options.run_dirs]
         for table in filter(None, (compare.results(runs), compare.settings(runs))):
             console.print(table)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from drift.jobs.export import export
+
+    print(export(options.run, options.out, merge_lora=options.merge_lora, shard_size=options.shard_size))
     return 0
 
 

@@ -93,7 +93,7 @@ class _Job:
         self.work, self.task = work, work.task
         self.clock = Clock(folder / "seconds.json")
         self.policy: Policy
-        self.start: dict[str, Any]  # the base's trainable parameters
+        self.start: dict[str, Any]  # the base's trainable parameters, in the host's memory
 
     def base(self) -> None:
         """The model that all seeds start from, trained to the target where it is the embedded one, and evaluated."""
@@ -112,7 +112,7 @@ class _Job:
         self.policy.check_packing()
         if distributed.rank() == 0:
             lengths.check(self.policy, self.task, config, self.track)
-        self.start = self.policy.state()
+        self.start = self.policy.state("cpu")
         self._evaluate("base", folder / "eval.json")
 
     def _engine(self) -> AbstractContextManager[Engine]:

@@ -103,9 +103,10 @@ class Policy:
         """lm_head as the ops take it, tied or not, LoRA included; temperature: one number, or one a row [T]."""
         return drift_kernels.Head.of(self.model, temperature)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """A copy of every parameter that is trained, by name."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+    def state(self, device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
+        """A copy of every parameter that is trained, by name; on `device`, by default where the parameter is."""
+        trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+        return {name: p.to(device or p.device, copy=True) for name, p in trained}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Puts back what `state` gave."""
@@ -164,7 +165,8 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     if config.path is None:
         tokenizer = tiny.build_tokenizer()
         model: Any = tiny.build_model(config, tokenizer, seed, attention)
-        model.to(dtype)
+        for parameter in model.parameters():  # buffers stay in float32, as they are when transformers reads a model
+            parameter.data = parameter.data.to(dtype)
     else:
         if config.path == smollm2.NAME and not Path(config.path).is_dir():
             config = config.model_copy(update={"path": str(smollm2.folder())})

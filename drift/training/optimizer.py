@@ -8,12 +8,14 @@ their own masters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from drift.training import distributed
 from drift.training.sharding import full, like
 
 
@@ -100,8 +102,9 @@ class MasterAdamW:
                     parameter.copy_(master)
 
     def whole(self) -> Whole:
-        """Masters and moments, whole, to be saved: every rank calls this."""
-        return Whole({name: full(master.detach()) for name, master in self.masters.items()}, self.state_dict())
+        """Masters and moments to be saved, whole in the first rank's host memory alone: every rank calls this."""
+        masters = ((name, master.detach()) for name, master in self.masters.items())
+        return Whole(_on_first(masters), _on_first(self._moments()))
 
     def zero(self) -> None:
         """Drops all gradients."""
@@ -110,11 +113,12 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """AdamW's moments and counts, flat: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step". Whole: every rank calls this."""
-        return {
-            f"{name}/{key}": full(value)
-            for name, master in self.masters.items()
-            for key, value in self._adamw.state.get(master, {}).items()
-        }
+        return {key: full(value) for key, value in self._moments()}
+
+    def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, master in self.masters.items():
+            for key, value in self._adamw.state.get(master, {}).items():
+                yield f"{name}/{key}", value
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes up what `state_dict` gave. Raises ValueError where a parameter is not known here."""
@@ -145,6 +149,16 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
         case "cosine":
             return config.lr * 0.5 * (1 - math.cos(math.pi * left))
     raise ValueError(f"schedule {config.schedule!r} should be constant, linear or cosine")
+
+
+def _on_first(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The whole of each, gathered one after another and moved to the first rank's host memory; empty on the others."""
+    found = {}
+    for name, tensor in tensors:
+        whole = full(tensor)
+        if distributed.rank() == 0:
+            found[name] = whole.to("cpu")
+    return found
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -48,7 +48,8 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
     policy.check_packing()  # a forward pass of whole weights
     distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad])
     spread = copy.copy(policy)
-    model = copy.deepcopy(policy.model)
+    shared = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in policy.model.parameters()}
+    model = copy.deepcopy(policy.model, shared)  # modules of its own around the policy's weights
     alone = _own_head(model) if shard_head else None
     if alone is not None:
         spread.head = _head_by_rows(alone, policy.head())
@@ -79,6 +80,18 @@ def rounds(model: torch.nn.Module, packs: Sequence[PackedBatch | TreeBatch]) -> 
         for unit in _units(model):
             unit.set_requires_gradient_sync(number == most, recurse=False)
         yield batch
+
+
+def layers_of(root: Any) -> list[torch.nn.Module]:
+    """The decoder layers of a model that is no wrapper. Raises ValueError when it does not name their class."""
+    names = getattr(root, "_no_split_modules", None) or ()
+    layers = [module for module in root.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"train.shard 'fsdp': {type(root).__name__} does not name its layers (_no_split_modules), so that it cannot be "
+            "spread over the ranks; it must be 'none' for this model"
+        )
+    return layers
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,23 +145,16 @@ def _head_by_rows(module: Any, whole: drift_kernels.Head) -> Any:
 def _spread(model: Any, head: torch.nn.Module | None = None) -> Any:
     """Shards the model in place; its method `drift_backbone` gathers what lies outside the layers, but not `head`."""
     dtype = next(model.parameters()).dtype
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = getattr(root, "_no_split_modules", None) or ()
-    layers = [module for module in root.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(
-            f"train.shard 'fsdp': {type(root).__name__} does not name its layers (_no_split_modules), so that it cannot be "
-            "spread over the ranks; it must be 'none' for this model"
-        )
+    layers = layers_of(root)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (distributed.world_size(),), mesh_dim_names=("data",))
     mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for layer in layers if head is None else [*layers, head]:
-        fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    fully_shard(root, mesh=mesh, mp_policy=mixed)
+    for unit in [*layers, *([] if head is None else [head]), root]:  # one is whole in float32 at a time
+        for parameter in unit.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.float()
+        fully_shard(unit, mesh=mesh, mp_policy=mixed)
     for unit in _units(model):  # each by itself: on the root alone, the layers' gradients stay means, without a word
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has neither averages nor scaled sums

@@ -26,12 +26,12 @@ def test_help_names_every_command():
     shown = subprocess.run(
         [sys.executable, "-m", "drift.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for command in ("run", "rollout", "train", "eval", "report", "study", "doctor"):
+    for command in ("run", "rollout", "train", "eval", "report", "study", "export", "doctor"):
         assert f"\n    {command} " in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("command", ["run", "rollout", "train", "eval", "report", "study", "doctor"])
+@pytest.mark.parametrize("command", ["run", "rollout", "train", "eval", "report", "study", "export", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

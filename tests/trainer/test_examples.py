@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ def test_the_notebook_runs_and_prints_as_shown(capsys):
             assert len(capsys.readouterr().out.splitlines()) == len(shown.splitlines())
     total, count = values["out"].metrics["ppo_kl"]
     assert total / count > 0.05  # ten updates away from the sampler
+
+
+def test_the_slurm_script_is_one_that_bash_can_read():
+    script = EXAMPLES / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    named = re.findall(r"^  (--[\w-]+) ", script.read_text(), re.MULTILINE)
+    torchrun = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True
+    ).stdout
+    assert len(named) == 5
+    assert all(option in torchrun for option in named)
 
 
 def test_own_rollouts_are_read_weighed_packed_and_trained(tmp_path, capsys):
