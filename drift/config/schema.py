@@ -143,11 +143,12 @@ class EngineConfig(Section):
     @field_validator("url")
     @classmethod
     def _plain_address(cls, url: str) -> str:
-        """Not repeated in the complaint if it may hold a password."""
-        if "@" in url:
-            raise ValueError("must read http://HOST:PORT, without USER:PASSWORD@; a key is read from VLLM_API_KEY")
+        """Not repeated in the complaint, since it may hold a secret."""
         if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", url):
-            raise ValueError(f"{url!r} must read http://HOST:PORT, without white space, a path, a query or a fragment")
+            raise ValueError(
+                "must read http://HOST:PORT, without USER:PASSWORD@, white space, a path, a query or a fragment; a key "
+                "is read from the environment, as VLLM_API_KEY"
+            )
         return url
 
 

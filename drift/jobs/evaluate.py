@@ -38,6 +38,7 @@ class Evaluation:
     top_p: float = 1.0
     right: list[int] = field(default_factory=list)  # [problems], how many of them; empty without samples
     failed_checks: int = 0  # checks without a verdict, which count as wrong
+    problems: list[str] = field(default_factory=list)  # [problems], their ids, which change with question and answer
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)  # of several evaluation sets, each as JSON by name
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def evaluate(
         *how,
         right,
         failures.failed,
+        [problem.id for problem in problems],
     )
 
 
@@ -156,6 +158,7 @@ def average(parts: dict[str, Evaluation]) -> Evaluation:
         every[0].top_p,
         [count for one in every for count in one.right],
         sum(one.failed_checks for one in every),
+        [name for one in every for name in one.problems],
         {name: one.to_json() for name, one in parts.items()},
     )
 

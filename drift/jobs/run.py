@@ -122,14 +122,17 @@ class _Job:
     def seed(self, seed: int) -> None:
         """Rollouts and all arms of one seed."""
         folder = self.folder / f"seed-{seed}"
-        if all((folder / f"eval-{arm}.json").exists() for arm in ("base", *self.config.trained)):
-            return
-        folder.mkdir(exist_ok=True)
-        self.policy.restore(self.start)
-        if self.config.online:
-            self._online(seed, folder / self.config.online.algorithm)
-        else:
-            self._offline(seed, folder)
+        missing = [arm for arm in self.config.trained if not (folder / f"eval-{arm}.json").exists()]
+        for arm in self.config.trained:
+            if arm not in missing:
+                self._evaluate(f"seed-{seed}/{arm}", folder / f"eval-{arm}.json", folder / arm)
+        if missing:
+            folder.mkdir(exist_ok=True)
+            self.policy.restore(self.start)
+            if self.config.online:
+                self._online(seed, folder / self.config.online.algorithm)
+            else:
+                self._offline(seed, folder, missing)
         if distributed.rank() == 0:
             files.write(folder / "eval-base.json", (self.folder / "base" / "eval.json").read_bytes())
 
@@ -145,13 +148,12 @@ class _Job:
             train_online(self.policy, engine, self.task, problems, self.config, **options)
         self._finish(name, folder, [inside])
 
-    def _offline(self, seed: int, folder: Path) -> None:
+    def _offline(self, seed: int, folder: Path, missing: Sequence[str]) -> None:
         rows = self._sample(rollout_path(self.folder, self.config, seed), [seed], f"seed-{seed}/rollout")
         if "success_only" in self.config.arms:
             self._weights("success_only", rows, f"seed-{seed}/success_only", 0)  # refused before another arm is trained
-        for arm in self.config.arms:
-            if not (folder / f"eval-{arm}.json").exists():
-                self._arm(seed, arm, rows, folder / arm)
+        for arm in missing:
+            self._arm(seed, arm, rows, folder / arm)
 
     def _arm(self, seed: int, arm: str, rows: list[dict[str, Any]], folder: Path) -> None:
         """Trains from the base for as many steps as an epoch of all trajectories has, `train.rounds` times."""
@@ -221,17 +223,30 @@ class _Job:
             sampled.say(self.policy, self.task, rows, self.config, self.track, prefix)
         return rows
 
-    def _evaluate(self, name: str, path: Path) -> None:
-        if distributed.rank() == 0 and path.exists():
-            evaluation(self.config, self.folder, path)
-        elif distributed.rank() == 0:
+    def _evaluate(self, name: str, path: Path, saved: Path | None = None) -> None:
+        """Writes `path`, unless it is there and about the problems of today. saved: the model, if not `self.policy`."""
+        if distributed.rank() == 0 and not self._evaluated(name, path):
             with self.clock("evaluate"):
-                done = stages.evaluated(self.config, self.policy, self.work, self.track)
+                policy = self.policy if saved is None else stages.finished(self.config, saved)
+                done = stages.evaluated(self.config, policy, self.work, self.track)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, done.to_json())
             for line in lines(done):
                 self.track.say(f"{name}: {line}")
         distributed.meet(f"the evaluation of {name}")
+
+    def _evaluated(self, name: str, path: Path) -> bool:
+        if not path.exists():
+            return False
+        before = evaluation(self.config, self.folder, path).get("problems", [])
+        now = [problem.id for _, problems in self.work.evaluations.values() for problem in problems]
+        if before != now:
+            changed = len(set(now) - set(before))
+            self.track.say(
+                f"{name}: {changed} of {len(now)} evaluation problems have another question or answer than when "
+                f"{path.name} was written; evaluated again"
+            )
+        return before == now
 
     def summarise(self) -> None:
         """summary.json and report.html, from the files of the stages."""

@@ -30,6 +30,7 @@ from drift.rollouts.rollout import collect
 from drift.tasks import Task
 from drift.track import Track
 from drift.training import distributed
+from drift.training.guards import ratio_warnings
 from drift.training.offpolicy import log_ratios
 from drift.training.trainer import TrainStats, train
 from drift.types import Trajectory
@@ -42,6 +43,11 @@ def load(config: Config, path: str | None) -> Policy:
     transformers_logging.disable_progress_bar()
     model = config.model.model_copy(update={"path": path})
     return load_policy(model, device=distributed.device(), seed=config.task.seed)
+
+
+def finished(config: Config, folder: Path) -> Policy:
+    """The model that a run saved in `folder`, adapters included, on this rank's device."""
+    return load(config.model_copy(update={"model": config.model.model_copy(update={"lora": None})}), str(folder))
 
 
 def about(policy: Policy, path: str | None) -> str:
@@ -121,6 +127,11 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         ratios, corrected = None, {}
         if config.weights.off_policy == "correct":
             ratios, corrected = log_ratios(policy, rows, config.weights.off_policy_clip)
+            exploding = ratio_warnings(
+                corrected["offpolicy_gap"], config.train.sampler_gap, corrected["offpolicy_clipped_share"]
+            )
+            for warning in exploding:
+                track.say(f"{rollouts}: {warning}")
         else:
             store.check_policy(rows, policy.hash())
         if unknown := sum("policy_hash" not in row for row in rows):

@@ -188,7 +188,7 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         if adapters:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+            model = PeftModel.from_pretrained(model, config.path, is_trainable=True, trust_remote_code=False)
         _check_finite(model, config.path)
     if config.lora is not None:
         with torch.random.fork_rng(devices=[]):

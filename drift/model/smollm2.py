@@ -27,8 +27,8 @@ def folder() -> Path:
     source = _source()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     config = read.config
     vars(config).pop("quantization_config", None)  # the weights are dequantised by now, and only such can be saved
     model = AutoModelForCausalLM.from_config(config)

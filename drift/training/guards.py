@@ -21,6 +21,7 @@ from drift.types import Trajectory
 
 WINDOW = 50  # finite steps whose gradient norms the next one is compared with
 LEAST = 10  # of them, before anything is said
+CLIPPED = 0.5  # share of importance ratios beyond their clip that is too many
 
 
 class TrainingError(RuntimeError):
@@ -62,12 +63,23 @@ class Guards:
         if few and not self._few:  # once, until it has been better
             said.append(f"the effective sample size is {ess:.1%} of the batch: a few trajectories outweigh all others")
         self._few = few
-        if sampler_kl is not None and not abs(sampler_kl) <= self.gap:
-            said.append(
-                f"the sampler's log-probs are {sampler_kl:+.3g} nats a token from the policy's: the two are not the same "
-                "model, or the importance ratios explode"
-            )
-        return said
+        return said if sampler_kl is None else said + ratio_warnings(sampler_kl, self.gap)
+
+
+def ratio_warnings(sampler_kl: float, gap: float, clipped: float = 0.0) -> list[str]:
+    """One line for each sign that importance ratios explode. clipped: share of the trajectories whose ratio is clipped."""
+    said = []
+    if not abs(sampler_kl) <= gap:
+        said.append(
+            f"the sampler's log-probs are {sampler_kl:+.3g} nats a token from the policy's: the two are not the same "
+            "model, or the importance ratios explode"
+        )
+    if clipped > CLIPPED:
+        said.append(
+            f"the importance ratios explode: {clipped:.0%} of the trajectories that another policy sampled have one "
+            "beyond weights.off_policy_clip, so their weights say little about this policy; sample anew"
+        )
+    return said
 
 
 def keep_batch(

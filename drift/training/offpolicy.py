@@ -39,6 +39,8 @@ def log_ratios(
     ours = _score(policy, rows, foreign, max_tokens)
     theirs = [sum(sum(part["logprobs"]) for part in parts) for parts in samples]
     clipped, stats = returns.offpolicy_correction([ours[index] for index in foreign], theirs, clip)
+    tokens = sum(sum(part["loss_mask"]) for parts in samples for part in parts)
+    stats["offpolicy_gap"] = sum(abs(mu - ours[i]) for i, mu in zip(foreign, theirs)) / max(tokens, 1)
     found = dict(zip(foreign, clipped))
     return [found.get(i, 0.0) for i in range(len(rows))], {**stats, "offpolicy_share": len(foreign) / len(rows)}
 

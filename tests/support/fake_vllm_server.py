@@ -28,6 +28,7 @@ class StandIn:
              others, or None
     lacks    parts of "ids", "prompt ids", "same prompt", "logprobs", "n", "completions", "rpc", "extension", "adapters"
     raw      log-probs before temperature
+    keys     the Authorization header of each request
     deaf     loads nothing and says it did; "head": everything but the tied head, as vLLM on a CPU
     """
 
@@ -35,7 +36,7 @@ class StandIn:
         self.model, self.lacks, self.raw, self.deaf = model, set(lacks), raw, deaf
         self.first = {name: value.clone() for name, value in model.state_dict().items()}
         self.vocabulary = vocabulary or model.config.vocab_size
-        self.faults, self.bodies, self.calls, self.adapters = [], [], [], {}
+        self.faults, self.bodies, self.calls, self.adapters, self.keys = [], [], [], {}, []
         self.delay, self.in_flight, self.most_in_flight = 0.0, 0, 0
         self.lock, self.computing = threading.Lock(), threading.Lock()
         self.boot()
@@ -199,6 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def reply(self, body):
+        self.standing.keys.append(self.headers.get("Authorization"))
         answer = self.standing.answer(self.path, body)
         self.close_connection = True  # so that no thread waits for a second request
         if answer is None:

@@ -12,7 +12,7 @@ from drift.config import ModelConfig
 from drift.model.policy import load_policy
 from drift.track import Track
 from drift.training import checkpoint, trainer
-from drift.training.guards import LEAST, Guards, TrainingError
+from drift.training.guards import LEAST, Guards, TrainingError, ratio_warnings
 from drift.training.meter import StepResult
 
 
@@ -75,6 +75,10 @@ def test_gradient_norms_that_jump_few_effective_samples_and_a_sampler_far_off_ar
     for gap in (1.5, -1.5, math.nan):
         [off] = guards.warnings(StepResult(1.0, 2.0, False), sampler_kl=gap)
         assert "nats a token from the policy's" in off
+    assert ratio_warnings(0.9, 1.0, clipped=0.5) == []
+    off, clipped = ratio_warnings(1.1, 1.0, clipped=0.51)
+    assert off.startswith("the sampler's log-probs are +1.1 nats a token")
+    assert clipped.startswith("the importance ratios explode: 51% of the trajectories")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -328,7 +329,7 @@ def test_what_is_stored_of_a_step(tmp_path, talkative):
     assert any(row["advantage"] for row in rows)
 
 
-def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talkative):
+def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talkative, capfd):
     """`drift train` on the trajectories of an online run: the base's own are taken as they are, later ones corrected."""
     made = config(tmp_path, online={"steps": 3}, train={"lr": 3e-3}, rollout={"turns": 2, "temperature": 0.8})
     path = tmp_path / "rollouts.jsonl"
@@ -362,6 +363,18 @@ def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talka
     clipped = sum(abs(ratio) > 0.2 for ratio in ratios) / 32
     assert logged["weights/offpolicy_clipped_share"] == pytest.approx(clipped, abs=1 / 32)
     assert 0 < clipped < 1
+    assert 0 < logged["weights/offpolicy_gap"] < 1
+    said = capfd.readouterr().err
+    assert re.search(r"the importance ratios explode: \d+% of the trajectories that another policy sampled", said)
+    assert "nats a token" not in said
+    wide = offline.weights.model_copy(update={"off_policy_clip": 50.0})
+    stages.fit(offline.model_copy(update={"weights": wide}), path, tmp_path / "quiet")
+    assert "explode" not in capfd.readouterr().err
+    narrow = offline.train.model_copy(update={"sampler_gap": 1e-5})
+    stages.fit(offline.model_copy(update={"weights": wide, "train": narrow}), path, tmp_path / "told")
+    said = capfd.readouterr().err
+    assert "nats a token from the policy's" in said
+    assert "of the trajectories" not in said
     rows[-1].pop("logprobs")
     with pytest.raises(store.StoreError, match="has no logprobs"):
         log_ratios(base, rows, 5.0)

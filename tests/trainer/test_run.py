@@ -229,6 +229,29 @@ def test_interrupted_in_training_and_evaluation(whole, tmp_path, monkeypatch):
     assert run(again)["results"] == summary["results"]
 
 
+def test_a_corrected_answer_of_an_evaluation_problem_is_verified_again(whole, tmp_path, capfd):
+    """Between interruption and resumption: the base and the arm that was done are evaluated anew, and not trained."""
+    config, folder, summary = whole
+    copy, problems = tmp_path / "digits", Path(config.task.path)
+    shutil.copytree(folder, copy)
+    for name in ("summary.json", "seed-1/eval-drift.json"):
+        (copy / name).unlink()
+    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    corrected = [row if row["split"] != "eval" else {**row, "answer": "none"} for row in rows]
+    other = tmp_path / "digits.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in corrected))
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(problems), str(other)))
+    trained = (copy / "seed-0" / "drift" / "model.safetensors").stat().st_mtime_ns
+    done = run(changed(config, output_dir=str(tmp_path), task={"path": str(other)}))
+    assert max(max(done["results"][arm]["multi_at_3"]) for arm in ARMS) == 0
+    assert min(max(summary["results"][arm]["multi_at_3"]) for arm in ARMS) > 0
+    assert (copy / "seed-0" / "drift" / "model.safetensors").stat().st_mtime_ns == trained
+    said = capfd.readouterr().err
+    assert (
+        said.count("30 of 30 evaluation problems have another question or answer") == 6
+    )  # the base, 5 arms that were done
+
+
 def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, monkeypatch):
     config = changed(quarters(tmp_path), seeds=[0], arms=["uniform", "drift"], train={"rounds": 2})
     sampled, started, collect, train = [], [], stages.collect, module.train
