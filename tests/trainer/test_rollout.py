@@ -18,8 +18,11 @@ from drift.model.policy import load_policy
 from drift.packing import pack
 from drift.returns import trajectory_return
 from drift.rollouts.feedback import FEEDBACK, Feedback, is_bare
+from drift.rollouts.resume import forget_corrected
 from drift.rollouts.rollout import collect, play
+from drift.tasks.base import problem_id
 from drift.track import Track
+from drift.types import Problem
 
 DROPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -225,3 +228,17 @@ def test_problems_are_told_apart_by_id(policy, tmp_path):
         ("p0", 0),
         ("other", 0),
     ]
+
+
+def test_rows_checked_against_an_answer_that_has_changed_are_taken_off_the_file(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": said, "verifier": {"t1": 1}, "turn_rewards": {"t1": 1.0}, "format_penalty": 0.0, "t_star": 1}
+    before = [problem_id(text, answer) for text, answer in (("a", "1"), ("b", "2"), ("no longer asked", "3"))]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps({**row, "prompt_id": name}) + "\n" for name in (*before, before[1])))
+    now = [Problem(problem_id(text, answer), text, answer) for text, answer in (("a", "1"), ("b", "20"))]
+    assert forget_corrected(path, now) == 2
+    assert [one["prompt_id"] for one in store.read(path)] == [before[0], before[2]]
+    kept = path.stat().st_mtime_ns
+    assert forget_corrected(path, now) == 0
+    assert path.stat().st_mtime_ns == kept
