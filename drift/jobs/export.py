@@ -93,4 +93,4 @@ def _merged(source: Path, config: Config | None) -> Any:
             "random weights, which is kept nowhere; leave --merge-lora out"
         )
     model = _whole(base, config.model.dtype if config else None)
-    return PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    return PeftModel.from_pretrained(model, str(source), trust_remote_code=False).merge_and_unload()
