@@ -146,35 +146,27 @@ def score(x: Inputs, call: Call) -> Tensor:
     return sweep.scatter(collected, call.outputs)
 
 
-def backward(
-    x: Inputs,
-    call: Call,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor,
-    entropy: Tensor | None,
-) -> Grads:
-    """Gradients of Σ grad_logprobs·logp + grad_entropy·H; all [N], `lse`, `lse_low` and `entropy` as `score` gave them.
+def backward(x: Inputs, call: Call, coefs: Coefs) -> Grads:
+    """Gradients of Σ dlogprobs·logp + dentropy·H; every tensor of `coefs` is [N], its statistics as `score` gave them.
 
     Rows whose incoming gradients are all zero are not computed again.
     """
     mask = unmasked(x.targets, x.active, call.head.ignore_index)
-    grad_logprobs = torch.where(mask, grad_logprobs, 0.0)
-    grad_entropy = None if grad_entropy is None else torch.where(mask, grad_entropy, 0.0)
-    coefs = Coefs(lse, grad_logprobs, grad_entropy, entropy, lse_low=lse_low)
-    sweep = open_sweep(x, call, Plan.of(_any_nonzero(coefs), x.rows))
+    dlogprobs, dentropy = (None if d is None else torch.where(mask, d, 0.0) for d in (coefs.dlogprobs, coefs.dentropy))
+    coefs = replace(coefs, dlogprobs=dlogprobs, dentropy=dentropy)
+    sweep = open_sweep(x, call, Plan.of(any_nonzero(coefs), x.rows))
     _add_gradients_of(sweep, coefs, final=True)
     return sweep.finish()
 
 
-def _any_nonzero(coefs: Coefs) -> Tensor:
+def any_nonzero(coefs: Coefs) -> Tensor:
+    """Entries with a derivative that is not 0 [N] bool."""
     return torch.stack([d != 0 for d in (coefs.dlogprobs, coefs.dentropy, coefs.dlse) if d is not None]).any(0)
 
 
 def _add_gradients_of(sweep: Sweep, coefs: Coefs, *, final: bool) -> None:
     """Computes logits again for entries with a derivative that is not 0; every tensor of `coefs` is [N]."""
-    plan = Plan.of(_any_nonzero(coefs), sweep.x.rows)
+    plan = Plan.of(any_nonzero(coefs), sweep.x.rows)
     lse, logprobs = plan.take_entries(coefs.lse), plan.take_entries(coefs.dlogprobs)
     dentropy, dlse = plan.take_entries(coefs.dentropy), plan.take_entries(coefs.dlse)
     entropy = None if dentropy is None else plan.take_entries(coefs.entropy)

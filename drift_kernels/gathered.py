@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import collectives, distill_driver, driver
+from drift_kernels.backends.contract import Coefs
 from drift_kernels.calls import Call, DistillCall, Share
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import Tokens
@@ -192,21 +193,12 @@ def score(x: Inputs, call: Call) -> Tensor:
     return exchange.scatter(driver.score(exchange.inputs(x), call).t()).t().contiguous()
 
 
-def backward(
-    x: Inputs,
-    call: Call,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    lse: Tensor,
-    lse_low: Tensor,
-    entropy: Tensor | None,
-) -> Grads:
+def backward(x: Inputs, call: Call, coefs: Coefs) -> Grads:
     """As `driver.backward`; rows whose incoming gradients are 0 do not travel."""
-    mask = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
-    mask = mask & unmasked(x.targets, x.active, call.head.ignore_index)
-    exchange = Exchange.of(x, call, mask, f"{grad_entropy is not None}")
-    incoming = [exchange.of_entries(values) for values in (grad_logprobs, grad_entropy, lse, lse_low, entropy)]
-    return exchange.grads(driver.backward(exchange.inputs(x), call, *incoming), x)  # pyright: ignore[reportArgumentType]
+    mask = driver.any_nonzero(coefs) & unmasked(x.targets, x.active, call.head.ignore_index)
+    exchange = Exchange.of(x, call, mask, f"{coefs.dentropy is not None}")
+    gathered_coefs = Coefs(*(exchange.of_entries(getattr(coefs, field.name)) for field in fields(Coefs)))  # pyright: ignore[reportArgumentType]
+    return exchange.grads(driver.backward(exchange.inputs(x), call, gathered_coefs), x)
 
 
 def top_k(x: Inputs, k: int, call: Call) -> tuple[Tensor, Tensor, Tensor]:

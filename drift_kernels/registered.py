@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import distill_driver, driver, gathered
+from drift_kernels.backends.contract import Coefs
 from drift_kernels.calls import Call, DistillCall
 from drift_kernels.divergences import DistillTokens, TeacherTensors
 from drift_kernels.formulas import NO_TOKENS, Tokens
@@ -108,7 +109,8 @@ def _logprob_backward(*args):
     call = Call.decode(text)
     x = driver_inputs(tuple(tensors), call)
     run = gathered.backward if gathered.wanted(call) else driver.backward
-    return present(run(x, call, grad_logprobs, grad_entropy, lse, lse_low, entropy), lse)
+    coefs = Coefs(lse, grad_logprobs, grad_entropy, entropy, lse_low=lse_low)
+    return present(run(x, call, coefs), lse)
 
 
 def _fake_grads(operands: tuple, call: Call) -> tuple[Tensor, ...]:
