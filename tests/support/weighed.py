@@ -48,8 +48,14 @@ def weighing(found, policy):
     """Inside, a training's step leaves its bytes in `found`."""
     accumulate, update, fully_shard = trainer.accumulate, trainer.update, sharding.fully_shard
 
+    layers_of, roots = sharding.layers_of, []
+
+    def layers(root):
+        roots.append(root)
+        return layers_of(root)
+
     def spread(unit, **options):
-        found["before"] = max(found.get("before", 0), held((*unit.parameters(), *policy.model.parameters())))
+        found["before"] = max(found.get("before", 0), held((*roots[-1].parameters(), *policy.model.parameters())))
         return fully_shard(unit, **options)
 
     def counted(policy, packs, optimizer, *args):
@@ -80,10 +86,12 @@ def weighing(found, policy):
         return result
 
     trainer.accumulate, trainer.update, sharding.fully_shard = counted, weighed, spread
+    sharding.layers_of = layers
     try:
         yield
     finally:
         trainer.accumulate, trainer.update, sharding.fully_shard = accumulate, update, fully_shard
+        sharding.layers_of = layers_of
 
 
 def _unsharded_gradients(units):
