@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, with the arguments that the backend itself would launch it with.
 
-    python aot.py RESULT.json
+    python aot.py RESULT.json [80 90 …]
 
 Writes for each variant and architecture: registers, spilled bytes, shared memory, programs a multiprocessor holds, how often
 POPC and BAR occur in the machine code, fused multiply-adds in the PTX, and which instructions were used. Runs in a process of
@@ -286,7 +286,7 @@ def score_variants() -> dict[str, Callable[[], object]]:
 
 
 def main(path: str, *architectures: str) -> None:
-    """Compiles all variants for all architectures, or those named, and writes the table."""
+    """Compiles all variants for all architectures, or for those named, and writes the table."""
     lines = []
     for architecture, capability in ARCHITECTURES.items():
         if architectures and str(architecture) not in architectures:

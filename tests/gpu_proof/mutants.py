@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from emulate import LIBRARY, build
 
 AS_THEY_ARE = "as they are"
@@ -45,17 +46,18 @@ def _two_at_a_time() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def outcome(verify: Callable[[Path, pytest.MonkeyPatch], None], library: Path) -> str:
-    """ "" where `verify` passes in a process of its own, else what it says or the signal that ended it."""
+def outcome(verify: Callable[[Path, pytest.MonkeyPatch], None], given: Path) -> str:
+    """ "" if verify(given, …) passes in a process of its own, else what it says or the signal that ended it."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child starts none
         child = os.fork()
     if child == 0:
         said = ""
+        torch.set_num_threads(1)  # the parent's threads are not here
         try:
             with pytest.MonkeyPatch.context() as patch:
-                verify(library, patch)
+                verify(given, patch)
         except BaseException:
             said = traceback.format_exc()
         os.write(write, said[-8000:].encode())

@@ -17,7 +17,9 @@ from drift_kernels.formulas import Tokens
 from drift_kernels.spec import PolicySpec
 
 NAN = float("nan")
-PAD = 13  # columns behind the vocabulary, NaN: what a missing mask reads
+# Columns behind the vocabulary, NaN: what a missing mask reads. Strides differ, so that none can stand for another.
+PAD = 13
+OUT_PAD = 21
 
 
 @dataclass
@@ -31,12 +33,12 @@ class Rows:
 
     def out(self, dtype: torch.dtype) -> Tensor:
         """A buffer [C, V] for gradients, NaN before and behind each row."""
-        return padded(*self.x.shape, dtype)
+        return padded(*self.x.shape, dtype, OUT_PAD)
 
 
-def padded(C: int, V: int, dtype: torch.dtype) -> Tensor:
+def padded(C: int, V: int, dtype: torch.dtype, pad: int = PAD) -> Tensor:
     """[C, V] inside a wider tensor of NaN."""
-    return torch.full((C + 2, V + PAD), NAN, dtype=dtype)[1:-1, :V]
+    return torch.full((C + 2, V + pad), NAN, dtype=dtype)[1:-1, :V]
 
 
 def outside_is_untouched(view: Tensor) -> bool:
@@ -49,11 +51,11 @@ def outside_is_untouched(view: Tensor) -> bool:
 
 def make_rows(
     C: int, V: int, *, head: HeadOptions = HeadOptions(), bias: bool = False, per_row: bool = False,
-    several: bool = False, size: float = 2.0, seed: int = 0,
+    several: bool = False, size: float = 2.0, seed: int = 0, pad: int = PAD,
 ) -> Rows:  # fmt: skip
     """Random rows. Some targets are masked, some weights and advantages 0; `several` gives rows 0 to 40 targets each."""
     g = torch.Generator().manual_seed(seed)
-    x = padded(C, V, torch.float32)
+    x = padded(C, V, torch.float32, pad)
     x.copy_(torch.randn(C, V, generator=g) * size)
     counts = torch.tensor([1] * C) if not several else torch.tensor([[2, 0, 40, 1, 17][i % 5] for i in range(C)])
     owner = torch.repeat_interleave(torch.arange(C), counts)

@@ -15,6 +15,7 @@ from torch import Tensor
 from drift_kernels.calls import HeadOptions
 
 TEACHER = HeadOptions(temperature=1.4, softcap=6.0, logit_scale=0.8)
+TEACHER_PAD = 5
 
 
 @dataclass
@@ -48,8 +49,9 @@ def make_pair(
     order = torch.randperm(len(named), generator=g) if some else torch.arange(C)
     taught = torch.full((C,), -1).index_copy_(0, torch.tensor(named), order) if some else None
     teacher = make_rows(
-        len(named), V, head=TEACHER, bias="bias" in head, per_row="per_row" in head, size=size, seed=seed + 50
-    )
+        len(named), V, head=TEACHER, bias="bias" in head, per_row="per_row" in head, size=size, seed=seed + 50,
+        pad=TEACHER_PAD,
+    )  # fmt: skip
     weights = torch.rand(C, generator=g) + 0.1
     weights[min(3, C - 1)] = 0
     coefs = {name: torch.randn(C, generator=g) for name in ("logprobs", "entropy", "lse")} if others else {}

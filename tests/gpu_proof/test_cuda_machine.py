@@ -4,14 +4,18 @@ without clusters."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import mutants
 import pytest
 import test_cuda_values as values
 import torch
-from emulate import STREAM, build, launches, running
+from distill_case import Pair
+from emulate import H100_SHARED, STREAM, build, launches, running
 
 from drift_kernels.backends import cuda
+from drift_kernels.backends.contract import BucketSlopes, Coefs, TeacherChunk
 from drift_kernels.backends.cuda import Launch
 
 A100 = ("-D__CUDA_ARCH__=800",)
@@ -24,9 +28,44 @@ def state(library) -> list[int]:
     return list(found)
 
 
+def entries() -> dict[str, Callable[[], object]]:
+    """Every entry of the library that launches a kernel."""
+    case, pair = values.Case(2, 33, "plain", "one"), Pair(2, 33, some=False)
+    x, chunk, lse, out = pair.student.x, pair.student.chunk, pair.student.lse(), torch.empty(2, 33)
+    teacher = TeacherChunk(pair.teacher.x, pair.teacher.chunk, pair.teacher.lse())
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    slopes = BucketSlopes(ids, torch.ones(2, 1))
+
+    def distill(out):
+        return cuda.fused_distill(x, chunk, Coefs(lse), teacher, pair.weights, 0.5, out=out)
+
+    return {
+        "row_stats": lambda: cuda.row_stats(x, chunk, ("lse",)),
+        "partial_stats": lambda: cuda.partial_stats(x, chunk, ("lse",)),
+        "grad_logits": lambda: cuda.grad_logits(x, chunk, Coefs(lse), raw=True, out=out),
+        "fused_policy": lambda: case.fused(values.SPEC, out),
+        "fused_policy, no gradient": lambda: case.fused(values.SPEC, None),
+        "fused_distill": lambda: distill(out),
+        "fused_distill, no gradient": lambda: distill(None),
+        "top_k": lambda: cuda.top_k(x, chunk, None, 2, 1),
+        "bucket_logprobs": lambda: cuda.bucket_logprobs(x, chunk, None, lse, ids, True),
+        "grad_buckets": lambda: cuda.grad_buckets(x, chunk, Coefs(lse), None, slopes, out=out),
+    }
+
+
 def check_launches(library, monkeypatch) -> None:
     case, on = values.Case(1, 13_001, "plain", "one"), Launch(256, 1, True)  # 51 KiB: more than without the attribute
     with running(library, monkeypatch) as choose:
+        limits = cuda._limits
+        for name, call in entries().items():
+            for device in (1, 0):
+                choose(clusters=device == 0)
+                asked = []
+                with monkeypatch.context() as patch:
+                    patch.setattr(cuda, "_limits", lambda of: asked.append(of) or limits(of))  # noqa: B023
+                    call()
+                assert state(library)[:3] == [device, STREAM, 0], f"{name}: device, stream, or the device after it"
+                assert asked == [device], f"{name}: the device whose limits are asked"
         for device in (0, 1, 0):
             choose(clusters=device == 0)
             monkeypatch.setattr(cuda, "choose", lambda *a: on)
@@ -43,6 +82,14 @@ def check_launches(library, monkeypatch) -> None:
         with pytest.raises(RuntimeError, match="cudaErrorInvalidClusterSize"):
             cuda.row_stats(case.x, case.chunk, ("lse",))
         assert state(library)[2] == 0, "the current device after an error"
+
+
+def check_limits(library, monkeypatch) -> None:
+    """Each device's own; the emulated second one has a KiB of shared memory less."""
+    limits = cuda._limits.__wrapped__
+    with running(library, monkeypatch):
+        assert [limits(device) for device in (0, 1)] == [(H100_SHARED, True), (H100_SHARED - 1024, True)]
+        assert state(library)[2] == 0
 
 
 def check_without_clusters(library, monkeypatch) -> None:
@@ -66,12 +113,31 @@ def check_without_clusters(library, monkeypatch) -> None:
 
 CHECKS = {
     "launches": (check_launches, ()),
+    "limits": (check_limits, ()),
     "without clusters": (check_without_clusters, A100),
 }
 MISTAKES = {  # name: (check, file below csrc, text, its replacement)
     "the default stream": ("launches", "cuda/launch.h", "config.stream = stream;", "config.stream = nullptr;"),
     "the device is not set": ("launches", "cuda/launch.h", "error = cudaSetDevice(device);", "error = cudaSuccess;"),
     "the device is not restored": ("launches", "cuda/launch.h", "cudaSetDevice(before);", "cudaSuccess;"),
+    "the default stream, a pair of rows": (
+        "launches",
+        "cuda/distill.cu",
+        "const auto s = static_cast<cudaStream_t>(stream);",
+        "const cudaStream_t s = nullptr;",
+    ),
+    "the default stream, buckets": (
+        "launches",
+        "cuda/buckets.cu",
+        "static_cast<cudaStream_t>(stream)",
+        "nullptr",
+    ),
+    "limits of another device": (
+        "limits",
+        "cuda/rows.cu",
+        "cudaDevAttrMaxSharedMemoryPerBlockOptin, device)",
+        "cudaDevAttrMaxSharedMemoryPerBlockOptin, 0)",
+    ),
     "attributes of another device": (
         "launches",
         "cuda/launch.h",
@@ -109,5 +175,16 @@ def test_launches_and_gpus_without_clusters(name, tmp_path):
 def test_a_mistake_in_them_is_seen(name, tmp_path):
     check, *change = MISTAKES[name]
     check, options = CHECKS[check]
-    library = build(tmp_path, changes=(tuple(change),), within="cuda/rows.cu", level="-O0", options=options)
+    within = change[0] if change[0].endswith(".cu") else "cuda/rows.cu"
+    library = build(tmp_path, changes=(tuple(change),), within=within, level="-O0", options=options)
     assert mutants.outcome(check, library), "not seen"
+
+
+def test_the_device_and_the_stream_are_those_of_the_rows(monkeypatch):
+    def stream(index=None):
+        return SimpleNamespace(cuda_stream=100 + (3 if index is None else index))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    assert cuda._device_and_stream(torch.device("cuda", 1)) == (1, 101)
+    assert cuda._device_and_stream(torch.device("cuda")) == (3, 103)

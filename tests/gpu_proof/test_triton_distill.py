@@ -219,6 +219,27 @@ def test_the_largest_may_all_lie_in_one_lane(k):
         assert torch.equal(backend.top_k(rows.x, rows.chunk, None, 3, k), largest(rows, k))
 
 
+def test_candidates_stay_within_their_room(monkeypatch):
+    """Where blocks fall off, one lane maximum too few would let all columns of the first blocks through."""
+    V, k, empty, behind = 10_000, 40, torch.empty, []
+
+    def guarded(shape, **options):
+        if not isinstance(shape, tuple) or options.get("dtype") != torch.int64:
+            return empty(shape, **options)
+        size = math.prod(shape)
+        whole = torch.full((size + V,), -1)
+        behind.append(whole[size:])
+        return whole[:size].view(shape)
+
+    rows = make_rows(2, V, seed=18)
+    rows.x.copy_(-torch.arange(V).float().expand(2, V))
+    monkeypatch.setattr(torch, "empty", guarded)
+    ids = backend.top_k(rows.x, rows.chunk, None, 2, k)
+    assert len(behind) == 1
+    assert bool((behind[0] == -1).all()), "wrote behind the list"
+    assert torch.equal(ids, torch.arange(k).expand(2, k))
+
+
 def test_top_k_of_a_large_vocabulary():
     rows = make_rows(1, 131_075, seed=13)
     assert torch.equal(backend.top_k(rows.x, rows.chunk, None, 1, 100), largest(rows, 100))

@@ -2,21 +2,30 @@
 again for another alignment, fused multiply-adds, the device of a launch; and the product that only a GPU has."""
 
 import ast
+import mmap
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from row_oracle import make_rows
-from test_triton_rows import SPECS, check_policy
+import triton.language as tl
+from teacher_oracle import make_pair
+from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
 
 from drift_kernels import gpu_sweep
 from drift_kernels.backends import triton as backend
-from drift_kernels.backends.triton import launch
+from drift_kernels.backends.contract import BucketSlopes, Chunk, Coefs, TeacherChunk
+from drift_kernels.backends.triton import launch, scorer
+from drift_kernels.calls import HeadOptions
+from drift_kernels.formulas import Tokens
+from drift_kernels.spec import PolicySpec
 
 ROOMS = sorted(p for p in Path(backend.__file__).parent.glob("*.py") if "@triton.jit" in p.read_text())
 
@@ -28,8 +37,8 @@ def loads_without_other(text: str) -> list[int]:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) == "tl.load"
-        and "mask" in {k.arg for k in node.keywords}
-        and "other" not in {k.arg for k in node.keywords}
+        and (len(node.args) > 1 or "mask" in {k.arg for k in node.keywords})
+        and (len(node.args) < 3 and "other" not in {k.arg for k in node.keywords})
     ]
 
 
@@ -50,13 +59,64 @@ def test_masked_loads_name_the_other_value_and_rows_are_numbered_in_64_bits(room
         assert narrow_offsets(text.replace(".to(tl.int64) * ROWS", " * ROWS", 1)), "the check can fail"
 
 
-@pytest.mark.parametrize("name", ["ppo", "everything"])
-def test_rows_of_products_and_gradients_may_lie_apart_differently(name, monkeypatch):
-    rows = make_rows(4, 300, seed=41)
-    monkeypatch.setattr(
-        type(rows), "out", lambda self, dtype: torch.full((6, 450), float("nan"), dtype=dtype)[1:-1, :300]
-    )
-    check_policy(rows, SPECS[name])
+FAR = 1_200_000_000  # elements between rows: a stride of 32 bits, and an offset of 33 bits from the third row on
+
+
+def near(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy, row behind row."""
+    return like.to(dtype or like.dtype, copy=True)
+
+
+def far(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy with rows FAR apart, and zeros at an offset that has wrapped; only the pages that are touched exist."""
+    dtype, (rows, columns), before = dtype or like.dtype, like.shape, 2**31
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, (before + rows * FAR) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (FAR, 1), before).copy_(like)
+
+
+def typed_range(*bounds):
+    """`range` whose numbers have the type of its bounds, as the compiler has it; the interpreter's are Python's."""
+    kinds = [bound.dtype for bound in bounds if isinstance(bound, tl.tensor)]
+    kind = tl.int64 if tl.int64 in kinds else tl.int32
+    for number in range(*map(int, bounds)):
+        yield tl.tensor(TensorHandle(np.array([number], f"int{kind.primitive_bitwidth}"), kind), kind)
+
+
+def from_rows(place: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """What every kernel makes of rows that `place` has laid out."""
+    pair = make_pair(4, 40, seed=41, some=False)
+    chunk, weights = pair.student.chunk, pair.weights
+    x, y, nothing = place(pair.student.x), place(pair.teacher.x), torch.zeros(4, 40)
+    lse, its = (backend.row_stats(rows, chunk, ("lse",))["lse"] for rows in (x, y))
+    coefs, taught = Coefs(lse, pair.coefs["logprobs"]), TeacherChunk(y, pair.teacher.chunk, its)
+    ids = backend.top_k(x, chunk, None, 4, 3)
+    logprobs, rest = backend.bucket_logprobs(x, chunk, None, lse, ids, True)
+    buckets = BucketSlopes(ids, torch.ones(4, 3), rest, torch.ones(4))
+    outs = [place(nothing, torch.bfloat16) for _ in range(4)]
+    backend.grad_logits(x, chunk, coefs, raw=True, out=outs[0])
+    backend.fused_policy(x, chunk, PolicySpec(), Tokens(weights), ("loss",), out=outs[1])
+    values, _ = backend.fused_distill(x, chunk, coefs, taught, weights, 0.5, out=outs[2])
+    backend.grad_buckets(x, chunk, coefs, None, buckets, out=outs[3])
+    hidden, weight = place(nothing[:, :24].cos()), place(nothing[:, :24].add(torch.arange(4)[:, None]))
+    few = Chunk(torch.arange(4), None, None, None, HeadOptions())
+    scores = backend.score(hidden, weight, few, ("logprobs",))
+    found = {"lse": lse, "its": its, "ids": ids, "logprobs": logprobs, "rest": rest, "divergence": values, **scores}
+    return found | dict(zip(("grad_logits", "fused_policy", "fused_distill", "grad_buckets"), outs))
+
+
+def check_far_rows(described: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "has_descriptors", lambda *operands: described)
+        for module in (backend.kernels, backend.buckets):
+            patch.setattr(module, "range", typed_range, raising=False)
+        found, wanted = from_rows(far), from_rows(near)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_rows_begin_beyond_two_to_the_31(described):
+    check_far_rows(described)
 
 
 COMPILED_ONCE = """
@@ -123,6 +183,13 @@ def test_a_kernel_is_launched_on_the_device_of_its_rows(monkeypatch):
     kernel = {(3,): lambda **arguments: entered.append(arguments["V"])}
     launch.run(kernel, (3,), second, launch.Launch(128, 4), {"V": 7})  # pyright: ignore[reportArgumentType]
     assert entered == [second.device, 7, "left"]
+
+
+def test_each_device_has_a_capability_of_its_own(monkeypatch):
+    current = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=current: (8 + device.index, 0))
+    found = [launch.capability.__wrapped__(torch.device("cuda", index)) for index in (0, 1, 0)]
+    assert found == [(8, 0), (9, 0), (8, 0)]
 
 
 class Half:

@@ -93,12 +93,16 @@ def test_a_target_outside_the_vocabulary_is_nan():
     assert found.isnan().tolist() == [True, True, False]
 
 
-def test_fp32_operands_follow_torchs_setting(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    assert scorer.precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert scorer.precision(torch.float32) == "tf32"
-    assert scorer.precision(torch.bfloat16) == "ieee"
+def test_fp32_operands_follow_torchs_setting():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:  # by hand: the setting is no attribute that could be deleted, which is how `monkeypatch` undoes
+        for setting in ("ieee", "tf32"):
+            matmul.fp32_precision = setting
+            assert scorer.precision(torch.float32) == setting
+            assert scorer.precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(("rows", "V"), [(1, 1), (1, 151_936), (100, 5000), (8192, 151_936), (100_000, 151_936)])

@@ -87,8 +87,9 @@ inline cudaError_t cudaSetDevice(int d) {
   if (d < 0 || d >= simt::machine.devices) return cudaErrorInvalidDevice;
   return simt::machine.device = d, cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
-  return *v = a == cudaDevAttrClusterLaunch ? simt::machine.clusters : simt::machine.shared_limit, cudaSuccess;
+// A device's shared memory is a KiB less than that of the one before it, so that no two are taken for each other.
+inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int device) {
+  return *v = a == cudaDevAttrClusterLaunch ? simt::machine.clusters : simt::machine.shared_limit - 1024 * device, cudaSuccess;
 }
 template <class F>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, F) { return simt::machine.asked++, a->ptxVersion = simt::machine.clusters ? 90 : 80, cudaSuccess; }
