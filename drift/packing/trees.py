@@ -8,6 +8,7 @@ C++ (csrc/trie.cpp).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -53,6 +54,35 @@ def tree(
         rows = [laid["rows"][bounds[member] : bounds[member + 1]] for member in members]
         packs.append(_batch([segments[member] for member in members], rows, tokens[source], starts, parents))
     return packs
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Token sequences as prefix trees, and no more than that; fields as in `TreeBatch`."""
+
+    input_ids: torch.Tensor  # [R]
+    position_ids: torch.Tensor  # [R]
+    starts: torch.Tensor  # [G]
+    parents: torch.Tensor  # [G]
+    rows: torch.Tensor  # [T] int64, of each token of the sequences, end to end, its row
+
+
+def prefixes(sequences: Sequence[np.ndarray]) -> Prefixes:
+    """All of the sequences in one forest: for trainers that have losses of their own. An empty sequence has no row.
+
+    Raises ValueError if all of them are empty.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    if not any(lengths):
+        raise ValueError(f"all of {len(lengths)} sequences are empty; a forest has at least one token")
+    tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences if len(sequence)])
+    bounds = np.cumsum([0, *filter(None, lengths)], dtype=np.int64)
+    laid = _packing.trees(tokens, bounds, len(tokens))
+    rows = torch.from_numpy(laid["rows"].copy())
+    positions = torch.empty(len(laid["source"]), dtype=torch.int64)
+    positions[rows] = torch.cat([torch.arange(length) for length in lengths])
+    starts, parents = (torch.from_numpy(laid[name].copy()) for name in ("starts", "parents"))
+    return Prefixes(torch.from_numpy(tokens[laid["source"]]), positions, starts, parents, rows)
 
 
 def _batch(

@@ -200,3 +200,103 @@ def _laid_out(rows: list[Tensor], batch: dict[str, Any]) -> Tensor:
     else:
         raise ValueError(f"labels {tuple(labels.shape)} are neither {len(rows)} padded rows nor one flattened row")
     return out
+
+
+# --- prefix trees under any trainer: a batch stays as the trainer made it, and so does all that is made of hidden states ---
+
+
+@dataclass
+class Sharing:
+    """Counts of a model under `share_prefixes`."""
+
+    tokens: int = 0  # of the batches, without padding
+    rows: int = 0  # that went through the backbone
+
+    @property
+    def saved(self) -> float:
+        """The share of the tokens that did not go through the backbone."""
+        return 1 - self.rows / self.tokens if self.tokens else 0.0
+
+
+def share_prefixes(model: Any) -> Sharing:
+    """From here on the backbone of `model` (a causal LM, or a PeftModel around one) runs batches of several rows as trees.
+
+    That is, whenever it keeps no cache: in training, and in scoring passes with use_cache=False. Tokens that rows have in
+    common at their beginning are computed once, forward and backward; padding is not computed. `generate` and single rows run
+    as before. Call it before DDP and torch.compile. Again for the same model it returns the same counts.
+    Raises ValueError for a model that mixes tokens by more than attention, or has dropout; ImportError without `drift`.
+    """
+    causal_lm = unwrap_peft(model)
+    backbone = causal_lm.base_model
+    if "_drift_sharing" in vars(backbone):
+        return backbone._drift_sharing
+    try:
+        layout, attention, packing = map(
+            importlib.import_module, ("drift.training.layout", "drift.model.attention", "drift.packing")
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"prefix trees need drift's trainer ({error}): install this package with its extra 'train'"
+        ) from error
+    before = causal_lm.config._attn_implementation
+    first = next(causal_lm.parameters())
+    causal_lm.set_attn_implementation(attention.register(device=first.device, dtype=first.dtype))
+    reason = layout.unsuited(_Tried(causal_lm, attention))
+    if reason is not None:
+        causal_lm.set_attn_implementation(before)
+        raise ValueError(f"{reason}: its batches cannot be prefix trees; leave tree=False")
+    sharing = backbone._drift_sharing = Sharing()
+
+    def around(self: Any, before: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        keeps = kwargs.get("use_cache")
+        cached = keeps or kwargs.get("past_key_values") is not None or (keeps is None and not self.training)
+        if cached or args or input_ids is None or len(input_ids) == 1:
+            return before(input_ids, *args, **kwargs)
+        mask = _mask(input_ids, kwargs)
+        tree = packing.prefixes([row[kept].numpy() for row, kept in zip(input_ids.cpu(), mask.cpu())])
+        sharing.tokens += len(tree.rows)
+        sharing.rows += len(tree.input_ids)
+        device = input_ids.device
+        kwargs |= {"position_ids": tree.position_ids[None].to(device), "attention_mask": None, "use_cache": False}
+        with attention.tree(tree.starts, tree.parents, len(tree.input_ids)):
+            out = before(tree.input_ids[None].to(device), **kwargs)
+        rows = torch.zeros(mask.shape, dtype=torch.int64, device=device)
+        rows[mask] = tree.rows.to(device)
+        out.last_hidden_state = out.last_hidden_state[0][rows]
+        return out
+
+    wrap_forward(backbone, around)
+    return sharing
+
+
+def _mask(input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Which tokens are no padding, [B, L] bool; ValueError for an argument that a tree has no place for."""
+    mask = kwargs.get("attention_mask")
+    known = ("attention_mask", "position_ids")
+    others = [name for name, value in kwargs.items() if isinstance(value, Tensor) and value.dim() and name not in known]
+    others += [
+        name for name in ("output_hidden_states", "output_attentions", "output_router_logits") if kwargs.get(name)
+    ]
+    if others or (mask is not None and mask.dim() != 2):
+        named = ", ".join(others) or f"attention_mask of shape {tuple(mask.shape)}"  # pyright: ignore[reportOptionalMemberAccess]
+        raise ValueError(f"prefix trees take input_ids and an attention_mask [B, L], not {named}; leave tree=False")
+    return torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+@dataclass
+class _Tried:
+    """A causal LM as `drift.training.layout.unsuited` runs it."""
+
+    model: nn.Module
+    attention: Any
+
+    def hidden(self, batch: Any) -> Tensor:
+        backbone: Any = self.model.base_model
+        with self.attention.layout(batch):
+            out = backbone(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                use_cache=False,
+            )
+        return out.last_hidden_state[0]

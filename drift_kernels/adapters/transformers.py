@@ -24,6 +24,7 @@ from drift_kernels.adapters._common import (
     WeightedCollator,
     inside_head,
     not_compiled,
+    share_prefixes,
     verify_if_loaded,
     wrap_forward,
 )
@@ -33,7 +34,7 @@ from drift_kernels.packs import check_batch
 SUPPORTED = Support("transformers", "5.0", "6")
 SUPPORTED.check()
 
-__all__ = ["SUPPORTED", "WeightedCollator", "apply", "compute_loss_func", "remove"]
+__all__ = ["SUPPORTED", "WeightedCollator", "apply", "compute_loss_func", "remove", "share_prefixes"]
 
 
 def apply(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Any:
@@ -215,6 +216,11 @@ class _Patch:
                 "apply(model) again"
             )
         check_batch(model, kwargs if args == () else {"input_ids": args[0], **kwargs})
+        if self.unknown is None:  # of a copy, a new head or a changed configuration: the check runs the model
+            try:
+                verify(model)
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{error}; call remove(model)") from error
         self.call = _Captured(model.training, token_weights, self.config)
         try:
             outputs = before(*args, **kwargs)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import trl
 from test_transformers import Rows, pad
+from test_trl_sft import SGD, common, weighted
 from test_trl_swap import grpo as grpo_trainer
-from test_trl_trainers import SGD, common, weighted
 from transformers import Trainer, TrainingArguments
 
 from drift_kernels.adapters import transformers as fused

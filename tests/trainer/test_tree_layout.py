@@ -1,11 +1,13 @@
 """Prefix trees: what is in a pack, row by row, against the definition."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import groups, paths
 
+from drift import packing
 from drift.packing import pack, tree
 from drift.types import Trajectory, Turn
 
@@ -168,3 +170,15 @@ def test_max_length_cuts_the_oldest_prompt_tokens_before_anything_is_shared():
     [batch] = tree(sequences, 100, max_length=3)
     assert batch.input_ids.tolist() == [3, 4, 5, 6]
     assert batch.cut_tokens == 2
+
+
+def test_prefixes_are_the_trees_of_plain_sequences():
+    """Each distinct prefix is a row; each sequence reads back its tokens and counts its positions; an empty one has no row."""
+    sequences = [np.array(x) for x in ([5, 6, 7], [], [5, 6, 8, 9], [5, 6], [4], [5, 6, 8, 9])]
+    found = packing.prefixes(sequences)
+    tokens = np.concatenate(sequences)
+    assert len(found.input_ids) == len({tuple(x[:stop]) for x in sequences for stop in range(1, len(x) + 1)})
+    assert found.input_ids[found.rows].tolist() == tokens.tolist()
+    assert found.position_ids[found.rows].tolist() == [i for x in sequences for i in range(len(x))]
+    with pytest.raises(ValueError, match="all of 2 sequences are empty"):
+        packing.prefixes([np.array([]), np.array([])])

@@ -19,7 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
-from drift_kernels.adapters._common import run_inside_forward
+from drift_kernels.adapters._common import run_inside_forward, share_prefixes
 from drift_kernels.adapters.trl.swap import SUPPORTED
 from drift_kernels.head.models import unwrap_peft
 
@@ -102,13 +102,18 @@ class DriftGRPOTrainer(GRPOTrainer):
     correction in all its modes, entropy bonuses (fixed or adaptive) of losses that weigh all tokens the same,
     cast_lm_head_to_fp32, PEFT but for prompt learning. Raises ValueError for other entropy bonuses, a router loss, images,
     and an option `PolicySpec` cannot hold.
+
+    tree  prompts, and all else that rows begin with alike, go through the model once, in scoring passes too
+          (`share_prefixes`); `tokens_shared` among the metrics is the share of tokens saved. Needs `drift`'s trainer
     """
 
     args: Any
     model: Any
     current_gradient_accumulation_steps: Any
 
-    def __init__(self, *args: Any, kernel: dk.KernelConfig = dk.KernelConfig(), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, kernel: dk.KernelConfig = dk.KernelConfig(), tree: bool = False, **kwargs: Any
+    ) -> None:
         SUPPORTED.check()
         super().__init__(*args, **kwargs)
         if self.aux_loss_enabled:
@@ -118,6 +123,9 @@ class DriftGRPOTrainer(GRPOTrainer):
         self._spec, self._kernel = policy_spec(self.args), kernel
         self._scored: tuple[Tensor, Tensor] | None = None
         run_inside_forward(unwrap_peft(self.model))
+        self._sharing = share_prefixes(self.model) if tree else None
+        if tree and self.ref_model is not None:
+            share_prefixes(self.accelerator.unwrap_model(self.ref_model))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         images = [name for name in IMAGES if inputs.get(name) is not None]
@@ -133,6 +141,9 @@ class DriftGRPOTrainer(GRPOTrainer):
                 super()._compute_loss(model, inputs)
         finally:
             self._scored = None
+        if self._sharing is not None:
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["tokens_shared"].append(self._sharing.saved)
         return scores["loss"]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:

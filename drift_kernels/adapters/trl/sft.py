@@ -15,7 +15,7 @@ from torch import Tensor
 from trl import SFTTrainer  # pyright: ignore[reportAttributeAccessIssue]
 
 import drift_kernels as dk
-from drift_kernels.adapters._common import WeightedCollator, run_inside_forward
+from drift_kernels.adapters._common import WeightedCollator, run_inside_forward, share_prefixes
 from drift_kernels.adapters.trl.swap import SUPPORTED
 from drift_kernels.head.models import unwrap_peft
 
@@ -33,6 +33,9 @@ class DriftSFTTrainer(SFTTrainer):
     "samples"         rows, each counting with the mean over its trained tokens (arXiv 2605.31455, A4)
     "sample_weights"  the same, over the rows' weights
 
+    With `tree` what a batch's rows have in common at their beginning goes through the model once (`share_prefixes`), and
+    `tokens_shared` among the metrics is the share of tokens saved. The sampler decides which rows share a batch.
+
     The denominator counts all micro-batches of an optimizer step and all processes, so that neither changes the loss.
     Raises ValueError for packing, loss_type="dft", label smoothing, compute_loss_func, images, a mixture of experts with a
     router loss, and sequence or context parallelism; NotImplementedError for prompt learning.
@@ -47,6 +50,7 @@ class DriftSFTTrainer(SFTTrainer):
         weight_column: str = "weight",
         token_weights_column: str = "token_weights",
         kernel: dk.KernelConfig = dk.KernelConfig(),
+        tree: bool = False,
         **kwargs: Any,
     ) -> None:
         if normalize not in NORMALIZE:
@@ -61,6 +65,7 @@ class DriftSFTTrainer(SFTTrainer):
             self.data_collator, token_weights_column, weight_column, per_sample, required=False
         )
         run_inside_forward(unwrap_peft(self.model))
+        self._sharing = share_prefixes(self.model) if tree else None
 
     def _refuse(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)
@@ -154,7 +159,10 @@ class DriftSFTTrainer(SFTTrainer):
 
         model_like: Any = scored
         one = None if num_items_in_batch is None else torch.ones_like(total)
-        return super().compute_loss(model_like, inputs, return_outputs=return_outputs, num_items_in_batch=one)
+        found = super().compute_loss(model_like, inputs, return_outputs=return_outputs, num_items_in_batch=one)
+        if self._sharing is not None:
+            self._metrics["train" if self.model.training else "eval"]["tokens_shared"].append(self._sharing.saved)
+        return found
 
 
 def _cut(example: dict[str, Any], column: str, kept: slice) -> dict[str, Any]:
