@@ -73,9 +73,11 @@ class Plan:
         found = {"weights": self.weights, "masters": self.masters, "gradients": self.gradients, "moments": self.moments}
         if online := self.config.online:
             if ALGORITHMS[online.algorithm].teacher and online.teacher.weights != "policy":
-                found["teacher"] = FP32 * trained
-            found["reference"] = self.copied if online.watch.every else 0
-            found["weights that sample ahead"] = self.copied if online.ahead and self.config.engine.kind == "hf" else 0
+                found["teacher"] = self.moments // 2 if self.sharded else FP32 * trained
+            copied = self.moments // 2 if self.sharded else self.copied
+            found["reference"] = copied if online.watch.every else 0
+            ahead = online.ahead and self.config.engine.kind == "hf"
+            found["weights that sample ahead"] = (self.whole if self.sharded else self.copied) if ahead else 0
         return {name: count for name, count in found.items() if count}
 
     @property
@@ -186,20 +188,19 @@ class Plan:
 
     @property
     def before(self) -> int:
-        """The peak while the model is spread: beside shares and the whole, a layer, or all outside the layers, in float32."""
+        """The peak while the model is spread, a bound: what is whole gives way to shares, a layer, or the rest, at a time."""
         if not self.sharded:
             return self.whole
         units = (sum(w.numel for w in part if w.trained) for part in (self.shapes.layer, self.shapes.outside))
-        return self.whole + self.weights + FP32 * max(units)
+        return max(self.whole, self.weights) + FP32 * max(units)
 
     @property
     def after(self) -> int:
-        """The peak when it is whole again: beside shares and moments, a parameter in float32."""
+        """When it is whole again, beside shares and moments; online also whenever it samples, beside the teacher's too."""
         if not self.sharded:
             return self.whole
-        return (
-            self.whole + self.weights + self.moments + FP32 * max(w.numel for w, _ in self.shapes.each() if w.trained)
-        )
+        kept = sum(self.states.get(name, 0) for name in ("weights", "moments", "teacher", "reference"))
+        return self.whole + kept
 
     @property
     def around(self) -> int:
@@ -226,8 +227,11 @@ class Plan:
 
     @property
     def host(self) -> int:
-        """Of the first rank's host memory: a checkpoint on its way to the disk, and `drift run`'s copy of the base."""
-        return self.checkpoint + self.copied
+        """Of the first rank's host memory: a checkpoint on its way to the disk, and `drift run`'s copy of the base.
+
+        Shards go to the disk tensor by tensor.
+        """
+        return self.copied if self.sharded else self.checkpoint + self.copied
 
     @property
     def checkpoint(self) -> int:
@@ -236,8 +240,10 @@ class Plan:
 
     def sampled_beside(self, memory: float) -> int:
         """Sequences of full length whose keys and values fit beside the weights, sampled in process."""
-        online = self.config.online is not None
+        online = self.config.online
         held = sum(self.states.values()) if online else self.whole
+        if online and self.sharded and not online.ahead:
+            held += self.whole  # lent for as long as it samples
         a_token = 2 * self.shapes.layers * self.shapes.keys * self.shapes.head_width * self.size
         return max(0, int((memory * ROOM - held) // (a_token * self.config.train.longest)))
 
@@ -306,7 +312,7 @@ def _said(config: Config, shapes: Shapes, gpu: str) -> list[str]:
 def _remedy(config: Config) -> str:
     if config.model.lora is not None:
         return "Take a smaller model or a larger GPU."
-    if config.online is None and config.train.shard == "none":
+    if config.train.shard == "none":
         return "Set train.shard=fsdp, or model.lora."
     return "Set model.lora, or take a larger GPU."
 
@@ -324,8 +330,7 @@ def typical(path: str, lora: bool = False, online: bool = False) -> Config:
     model = {"path": path, "dtype": "bfloat16", "gradient_checkpointing": True}
     if lora:
         model["lora"] = {"rank": 64, "alpha": 128}
-    train = {} if online else {"shard": "fsdp"}
-    return parse({"name": "table", "model": model, "train": train, **({"online": {}} if online else {})})
+    return parse({"name": "table", "model": model, "train": {"shard": "fsdp"}, **({"online": {}} if online else {})})
 
 
 def models() -> str:
@@ -386,9 +391,9 @@ RECIPES: list[tuple[str, list[str]]] = [  # in the order of docs/reproduce.md
     ("a-qwen2.5-3b", ["train.shard=fsdp"]),
     ("a-qwen2.5-7b", ["train.shard=fsdp"]),
     ("a-llama3.1-8b", ["train.shard=fsdp"]),
-    ("b-qwen3-8b-sciknoweval", []),
+    ("b-qwen3-8b-sciknoweval", ["train.shard=fsdp"]),
     ("b-qwen3-8b-sciknoweval", [ADAPTERS]),
-    ("b-qwen3-8b-tooluse", []),
+    ("b-qwen3-8b-tooluse", ["train.shard=fsdp"]),
     ("b-qwen3-8b-tooluse", [ADAPTERS]),
 ]
 

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,22 +91,30 @@ def sweep(path: str | Path) -> None:
             torn.unlink(missing_ok=True)
 
 
+def partial(path: Path) -> Path:
+    """The folder that is filled before it takes the name `path`."""
+    return path.with_name(path.name + ".partial")
+
+
 @contextmanager
-def folder(path: str | Path) -> Iterator[Path]:
-    """Yields a folder to fill; at the end it is sealed, synchronised, and takes the place of `path`."""
+def folder(path: str | Path, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """Yields a folder to fill; at the end it is sealed, synchronised, and takes the place of `path`.
+
+    digests: as in `seal`.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    inside = partial(path)
     with writing(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(inside, ignore_errors=True)
+        inside.mkdir(parents=True)
         try:
-            yield partial
-            seal(partial)
+            yield inside
+            seal(inside, digests)
             if path.exists():
                 shutil.rmtree(path)
-            partial.rename(path)
+            inside.rename(path)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(inside, ignore_errors=True)
             raise
         sync(path.parent)
 
@@ -130,11 +138,17 @@ def into(path: str | Path) -> Iterator[Path]:
         sync(path)
 
 
-def seal(path: Path) -> None:
-    """Writes the manifest of all files in the folder, and has everything reach the disk."""
+def seal(path: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Writes the manifest of all files in the folder, and has everything reach the disk.
+
+    digests: path in the folder → checksum, of files for which another process has computed it.
+    """
+    known = digests or {}
     listed = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
     listed.pop(MANIFEST, None)
-    entries = {name: {"bytes": file.stat().st_size, "sha256": digest(file)} for name, file in listed.items()}
+    entries = {
+        name: {"bytes": file.stat().st_size, "sha256": known.get(name) or digest(file)} for name, file in listed.items()
+    }
     for file in listed.values():
         sync(file)
     for inside in (p for p in path.rglob("*") if p.is_dir()):

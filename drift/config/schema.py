@@ -350,10 +350,11 @@ class Config(Section):
         return [self.online.algorithm] if self.online else list(self.arms)
 
     @model_validator(mode="after")
-    def _shards_are_for_the_offline_method(self) -> Config:
-        if self.online and self.train.shard != "none":
+    def _teachers_have_whole_heads(self) -> Config:
+        if self.online and self.train.shard_head:
             raise ValueError(
-                f"train.shard {self.train.shard!r} must be 'none' with `online`, which samples at every step"
+                "train.shard_head must be false with `online`, in which not every rank's pack has a teacher, and heads by rows "
+                "need the same losses on all"
             )
         return self
 

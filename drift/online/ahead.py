@@ -83,15 +83,18 @@ class Still:
     `HFEngine` samples from the policy's own memory, so it gets a copy of the trained parameters (a base that LoRA leaves
     frozen is shared); other engines hold weights of their own already. `policy` is what the thread tokenises with, by a
     tokenizer that is its own. Once `stop` is set, `generate` raises Stopped.
+
+    still: the policy's own parameters stand still, since others are trained (`drift.training.sharding`), and are not copied.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, stop: threading.Event) -> None:
+    def __init__(self, engine: Engine, policy: Policy, stop: threading.Event, still: bool = False) -> None:
         self.engine, self.stop = engine, stop
         self._live: Policy | None = None
         model, tokenizer = policy.model, copy.deepcopy(policy.tokenizer)
         if isinstance(engine, HFEngine):
-            self._live, live = engine.policy, engine.policy.model
-            model = copy.deepcopy(live, {id(p): p for p in live.parameters() if not p.requires_grad})
+            live = engine.policy.model
+            self._live = None if still else engine.policy
+            model = copy.deepcopy(live, {id(p): p for p in live.parameters() if still or not p.requires_grad})
             # requires_grad stays as it is in the policy: without it torch takes other products, with other last bits
             model.register_forward_pre_hook(lambda *_: self._check())
             self.engine = copy.copy(engine)

@@ -27,7 +27,7 @@ from drift.online.curriculum import Phase
 from drift.online.samples import Sample
 from drift.online.teacher import Teacher
 from drift.rhythm import StepMean
-from drift.training import layout
+from drift.training import layout, sharding
 from drift.training.optimizer import MasterAdamW
 from drift.training.reference import scoring
 from drift.types import PackedBatch
@@ -142,7 +142,12 @@ class Branches:
         device, measured = self.policy.device, Measured()
         flats = [layout.end_to_end(batch) for batch in packs]
         heads = self._teach(sides, flats, teacher) if teacher else [None] * len(packs)
-        for batch, flat, side, head in zip(packs, flats, sides, heads):
+        places = iter(zip(flats, sides, heads))
+        for batch in sharding.rounds(self.policy.model, packs):
+            if sharding.is_idle(batch):
+                self._idle(batch.to(device))
+                continue
+            flat, side, head = next(places)
             logprobs = self._pack(batch.to(device), side, head, phase, divide_by, measured, keep)
             bounds = flat.cu_seqlens.tolist()
             for index, start, stop in zip(batch.indices, bounds, bounds[1:]):
@@ -156,32 +161,62 @@ class Branches:
     ) -> list[drift_kernels.Teacher | None]:
         """The teacher of each pack, its hidden states at the student's rows; None for a pack without one."""
         with teacher.weights(), scoring(self.policy.model):
-            hiddens = [self._beside(side, batch) for side, batch in zip(sides, packs)]
-            head = self.policy.head(self.temperature).clone()
-        if share := teacher.logit_mix:  # (1 − mix)·teacher's logits + mix·policy's, as one product of twice the width
+            hiddens, head = self._scored(sides, packs)
+        if head is not None and (share := teacher.logit_mix):
+            # (1 − mix)·teacher's logits + mix·policy's, as one product of twice the width
             with scoring(self.policy.model):
-                own = [self._beside(side, batch) for side, batch in zip(sides, packs)]
-            policy = self.policy.head().detach()
+                own, policy = self._scored(sides, packs)
+            assert policy is not None
             hiddens = [None if a is None or b is None else torch.cat((a, b), 1) for a, b in zip(hiddens, own)]
             weight = torch.cat(((1 - share) * head.weight, share * policy.weight), 1)
             bias = None if head.bias is None or policy.bias is None else torch.lerp(head.bias, policy.bias, share)
             head = replace(head, weight=weight, bias=bias)
         return [None if hidden is None else drift_kernels.Teacher(hidden, head) for hidden in hiddens]
 
-    def _beside(self, side: Sequence[Sample], batch: PackedBatch) -> Tensor | None:
-        """The hidden states [T, D] of the teacher's pack at the student's rows, 0 elsewhere; None if no sample has one."""
+    def _scored(
+        self, sides: Sequence[Sequence[Sample]], packs: Sequence[PackedBatch]
+    ) -> tuple[list[Tensor | None], drift_kernels.Head | None]:
+        """Hidden states under the present weights of each pack's lessons, laid beside its rows, and a copy of the head.
+
+        None for a pack without a lesson; no head if no pack of any rank has one.
+        """
+        lessons = [self._lesson(side) for side in sides]
+        hiddens: list[Tensor | None] = [None] * len(sides)
+        places = iter([place for place, lesson in enumerate(lessons) if lesson is not None])
+        head: drift_kernels.Head | None = None
+        given = [lesson for lesson in lessons if lesson is not None]
+        for batch in sharding.rounds(self.policy.model, given, gradients=False):
+            batch = batch.to(self.policy.device)
+            hidden = layout.hidden_states(self.policy, batch)
+            head = self.policy.head(self.temperature).clone() if head is None else head
+            if not sharding.is_idle(batch):
+                place = next(places)
+                hiddens[place] = self._beside(hidden, batch, sides[place], packs[place])
+        return hiddens, head
+
+    def _lesson(self, side: Sequence[Sample]) -> layout.Batch | None:
+        """The samples of a pack that have a teacher, under its prompts, as one pack."""
         taught = [sample.taught for sample in side if sample.taught is not None]
         if not taught:
             return None
         room = max(sum(len(t.token_ids) for t in taught), 2)
         whole = self.train.model_copy(update={"max_tokens": room, "max_length": room})
         [laid] = layout.packs(self.policy, taught, whole, turns="assistant")
-        laid = laid.to(self.policy.device)
-        longer, hidden = layout.end_to_end(laid), layout.hidden_states(self.policy, laid)
+        return laid
+
+    def _beside(self, hidden: Tensor, lesson: layout.Batch, side: Sequence[Sample], batch: PackedBatch) -> Tensor:
+        """The hidden states of the teacher's pack at the student's rows [T, D], 0 elsewhere."""
         rows = _spread(batch, [sample.taught is not None for sample in side]).to(hidden.device)
         beside = hidden.new_zeros(len(batch.targets), hidden.shape[1])
-        beside[rows] = hidden[longer.response_mask]
+        beside[rows] = hidden[layout.end_to_end(lesson).response_mask]
         return beside
+
+    def _idle(self, batch: layout.Batch) -> None:
+        """A pass without a loss, for ranks that have packs."""
+        flat, hidden = layout.end_to_end(batch), layout.hidden_states(self.policy, batch)
+        options: dict[str, Any] = {"normalizer": 1.0, "active": flat.active, "config": self.kernel}
+        head = self.policy.head(self.temperature)
+        drift_kernels.weighted_cross_entropy(hidden, head, flat.targets, flat.token_weights, **options).loss.backward()
 
     def _pack(
         self,

@@ -47,7 +47,7 @@ from drift.rollouts.environments import Environment
 from drift.rollouts.rollout import framing, play, tool_metrics
 from drift.tasks import Task
 from drift.track import Track
-from drift.training import checkpoint, distributed
+from drift.training import checkpoint, distributed, sharding
 from drift.training.guards import Guards, check_end, check_row, keep_batch
 from drift.training.meter import StepResult, Stopwatch
 from drift.training.optimizer import MasterAdamW, learning_rate
@@ -93,25 +93,21 @@ def train_online(
     Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
     folder holds another training.
     """
-    loop = _Loop(policy, engine, task, problems, config, seed, environment)
     first = distributed.rank() == 0
     track = track if track is not None and first else Track(None, progress=False)
     job = {"seed": seed, "problems": [problem.id for problem in problems], "rollout": config.rollout.model_dump()}
     job |= {"online": config.online.model_dump(mode="json") if config.online else None}
     job |= config.train.model_dump(exclude=set(config.train.FREE))
-    if checkpoint_dir is not None and (path := checkpoint.latest(checkpoint_dir, track.say)) is not None:
-        _, state = checkpoint.load(path, loop.optimizer, job)
-        loop.load_state_dict(state, checkpoint.load_tensors(path, "teacher") if loop.teacher else {})
-        loop.pending = checkpoint.load_rows(path, "pending") if config.online and config.online.ahead else None
-    stats, total = loop.stats, loop.online.steps
     with (
         distributed.resuming(partial(checkpoint.describe, checkpoint_dir)),
-        closing(loop),
-        _rows(rollouts if first else None, stats, track) as writer,
-        track.progress(prefix, total) as bar,
+        sharding.sharded(policy, config.train.shard) as spread,
+        closing(_Loop(policy, engine, task, problems, config, seed, environment, spread)) as loop,
+        _rows(rollouts if first else None, loop.resume(checkpoint_dir, job, track), track) as writer,
+        track.progress(prefix, loop.online.steps) as bar,
     ):
+        stats = loop.stats
         bar.advance(stats.steps)
-        while stats.steps < total:
+        while stats.steps < loop.online.steps:
             with interrupts.finishing():
                 measured = loop.step(stats.steps, writer, track)
                 loop.tell(track, prefix, measured)
@@ -120,13 +116,12 @@ def train_online(
                     examples.append(examples_path, ({"step": stats.steps, **row} for row in loop.examples))
                 result, failed = loop.result, stats.skipped_in_a_row >= config.train.max_skipped
                 saved = None
-                if checkpoint_dir is not None and (due(stats.steps, total, config.train) or result.stop or failed):
-                    saved = Path(checkpoint_dir) / f"checkpoint-{stats.steps}"
-                    if first:
-                        if writer is not None:
-                            writer.sync()  # a checkpoint never knows of rows that a power loss takes
-                        loop.save(checkpoint_dir, job)
-                    distributed.meet("the checkpoint")
+                if checkpoint_dir is not None and (
+                    due(stats.steps, loop.online.steps, config.train) or result.stop or failed
+                ):
+                    if writer is not None:
+                        writer.sync()  # a checkpoint never knows of rows that a power loss takes
+                    saved = loop.save(checkpoint_dir, job)
                 check_row(stats, config.train.max_skipped, prefix, result, saved)
                 if result.stop:
                     interrupts.stop(result.stop, str(saved) if saved else None)
@@ -164,19 +159,25 @@ class _Loop:
         config: Config,
         seed: int,
         environment: Environment | None = None,
+        spread: Policy | None = None,
     ) -> None:
+        """spread: the policy that is trained in place of `policy`, which samples (`drift.training.sharding`)."""
         if config.online is None:
             raise ValueError(
                 "config.online is missing; `online: {}` takes the method's own settings, and its optimizer's"
             )
         self.policy, self.task, self.problems = policy, task, list(problems)
         self.config, self.online, self.seed = config, config.online, seed
+        self.trained = trained = policy if spread is None else spread
+        sharding.fill(trained)
         self.base, self.environment = policy.hash(), environment
         self.ahead = Ahead(policy.device) if config.online.ahead else None
-        self.engine = Still(engine, policy, self.ahead.stop) if self.ahead else engine
+        still = trained is not policy
+        self.engine = Still(engine, policy, self.ahead.stop, still) if self.ahead else engine
+        sharding.empty(trained)
         self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
         self.algorithm = ALGORITHMS[config.online.algorithm]
-        self.optimizer, self.stats = MasterAdamW(policy.model, config.train), OnlineStats()
+        self.optimizer, self.stats = MasterAdamW(trained.model, config.train), OnlineStats()
         self.guards = Guards(config.train.grad_spike, config.train.low_ess, config.train.sampler_gap)
         self.result = StepResult(0.0, 0.0, False)  # of the last step
         self.trajectories: list[Trajectory] = []  # its batch, if it was skipped
@@ -186,17 +187,18 @@ class _Loop:
         self.guide = Guide(self.online, policy.tokenizer, len(self.problems), **has)
         self.difference, self.entropy = StepMean(), StepMean()
         self.watch, self.examples = Watch(self.online.watch), list[dict[str, Any]]()
-        self.reference = Reference(policy, config) if self.online.watch.every else None
-        self.certain = not has_dropout(policy.model)  # its log-probs in training are those out of it
+        self.reference = Reference(trained, config) if self.online.watch.every else None
+        self.certain = not has_dropout(trained.model)  # its log-probs in training are those out of it
         self.teacher: Teacher | None = None
         if self.algorithm.teacher:
-            parameters = policy.model.named_parameters()
+            parameters = trained.model.named_parameters()
             self.teacher = Teacher(parameters, self.online.teacher, self.optimizer.masters)
-        self.branches = Branches(policy, self.optimizer, config, self.algorithm, self.difference, self.entropy)
+        self.branches = Branches(trained, self.optimizer, config, self.algorithm, self.difference, self.entropy)
 
     def step(self, number: int, writer: store.Writer | None = None, track: Track | None = None) -> dict[str, float]:
         """One rollout batch and one optimizer step; what to log. The first batch is accounted for in words to `track`."""
         clock, phase = Stopwatch(), self.guide.phase(number)
+        sharding.fill(self.trained)
         with distributed.in_turn(
             "the step's weights for the engine"
         ):  # once all ranks have their samples of older ones
@@ -212,12 +214,14 @@ class _Loop:
         more = number + 1 < self.online.steps
         if self.ahead and more:
             self.ahead.start(partial(self._play, number + 1, number))
+        else:
+            sharding.empty(self.trained)
         sampled = clock.read()["step_time"]
         parts = [part for sample in samples for part in sample.parts]
         keep = examples.choose(number, self.online, [(part.solved_at > 0, part.taught is None) for part in parts])
         compared = self._compared(parts, number)
         known = {part.trajectory.index for part in compared} if self.certain else set[int]()
-        with training(self.policy.model), seeded(self.seed, number, self.policy.model):
+        with training(self.trained.model), seeded(self.seed, number, self.trained.model):
             measured = self.branches.accumulate(
                 distributed.share(parts), phase, self.teacher, denominators(parts, self.online), keep, known
             )
@@ -314,11 +318,23 @@ class _Loop:
         vars(self.stats).update(state["stats"])
         self.base = state["base"]
 
-    def save(self, folder: str | Path, job: dict[str, Any]) -> None:
-        """Writes the checkpoint of the steps so far."""
-        tensors = {"teacher": self.teacher.state_dict()["shadow"]} if self.teacher else {}
+    def save(self, folder: str | Path, job: dict[str, Any]) -> Path:
+        """Writes the checkpoint of the steps so far; every rank calls this."""
         rows = {"pending": self.pending or []} if self.ahead else {}
-        checkpoint.save(folder, self.stats.steps, self.optimizer, self.state_dict(), job, tensors, rows)
+        return checkpoint.save(folder, self.stats.steps, self.optimizer, self.state_dict(), job, self._tensors(), rows)
+
+    def resume(self, folder: str | Path | None, job: dict[str, Any], track: Track) -> OnlineStats:
+        """Goes on from the last checkpoint in `folder`, if there is one; returns what is done."""
+        if folder is not None and (path := checkpoint.latest(folder, track.say)) is not None:
+            tensors = self._tensors()
+            _, state = checkpoint.load(path, self.optimizer, job, tensors)
+            self.load_state_dict(state, tensors.get("teacher", {}))
+            self.pending = checkpoint.load_rows(path, "pending") if self.ahead else None
+        return self.stats
+
+    def _tensors(self) -> checkpoint.Groups:
+        """Those of a checkpoint beside the optimizer's; the live ones."""
+        return {"teacher": self.teacher.state_dict()["shadow"]} if self.teacher else {}
 
     def tell(self, track: Track, prefix: str, measured: dict[str, float]) -> None:
         """Logs the last step, and says what looks wrong in it."""

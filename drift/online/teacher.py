@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from drift.config.online import TeacherConfig
+from drift.training.sharding import full
 
 __all__ = ["Teacher", "TeacherConfig"]
 
@@ -103,13 +104,12 @@ class Teacher:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """updates and skipped since the start; distance, the norm of (policy − shadow), of this rank's part."""
+        """updates and skipped since the start; distance, the norm of (policy − shadow). Of shards, every rank calls this."""
         counts: dict[str, float] = {"updates": self._updates, "skipped": self._skipped}
         if not self._shadow:
             return counts
-        gaps = (s.detach().float() - t for s, t in zip(self._sources.values(), self._shadow.values()))
-        squares = [(g.to_local() if hasattr(g, "to_local") else g).square().sum() for g in gaps]  # pyright: ignore
-        return {**counts, "distance": float(torch.stack(squares).sum().sqrt())}
+        gaps = [s.detach().float() - t for s, t in zip(self._sources.values(), self._shadow.values())]
+        return {**counts, "distance": float(full(torch.nn.utils.get_total_norm(gaps)))}
 
     def state_dict(self) -> dict[str, Any]:
         """{"shadow": name → float32 tensor, "updates", "skipped"}; the tensors are the live ones."""

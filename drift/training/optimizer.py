@@ -8,14 +8,11 @@ their own masters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from drift.training import distributed
 from drift.training.sharding import full, like
 
 
@@ -34,18 +31,6 @@ class OptimizerConfig(Protocol):
     def warmup_steps(self) -> int | None: ...
     @property
     def schedule(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What a checkpoint holds of an optimizer."""
-
-    masters: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """As `MasterAdamW.state_dict` gives it."""
-        return self.moments
 
 
 class MasterAdamW:
@@ -101,35 +86,35 @@ class MasterAdamW:
                 if master is not parameter:
                     parameter.copy_(master)
 
-    def whole(self) -> Whole:
-        """Masters and moments to be saved, whole in the first rank's host memory alone: every rank calls this."""
-        masters = ((name, master.detach()) for name, master in self.masters.items())
-        return Whole(_on_first(masters), _on_first(self._moments()))
-
     def zero(self) -> None:
         """Drops all gradients."""
         for parameter in (*self.trained.values(), *self.masters.values()):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """AdamW's moments and counts, flat: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step". Whole: every rank calls this."""
-        return {key: full(value) for key, value in self._moments()}
+        """AdamW's moments and counts, flat: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step"; of shards, shards."""
+        return {
+            f"{name}/{key}": value
+            for name, master in self.masters.items()
+            for key, value in self._adamw.state.get(master, {}).items()
+        }
 
-    def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, master in self.masters.items():
-            for key, value in self._adamw.state.get(master, {}).items():
-                yield f"{name}/{key}", value
+    def empty_state(self, key: str) -> torch.Tensor:
+        """A place for what `state_dict` has under `key`. Raises ValueError if that parameter is not known here."""
+        name, _, field = key.rpartition("/")
+        if name not in self.masters:
+            raise ValueError(f"optimizer state: {name!r} is not a trained parameter of this model")
+        master = self.masters[name]
+        if field != "step":
+            return torch.zeros_like(master, requires_grad=False)
+        return torch.zeros((), device=master.device if _fused([master]) else "cpu")
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes up what `state_dict` gave. Raises ValueError where a parameter is not known here."""
+        """Takes up what `state_dict` gave. Raises ValueError if a parameter is not known here."""
         for key, value in state.items():
+            place = self.empty_state(key)
             name, _, field = key.rpartition("/")
-            if name not in self.masters:
-                raise ValueError(f"optimizer state: {name!r} is not a trained parameter of this model")
-            master = self.masters[name]
-            target = master.device if field != "step" or _fused([master]) else "cpu"
-            value = value.to(target, copy=True)
-            self._adamw.state[master][field] = value if field == "step" else like(value, master)
+            self._adamw.state[self.masters[name]][field] = place.copy_(like(value, place))
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
@@ -149,16 +134,6 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
         case "cosine":
             return config.lr * 0.5 * (1 - math.cos(math.pi * left))
     raise ValueError(f"schedule {config.schedule!r} should be constant, linear or cosine")
-
-
-def _on_first(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The whole of each, gathered one after another and moved to the first rank's host memory; empty on the others."""
-    found = {}
-    for name, tensor in tensors:
-        whole = full(tensor)
-        if distributed.rank() == 0:
-            found[name] = whole.to("cpu")
-    return found
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -18,7 +18,7 @@ from torch import Tensor
 import drift_kernels
 from drift.config import Config
 from drift.model.policy import Policy, evaluating
-from drift.training import distributed, layout
+from drift.training import distributed, layout, sharding
 from drift.types import PackedBatch, Trajectory, TreeBatch
 
 
@@ -63,12 +63,13 @@ class Reference:
         return score(self.policy, mine, self.config), self._before(mine)
 
     def _before(self, mine: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
-        state = self.policy.state()
-        try:
-            self.policy.restore(self.start)
-            return score(self.policy, mine, self.config)
-        finally:
-            self.policy.restore(state)
+        with sharding.settled(self.policy.model):
+            state = self.policy.state()
+            try:
+                self.policy.restore(self.start)
+                return score(self.policy, mine, self.config)
+            finally:
+                self.policy.restore(state)
 
 
 def chosen(trajectories: Sequence[Any], most: int) -> Sequence[Any]:
@@ -91,14 +92,18 @@ def k3(logprobs: Tensor, others: Tensor) -> Tensor:
 def score(policy: Policy, trajectories: Sequence[Trajectory], config: Config) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of every assistant token under the policy's present weights, both [N] fp32.
 
-    Their order follows from the trajectories and `config.train` alone. Dropout is off, and there is no gradient.
+    Every rank of a policy that is spread calls this, with trajectories of its own. Their order follows from the
+    trajectories and `config.train` alone. Dropout is off, and there is no gradient.
     """
     train = config.train
     kernel = drift_kernels.KernelConfig(backend=train.backend, workspace_bytes=train.workspace_bytes)
     found: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))]
     with scoring(policy.model):
-        for batch in _packs(policy, trajectories, config):
+        for batch in sharding.rounds(policy.model, _packs(policy, trajectories, config), gradients=False):
             batch = batch.to(policy.device)
+            if sharding.is_idle(batch):
+                policy.hidden(batch)
+                continue
             out = score_pack(policy, batch, config.rollout.temperature, outputs=("entropy",), config=kernel)
             assert out.entropy is not None
             mask = layout.end_to_end(batch).response_mask
@@ -123,5 +128,5 @@ def score_pack(policy: Policy, batch: PackedBatch | TreeBatch, temperature: floa
 @contextmanager
 def scoring(model: torch.nn.Module) -> Iterator[None]:
     """Inside, no dropout and no gradients; unlike inference mode, what is made may enter a loss."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), sharding.settled(model):
         yield

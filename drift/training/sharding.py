@@ -8,17 +8,22 @@ being gathered instead (`drift_kernels.GatherHidden`).
 A collective in every layer means that all ranks go through the model equally often: one with fewer packs than another,
 or none, makes up for it with packs that no loss reads (`rounds`).
 
-The policy itself is empty meanwhile. After the training it holds the new weights, whole, on every rank: that is what samples
-and is evaluated, so every rank has to be able to hold it in its own type, without gradients and moments.
+The policy itself is empty meanwhile: a unit at a time, its parameters give their memory to the shards. `fill` lends it the
+present weights, whole, on every rank, gathered one parameter at a time: from that an engine samples, and `empty` takes them
+back. After the training it holds the new weights. So every rank has to be able to hold the policy in its own type, without
+gradients and moments, for as long as it samples.
 
-Left out: models that not one rank can hold at all, which need loading by shards; adapters on the head; buffers that train.
+Weights that stand in for others (a teacher's, a reference's) are shards too: they are copied into the shards inside of
+`settled`, which lets go of everything that was gathered from those before.
+
+Left out: adapters on the head; buffers that train.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -47,37 +52,84 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
         return
     policy.check_packing()  # a forward pass of whole weights
     distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad])
-    spread = copy.copy(policy)
-    shared = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in policy.model.parameters()}
-    model = copy.deepcopy(policy.model, shared)  # modules of its own around the policy's weights
-    alone = _own_head(model) if shard_head else None
-    if alone is not None:
-        spread.head = _head_by_rows(alone, policy.head())
-    spread.model = _spread(model, alone)
-    whole = list(policy.model.parameters())
-    sizes = [parameter.untyped_storage().size() for parameter in whole]
-    for parameter in whole:
-        parameter.untyped_storage().resize_(0)
+    spread, head = copy.copy(policy), policy.head()
+    spread.lent = Lent(policy.model)
+    spread.model = spread.lent.spread(shard_head)
+    if shard_head:
+        spread.head = _head_by_rows(spread.model.get_output_embeddings(), head)
+    del head
     trained = False
     try:
         yield spread
         trained = True
     finally:
-        for parameter, size in zip(whole, sizes):
-            parameter.untyped_storage().resize_(size)
-        with torch.no_grad():
-            for parameter, part in zip(whole, _parts(spread.model)):
-                parameter.copy_(full(part)) if trained else parameter.fill_(float("nan"))
+        spread.lent.fill(trained)
 
 
-def rounds(model: torch.nn.Module, packs: Sequence[PackedBatch | TreeBatch]) -> Iterator[PackedBatch | TreeBatch]:
-    """The packs, and on ranks that have fewer of them than others as many idle ones; gradients meet after the last."""
-    if not _is_sharded(model):
+class Lent:
+    """The parameters of a model that is trained as shards: empty, unless they are filled."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.whole = model, list(model.parameters())
+        self.shapes, self.shards = [parameter.shape for parameter in self.whole], None
+
+    def spread(self, shard_head: bool) -> Any:
+        """A model of the same weights in shards; this one is empty afterwards."""
+        model: Any = copy.deepcopy(self.model, {id(p): _placeholder(p) for p in self.whole})
+        whole = {id(p): w for p, w in zip(model.parameters(), self.whole, strict=True)}
+
+        def fetch(unit: torch.nn.Module) -> None:
+            for parameter in unit.parameters():
+                if (source := whole.pop(id(parameter), None)) is not None:
+                    parameter.data = source.detach().to(torch.float32 if parameter.requires_grad else source.dtype)
+                    source.data = source.new_empty(0)
+
+        _spread(model, self.whole[0].dtype, fetch, _own_head(model) if shard_head else None)
+        self.shards = model
+        return model
+
+    def empty(self) -> None:
+        """Gives the memory back."""
+        for parameter in self.whole:
+            parameter.data = parameter.new_empty(0)
+
+    @torch.no_grad()
+    def fill(self, known: bool = True) -> None:
+        """Takes the shards' present weights, or NaN if those are not `known`; every rank calls this, if they are."""
+        if not known:
+            for parameter, shape in zip(self.whole, self.shapes):
+                parameter.data = parameter.new_full(shape, float("nan"))
+            return
+        reshard(self.shards)
+        for parameter, part in zip(self.whole, self.shards.parameters(), strict=True):
+            parameter.data = full(part.detach().to(parameter.dtype))
+
+
+def fill(policy: Any) -> None:
+    """The model that `policy` was spread from holds its weights until `empty`; of one that is not spread they are its own."""
+    if hasattr(policy, "lent"):
+        policy.lent.fill()
+
+
+def empty(policy: Any) -> None:
+    """The model that `policy` was spread from holds nothing."""
+    if hasattr(policy, "lent"):
+        policy.lent.empty()
+
+
+def rounds(
+    model: torch.nn.Module, packs: Sequence[PackedBatch | TreeBatch], *, gradients: bool = True
+) -> Iterator[PackedBatch | TreeBatch]:
+    """The packs, and on ranks that have fewer of them than others as many idle ones (`is_idle`), each for one pass.
+
+    With `gradients` every pass has a backward, and gradients meet after the last.
+    """
+    if not is_sharded(model):
         yield from packs
         return
     most = int(max(distributed.gather([len(packs)])))
     for number, batch in enumerate([*packs, *[_idle()] * (most - len(packs))], 1):
-        for unit in _units(model):
+        for unit in _units(model) if gradients else ():
             unit.set_requires_gradient_sync(number == most, recurse=False)
         yield batch
 
@@ -94,14 +146,40 @@ def layers_of(root: Any) -> list[torch.nn.Module]:
     return layers
 
 
+def is_idle(batch: PackedBatch | TreeBatch) -> bool:
+    """Whether no loss reads the batch: it is one that `rounds` made up."""
+    return not batch.indices
+
+
+@contextmanager
+def settled(model: torch.nn.Module) -> Iterator[None]:
+    """Around passes without a backward: what they gather is of the shards as these are now, and is let go of at the end."""
+    reshard(model)
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
+def reshard(model: Any) -> None:
+    """Lets go of what layers have gathered: the model's parameters are its shards, if it has any."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the model is spread over the ranks."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, on every rank; every rank calls this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`tensor`, which every rank holds, spread as `other` is; every rank calls this."""
-    if not isinstance(other, DTensor):
+    """`tensor`, whole on every rank or spread already, spread as `other` is; every rank calls this."""
+    if not isinstance(other, DTensor) or isinstance(tensor, DTensor):
         return tensor
     spread = DTensor.from_local(tensor.to(other.device), other.device_mesh, run_check=False)
     return spread.redistribute(other.device_mesh, other.placements)
@@ -142,18 +220,22 @@ def _head_by_rows(module: Any, whole: drift_kernels.Head) -> Any:
     return head
 
 
-def _spread(model: Any, head: torch.nn.Module | None = None) -> Any:
-    """Shards the model in place; its method `drift_backbone` gathers what lies outside the layers, but not `head`."""
-    dtype = next(model.parameters()).dtype
+def _placeholder(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().new_empty(0), parameter.requires_grad)
+
+
+def _spread(model: Any, dtype: torch.dtype, fetch: Callable[[Any], None], head: torch.nn.Module | None = None) -> None:
+    """Shards the model in place; its method `drift_backbone` gathers what lies outside the layers, but not `head`.
+
+    fetch: gives the parameters of a module their values, unless they have them; called before that module is cut in pieces.
+    """
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = layers_of(root)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (distributed.world_size(),), mesh_dim_names=("data",))
     mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for unit in [*layers, *([] if head is None else [head]), root]:  # one is whole in float32 at a time
-        for parameter in unit.parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.float()
+    for unit in [*layers, *([] if head is None else [head]), root]:
+        fetch(unit)
         fully_shard(unit, mesh=mesh, mp_policy=mixed)
     for unit in _units(model):  # each by itself: on the root alone, the layers' gradients stay means, without a word
         unit.set_gradient_divide_factor(1.0)
@@ -164,22 +246,10 @@ def _spread(model: Any, head: torch.nn.Module | None = None) -> Any:
 
     root.drift_backbone = types.MethodType(backbone, root)
     register_fsdp_forward_method(root, "drift_backbone")
-    return model
 
 
 def _units(model: torch.nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def _parts(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The shards, after layers that are still whole have let go of what they gathered."""
-    for unit in _units(model):
-        unit.reshard()
-    return list(model.parameters())
 
 
 def _idle() -> PackedBatch:

@@ -182,10 +182,7 @@ def train(
                     failed = stats.skipped_in_a_row >= config.max_skipped
                     saved = None
                     if checkpoint_dir is not None and (due(step + 1, total, config) or result.stop or failed):
-                        saved, whole = Path(checkpoint_dir) / f"checkpoint-{step + 1}", optimizer.whole()
-                        if distributed.rank() == 0:
-                            checkpoint.save(checkpoint_dir, step + 1, whole, asdict(stats), job)
-                        distributed.meet("the checkpoint")
+                        saved = checkpoint.save(checkpoint_dir, step + 1, optimizer, asdict(stats), job)
                     check_row(stats, config.max_skipped, prefix, result, saved)
                     if result.stop:
                         interrupts.stop(result.stop, str(saved) if saved else None)

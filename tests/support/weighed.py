@@ -80,9 +80,7 @@ def weighing(found, policy):
         result = update(optimizer, *args)
         states = optimizer._adamw.state.values()
         found["moments"] = sum(local(one[key]).nbytes for one in states for key in ("exp_avg", "exp_avg_sq"))
-        whole = optimizer.whole()
-        moments = (value for key, value in whole.moments.items() if not key.endswith("/step"))
-        found["checkpoint"] = sum(tensor.nbytes for tensor in (*whole.masters.values(), *moments))
+        found["checkpoint"] = found["moments"] + sum(local(m).nbytes for m in optimizer.masters.values())
         return result
 
     trainer.accumulate, trainer.update, sharding.fully_shard = counted, weighed, spread
