@@ -40,9 +40,16 @@ def alone(job):
     return runs(job, 1)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_quickstart_from_an_empty_folder_gives_the_results_of_one_rank(job, alone, ranks):
-    said, results, losses = runs(job, ranks)
+@pytest.mark.parametrize(("ranks", "changes"), [(2, ()), (4, ()), (2, ("train.shard=fsdp",))])
+def test_the_quickstart_from_an_empty_folder_gives_the_results_of_one_rank(job, alone, ranks, changes):
+    said, results, losses = runs(job, ranks, *changes)
     assert said.count("warm start:") == 1  # one rank works and speaks
     assert losses == pytest.approx(alone[2], rel=1e-4)
     assert results == alone[1]
+
+
+def test_the_online_method_sharded_gives_the_results_of_one_rank(job):
+    online = "online={steps: 3, prompts: 6}"
+    (_, expected, losses), (_, results, found) = runs(job, 1, online), runs(job, 2, online, "train.shard=fsdp")
+    assert found == pytest.approx(losses, rel=1e-3)
+    assert results == expected
