@@ -87,7 +87,7 @@ $(VLLM)/.serves: Makefile tests/vllm_server/requirements.py
 
 # The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on an emulation and by nvcc.
 gpu-proof: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof --ignore=tests/gpu_proof/test_triton_compile.py \
+	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) tests/gpu_proof --ignore=tests/gpu_proof/test_triton_compile.py \
 	  --ignore=tests/gpu_proof/test_triton_machine.py
 
 # Triton's kernels ahead of time for six architectures: registers, spills, instructions. Minutes a table.
