@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,27 @@ def markdown(results: dict) -> str:
         out += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         out += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines(case)]
         out.append("")
-    return "\n".join(out)
+    return "\n".join([*out, *summary(results["cases"])])
+
+
+def summary(cases: list[dict]) -> list[str]:
+    """All cases in one table of times over drift's: the one that docs/benchmarks.md quotes."""
+
+    def row(title: str, cells: Iterable[str]) -> str:
+        return "| " + " | ".join([title, *cells]) + " |"
+
+    ours, entries = CONTENDERS[OURS].title, [{entry["title"]: entry for entry in case["contenders"]} for case in cases]
+    out = ["### All cases", "Time over drift's, paired; (n): one run.", "", row("", [case["name"] for case in cases])]
+    out.append("|" + "---|" * (len(cases) + 1))
+    out.append(row("drift, seconds", [_number(by_title[ours]["seconds"], ".3f") for by_title in entries]))
+    for i, title in enumerate(("fp32", "bf16")):
+        ratios = [[*by_title[ours]["over_limits"], None][i:][:1] for by_title in entries]
+        out.append(row(f"drift ÷ bare GEMMs, {title}", [_number(ratio) for [ratio] in ratios]))
+    for title in entries[0]:
+        if title != ours:
+            shown = ((_number(by_title[title]["over_drift"]), by_title[title]["once"]) for by_title in entries)
+            out.append(row(title, [f"({text})" if once and text != "–" else text for text, once in shown]))
+    return [*out, ""]
 
 
 def show(console: Console, case: dict) -> None:
