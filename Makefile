@@ -1,20 +1,22 @@
-# make run · make demo · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu-compile · make gpu · make lint · make wheel · make docs · make bench · make study
+# make run · make demo · make test · make test-ranks · make test-faults · make soak · make test-peers · make test-adapters · make test-vllm · make gpu-proof · make gpu-compile · make gpu · make lint · make wheel · make wheels · make docs · make bench · make study
 # Everything happens in a virtual environment under .venv; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-VERL := .venv-verl
+PEERS := .venv-peers
 # What the extensions and the metadata are made of: touching one of them installs again.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 TORCH := 2.13.0
+# A process a core: each test computes with one thread.
+PYTEST := python -m pytest -n auto --dist loadfile
 
 # Idle OpenMP threads sleep in place of spinning, unless the environment says otherwise: see drift/threads.py. Not in
 # benchmarks, whose threads wait as each project's users have them.
 ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),)
-run test test-gate test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
+run test test-ranks test-faults test-peers test-adapters test-vllm gpu-proof: export OMP_WAIT_POLICY := passive
 endif
 
-.PHONY: run demo test test-gate test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel docs bench study clean
+.PHONY: run demo test test-ranks test-faults soak test-peers test-adapters test-vllm gpu-proof gpu-compile gpu lint wheel wheels docs bench study clean
 
 run: $(VENV)/.installed
 	$(BIN)/drift run quickstart
@@ -26,16 +28,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/smollm2_problems.py runs/smollm2-problems.jsonl
 	$(BIN)/drift run configs/smollm2.yaml
 
-# A process a core: each test computes with one thread.
-PYTEST := python -m pytest -n auto --dist loadfile
-
 test: $(VENV)/.dev
 	$(BIN)/$(PYTEST)
-
-# The kernels, and the trainer up to its online loop.
-test-gate: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/kernels tests/test_structure.py tests/test_docs.py tests/test_install.py \
-	  $(wildcard tests/trainer/test_[a-n]*.py) tests/trainer/test_online.py
 
 # Several processes under torchrun, over gloo: minutes, on two cores.
 test-ranks: $(VENV)/.dev
@@ -50,26 +44,21 @@ MINUTES := 30
 soak: $(VENV)/.dev
 	$(BIN)/python tests/faults/soak.py $(MINUTES)
 
-# Other projects' losses as oracles. Each peer's files are named: what cannot be imported, or holds no test, fails.
-test-peers: $(VENV)/.peers $(VERL)/.installed
-	$(BIN)/python -m pytest tests/peers/test_trl.py
-	$(BIN)/python -m pytest tests/peers/test_trl_distill.py
-	$(BIN)/python -m pytest tests/peers/test_fused.py
-	$(VERL)/bin/python -m pytest tests/peers/test_verl.py
-	$(VERL)/bin/python -m pytest tests/peers/test_verl_correction.py
-	$(VERL)/bin/python -m pytest tests/peers/test_verl_distill.py
+# Other projects' losses as oracles. A peer that cannot be imported fails.
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/$(PYTEST) -q tests/peers/test_*.py
 
-# Trainers pin what they like: a virtual environment of their own, and the list of what ran in tests/adapters/ran.txt.
-ADAPTERS := .venv-adapters
-test-adapters: $(ADAPTERS)/.installed
-	$(ADAPTERS)/bin/python -m pytest tests/adapters -q --adapters-report=tests/adapters/ran.txt
+# The fused losses inside other projects' trainers; tests/adapters/ran.txt lists what ran.
+test-adapters: $(PEERS)/.installed
+	$(PEERS)/bin/$(PYTEST) -q tests/adapters --adapters-report=tests/adapters/ran.txt
 
-# verl and torchtitan without their requirements: each asks for versions that the others do not have, for parts not used here
-$(ADAPTERS)/.installed: $(SOURCES) Makefile
-	$(MAKE) VENV=$(ADAPTERS) $(ADAPTERS)/.torch
-	$(ADAPTERS)/bin/pip install -e ".[train,lora]" "pytest>=8" pytest-timeout "trl==1.16.*" tensordict ray omegaconf hydra-core \
-	  codetiming torchdata requests einops tyro triton orjson
-	$(ADAPTERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
+# All of them in one environment. verl and torchtitan without their requirements: each asks for versions that the others do not
+# have, for parts that are not used here.
+$(PEERS)/.installed: $(SOURCES) Makefile
+	$(MAKE) VENV=$(PEERS) $(PEERS)/.torch
+	$(PEERS)/bin/pip install -e ".[train,lora,peers]" "pytest>=8" pytest-timeout pytest-xdist hypothesis tensordict==0.15.3 \
+	  ray==2.60.0 omegaconf hydra-core codetiming torchdata requests einops tyro triton orjson datasets pillow
+	$(PEERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
 	@touch $@
 
 # A real vLLM server in an environment of its own (3.5 GB; VLLM=FOLDER keeps it elsewhere), driven from the usual one.
@@ -92,7 +81,7 @@ gpu-proof: $(VENV)/.dev
 
 # Triton's kernels ahead of time for six architectures: registers, spills, instructions. Minutes a table.
 gpu-compile: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof/test_triton_compile.py tests/gpu_proof/test_triton_machine.py
+	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) tests/gpu_proof/test_triton_compile.py tests/gpu_proof/test_triton_machine.py
 
 # The day a GPU is there: tests, benchmark and launch choices on it, and one report (docs/gpu.md). Without an index to install
 # from, `python -m bench.gpu` does the same in the environment at hand.
@@ -116,6 +105,13 @@ wheel: $(WHEEL)/.torch
 	$(WHEEL)/bin/python tests/wheel/check_install.py plain
 	$(WHEEL)/bin/pip install --force-reinstall --no-deps dist/*.whl
 	$(WHEEL)/bin/python tests/wheel/check_install.py compiled
+
+# The same for each Python that torch has a wheel for, and the binary of the last under the oldest torch that is allowed.
+PYTHONS := python3.10 python3.11 python3.12 python3.13
+wheels:
+	set -e; for python in $(PYTHONS); do $(MAKE) wheel PYTHON=$$python WHEEL=.venv-wheel-$$python; done
+	.venv-wheel-$(lastword $(PYTHONS))/bin/pip install "torch==2.10.*"
+	.venv-wheel-$(lastword $(PYTHONS))/bin/python tests/wheel/check_install.py compiled
 
 $(WHEEL)/.torch:
 	$(call with_torch,$(WHEEL))
@@ -153,9 +149,6 @@ endef
 $(VENV)/.torch:
 	$(call with_torch,$(VENV))
 
-$(VERL)/.torch:
-	$(call with_torch,$(VERL))
-
 # Each installs all of the one before, so that the extensions are compiled once, whichever is asked for.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[train,lora]"
@@ -164,18 +157,6 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -e ".[train,lora,dev]"
 	@touch $(VENV)/.installed $@
-
-$(VENV)/.peers: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -e ".[train,lora,dev,peers]"
-	@touch $(VENV)/.installed $(VENV)/.dev $@
-
-# An environment of its own, since verl pins much that its losses do not need.
-$(VERL)/.installed: $(VERL)/.torch $(SOURCES)
-	$(VERL)/bin/pip install --no-deps verl==0.9.1
-	$(VERL)/bin/pip install numpy transformers omegaconf ray==2.60.0 tensordict==0.15.3 codetiming orjson \
-	  datasets pillow pytest pytest-timeout hypothesis
-	$(VERL)/bin/pip install --no-deps -e .
-	@touch $@
 
 # For this GPU alone; where nvcc is missing or does not know it, without the CUDA library.
 GPU_NEEDS := -e ".[train,triton]" "pytest>=8" "pytest-timeout>=2.3" pytest-xdist
@@ -202,5 +183,5 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(WHEEL) $(DOCS) $(ADAPTERS) $(VLLM) $(GPU) build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WHEEL) $(DOCS) $(PEERS) $(VLLM) $(GPU) build dist site *.egg-info .pytest_cache .ruff_cache
 	find drift drift_kernels -name '*.so' -delete
