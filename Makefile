@@ -76,12 +76,11 @@ $(VLLM)/.serves: Makefile tests/vllm_server/requirements.py
 
 # The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on an emulation and by nvcc.
 gpu-proof: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) tests/gpu_proof --ignore=tests/gpu_proof/test_triton_compile.py \
-	  --ignore=tests/gpu_proof/test_triton_machine.py
+	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) tests/gpu_proof --ignore=tests/gpu_proof/test_triton_compile.py
 
 # Triton's kernels ahead of time for six architectures: registers, spills, instructions. Minutes a table.
 gpu-compile: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) tests/gpu_proof/test_triton_compile.py tests/gpu_proof/test_triton_machine.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu_proof/test_triton_compile.py
 
 # The day a GPU is there: tests, benchmark and launch choices on it, and one report (docs/gpu.md). Without an index to install
 # from, `python -m bench.gpu` does the same in the environment at hand.
