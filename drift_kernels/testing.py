@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: an input factory and the error budget.
+"""Shared by tests and benchmarks: an input factory and the error budget.
 
 An op passes when its error against float64 is at most twice the error that torch's own eager code makes in the same dtype,
 plus a few ulp of the quantity's scale.
@@ -25,7 +25,7 @@ class Case:
     targets: Tensor  # [T] int64, -100 at masked positions
     advantages: Tensor  # [T] float64, some of them 0
     token_weights: Tensor  # [T] float64, some of them 0
-    noise: Tensor  # [T] float64, what to add to log-probs to make old ones
+    noise: Tensor  # [T] float64, old log-probs minus log-probs
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Fresh hidden, weight and bias in `dtype` that require grad."""
@@ -67,7 +67,7 @@ def within_budget(
 ) -> tuple[bool, str]:
     """Whether `actual`'s error is at most 2x that of torch's `own` plus a few ulp; and a line that says by how much.
 
-    `scale` is the size of what was summed up, where it cancels; default: the largest exact value.
+    `scale` is the size of the summands, if their sum cancels; default: the largest exact value.
     """
     exact = exact.double()
     scale = (float(exact.abs().max()) if exact.numel() else 0.0) if scale is None else scale

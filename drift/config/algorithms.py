@@ -1,4 +1,4 @@
-"""Which parts each published algorithm is put together from. Data only; `drift.online` and `drift.jobs.run` read it.
+"""The parts of each published algorithm. Data only; `drift.online` and `drift.jobs.run` read it.
 
 >>> from drift.config.algorithms import ALGORITHMS
 >>> ALGORITHMS["srpo"].routing, ALGORITHMS["srpo"].teacher, ALGORITHMS["srpo"].curriculum
@@ -17,7 +17,7 @@ from typing import Literal
 class Algorithm:
     """One row of the table; a part that is None or False is not there."""
 
-    data: Literal["demonstrations", "offline", "online"]  # where trajectories come from
+    data: Literal["demonstrations", "offline", "online"]  # the source of trajectories
     policy: str | None  # preset of `drift_kernels.PolicySpec`; None is weighted cross-entropy
     routing: Literal["drift", "sdpo", "grpo", "srpo"] | None = None  # mode of `drift.routing`
     teacher: Literal["ema"] | None = None  # whose weights teach, unless a run says otherwise (`TeacherConfig.weights`)

@@ -1,4 +1,4 @@
-"""The settings of the online method, section by section; what is not said to be ours is published (arXiv 2606.30345).
+"""The settings of the online method, section by section; those not marked as ours are published (arXiv 2606.30345).
 
 `drift.config.Config.online` holds them in a run. Each component takes its own section, so that it can be used alone.
 """
@@ -38,7 +38,7 @@ ROUTES: dict[str, dict[str, Any]] = {  # the router's modes: one table with othe
 
 
 class RouterConfig(Section):
-    """How much of each branch a sample gets, by how hard its problem has been (B1)."""
+    """The weight of each branch for a sample, by the difficulty of its problem (B1)."""
 
     mode: Literal["drift", "sdpo", "grpo", "srpo"] = "drift"  # others fix the weights below by ROUTES
     decay: Share = 0.85  # of past successes and failures, a step
@@ -49,7 +49,7 @@ class RouterConfig(Section):
     binary_routing: bool = True  # a correct sample is never distilled
     distill_incorrect: Gates = (0.35, 0.0, 1.0)
     distill_correct: Gates = (0.0, 0.0, 0.7)  # with binary_routing off
-    policy_correct: Gates = (0.05, 1.0, 0.3)  # where there is a teacher
+    policy_correct: Gates = (0.05, 1.0, 0.3)  # if there is a teacher
     policy_incorrect: Gates = (0.0, 0.0, 0.0)  # likewise
     policy_untaught: Weight = 1.0  # without a teacher, as in the public code; 0 is the public page's formula
     rebellious: Gates = (0.0, 1.0, 0.0)
@@ -71,9 +71,9 @@ class RouterConfig(Section):
 
 
 class RhythmConfig(Section):
-    """The gate on exploration, and the bonus for what student and teacher see differently (B2, B3)."""
+    """The gate on exploration, and the bonus for tokens on which student and teacher differ (B2, B3)."""
 
-    gate: bool = True  # false is the ablation: the bonus wherever it applies
+    gate: bool = True  # false is the ablation: no gate on the bonus
     weigh_divergence: bool = True  # the rhythm weight multiplies the distillation of a token (ours)
     maximum: Annotated[float, Field(gt=1)] = 2.0  # of the rhythm weight
     floor: Share = 0.0
@@ -84,7 +84,7 @@ class RhythmConfig(Section):
 
 
 class BufferConfig(Section):
-    """What the success buffer keeps, and from when on it serves it (B4)."""
+    """The size of the success buffer, its order, and the start of its use (B4)."""
 
     problems: Positive = 50_000
     entries: Positive = 4  # a problem
@@ -125,7 +125,7 @@ def _off(value: Any) -> Any:
 
 
 class TeacherConfig(Section):
-    """Whose weights teach, and what the teacher is shown (B5)."""
+    """The teacher's weights and its prompt (B5)."""
 
     weights: Literal["ema", "trust_region", "weight_mix", "frozen", "policy"] = "ema"  # weight_mix is ours
     rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # of the EMA, a rollout step
@@ -133,7 +133,7 @@ class TeacherConfig(Section):
     demonstrations: bool = True  # a successful sibling's final turn, else the buffer's
     choose: Literal["entropy", "best", "first"] = "entropy"  # which: of highest sequence entropy, of best score, any
     exclude_own: bool = True  # a sample never teaches itself; false is ours
-    strip_thinking: bool = True  # of a demonstration, when it is shown; what follows </think> is left
+    strip_thinking: bool = True  # of a demonstration, when it is shown; the text after </think> stays
     feedback: Annotated[Literal["off", "without_solution", "always"], BeforeValidator(_off)] = (
         "without_solution"  # when a failed attempt's feedback is shown, if it says more than that it failed
     )
@@ -141,7 +141,7 @@ class TeacherConfig(Section):
 
 
 class DistillConfig(Section):
-    """The divergence from the teacher (B6), and its weight beside the policy loss (B7)."""
+    """The divergence from the teacher (B6), and its weight relative to the policy loss (B7)."""
 
     alpha: Share = 0.5  # 0: KL(teacher‖student); 1: KL(student‖teacher)
     top_k: Positive | None = 100  # tokens of the student, and one bucket for the rest; null is the whole vocabulary
@@ -150,11 +150,11 @@ class DistillConfig(Section):
 
 
 class WatchConfig(Section):
-    """When a training looks collapsed, and how often its tokens are looked at; all of it ours. It never stops a run."""
+    """Signs of a collapsed training, and the interval at which tokens are scored; all of it ours. It never stops a run."""
 
     every: Count = 1  # steps between two estimates of the KL to the reference; 0 makes none, and keeps no reference
     trajectories: Positive = 64  # of such a step, over all ranks, that are scored under both
-    window: Positive = 5  # steps that are averaged before they are held against a threshold
+    window: Positive = 5  # steps that are averaged before they are compared with a threshold
     entropy_below: Share = 0.2  # of the first step's entropy
     repeat_above: Share = 0.5  # of the answers
     solved_below: Share = 0.5  # of the best window's solved share

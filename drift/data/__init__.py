@@ -1,4 +1,4 @@
-"""Published sets of problems as rows of our own, for `drift data`: where each lies, and how a row of it is read."""
+"""Published sets of problems as rows of our own, for `drift data`: the address of each set, and the reading of its rows."""
 
 from __future__ import annotations
 

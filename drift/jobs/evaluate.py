@@ -25,7 +25,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one policy did on a set of problems."""
+    """The results of one policy on a set of problems."""
 
     multi_at_k: float  # share solved within all k turns
     single: float  # share solved in the first turn
@@ -168,7 +168,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def lines(done: Evaluation) -> list[str]:
-    """What a reader wants of it: a line for each set, the last for their average; with one set, that one alone."""
+    """The summary for a reader: a line for each set, the last for their average; with one set, that one alone."""
     shown = [_line(name, one) for name, one in done.sets.items()]
     return [*shown, _line("average" if done.sets else "", done.to_json())]
 

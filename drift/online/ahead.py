@@ -1,8 +1,8 @@
 """One step ahead: the next step's rollouts, on a thread, from weights that stand still while the policy trains.
 
 The thread samples, verifies and gives feedback; it issues no collective and touches neither the policy nor its
-tokenizer. What it samples follows from its weights and seed alone, so that threads change when things happen and never
-what: a training equals, bit for bit, one that samples each batch before it trains on the one before.
+tokenizer. Its samples follow from its weights and seed alone, so that threads change the time of events and no
+result: a training equals, bit for bit, one that samples each batch before it trains on the one before.
 
 Left out: more than one step ahead, and weights that change within a trajectory.
 """
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class Ahead:
-    """At most one call at a time, on a thread beside the caller's. `close` it, whatever happens.
+    """At most one call at a time, on a second thread. `close` it in any case.
 
     device: where the call's tensors are; a thread has to be told its GPU.
     """
@@ -41,7 +41,7 @@ class Ahead:
         self._outcome: Future[Any] | None = None
 
     def start(self, call: Callable[[], Any]) -> None:
-        """Begins the call. Raises RuntimeError where the outcome of the last one was not fetched."""
+        """Begins the call. Raises RuntimeError if the outcome of the last one was not fetched."""
         if self._outcome is not None:
             raise RuntimeError("the call before this one was not waited for")
         self._outcome = outcome = Future()
@@ -58,12 +58,12 @@ class Ahead:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what the call has raised by now, with its traceback; does not wait."""
+        """Raises the call's error, if there is one by now, with its traceback; does not wait."""
         if self._outcome is not None and self._outcome.done():
             self._outcome.result()
 
     def result(self) -> Any:
-        """Waits for the call and returns what it returned, or raises what it raised. Ctrl-C ends the waiting."""
+        """Waits for the call and returns its result, or raises its error. Ctrl-C ends the waiting."""
         if self._outcome is None:
             raise RuntimeError("no call was started")
         found = self._outcome.result()
@@ -78,7 +78,7 @@ class Ahead:
 
 
 class Still:
-    """An engine whose weights are those of the last `sync`, whatever becomes of the policy's.
+    """An engine whose weights are those of the last `sync`, independent of the policy's.
 
     `HFEngine` samples from the policy's own memory, so it gets a copy of the trained parameters (a base that LoRA leaves
     frozen is shared); other engines hold weights of their own already. `policy` is what the thread tokenises with, by a

@@ -127,7 +127,7 @@ def returns_histogram(sampled: Sequence[Sampled]) -> str:
 
 
 def weights_histogram(sampled: Sequence[Sampled]) -> str:
-    """Importance weights on a log scale: what share of the trajectories, and what share of all weight, lies where."""
+    """Importance weights on a log scale: the share of trajectories, and of all weight, in each bar."""
     weights = np.array([weight for part in sampled for weight in part.weights])
 
     def draw(axes: Axes) -> None:
@@ -193,7 +193,7 @@ def group_histogram(sampled: Sequence[Sampled]) -> str:
 
 
 def curve(metric: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """One metric over steps: a thin line a series, and the mean of each arm where it has several seeds."""
+    """One metric over steps: a thin line a series, and the mean of each arm that has several seeds."""
 
     def draw(axes: Axes) -> None:
         by_arm: dict[str, list[np.ndarray]] = {}
@@ -232,7 +232,7 @@ def lines(
     shares: bool = False,
     smooth: int = 1,
 ) -> str:
-    """Label → (colour, curves): a thin line a seed, and thick their mean, over `smooth` steps where that is more than 1."""
+    """Label → (colour, curves): a thin line a seed, and thick their mean, over `smooth` steps if that is more than 1."""
 
     def draw(axes: Axes) -> None:
         for label, (colour, runs) in series.items():
@@ -255,7 +255,7 @@ def lines(
 
 
 def _say_zero(axes: Axes) -> None:
-    """In place of an axis around nothing: every value is 0."""
+    """A label in place of an axis, if every value is 0."""
     axes.set_ylim(-1, 1)
     axes.set_yticks([0], ["0"])
     axes.text(0.5, 0.6, "0 in every step", transform=axes.transAxes, ha="center")
@@ -399,7 +399,7 @@ def _svg(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
 
 
 def _no_math(text: str, longest: int = 40) -> str:
-    """Short enough for a figure, and plain: matplotlib reads what stands between dollar signs as mathematics."""
+    """Short enough for a figure, and plain: matplotlib reads text between dollar signs as mathematics."""
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""What a user says to a turn that was not right."""
+"""The user's reply to a turn that was not right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FULL = re.compile(
 
 
 def is_bare(said: str) -> bool:
-    """Whether the text is a `Feedback`, which says of an answer that it was wrong and no more."""
+    """Whether the text is a `Feedback`, which only says that an answer was wrong."""
     return said == FEEDBACK or _FULL.fullmatch(said) is not None
 
 

@@ -1,8 +1,8 @@
 """The multi-turn loop (A1): ask, have the environment answer, ask again; and its rows, written as they are finished.
 
-Trajectories are played in chunks of `rollout.batch_size`, all live ones of a chunk in one call of the engine a turn. What a
-chunk samples follows from the seed and the chunk's number, so an interrupted collection, which plays the chunk that it
-was in again and writes what is missing, ends with the same file as one that ran through.
+Trajectories are played in chunks of `rollout.batch_size`, all live ones of a chunk in one call of the engine a turn. The
+samples of a chunk follow from the seed and the chunk's number. An interrupted collection plays its last chunk again and
+writes the missing rows, so it ends with the same file as one without an interruption.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class Episode:
     index: int  # among the trajectories of its problem
     messages: list[dict[str, str]]
     samples: list[dict[str, Any]] = field(default_factory=list)  # token ids, loss mask, log-probs, turn starts
-    answers: list[str | None] = field(default_factory=list)  # of each attempt, None where none could be parsed
+    answers: list[str | None] = field(default_factory=list)  # of each attempt, None if none could be parsed
     rewards: list[float] = field(default_factory=list)  # of each attempt
     solved_at: int = 0  # the attempt that was right first, 0 for none
     tool_calls: int = 0  # turns of tool calls are no attempts
     tool_errors: int = 0
     failed: int = 0  # checks of its turns without a verdict
-    opened: str = ""  # what the template has the turn begin with that is being played: <think>, or nothing
+    opened: str = ""  # the beginning that the template gives the present turn: <think>, or nothing
     cut: bool = False  # the last turn ran into max_new_tokens
     ended: bool = False
 
@@ -118,14 +118,14 @@ class Episode:
         self.cut = not sample.finished
 
     def answered(self, step: Step, turns: int) -> None:
-        """Adds what the environment says to the last turn; the attempt number `turns` is the last one.
+        """Adds the environment's step on the last turn; the attempt number `turns` is the last one.
 
-        Raises ValueError for a step that leaves nothing to go on from, speaks as the assistant, or has a reward that is not
-        finite, and for a turn of tool calls with an outcome.
+        Raises ValueError for a step that is not done and has no messages, speaks as the assistant, or has a reward that is
+        not finite, and for a turn of tool calls with an outcome.
         """
         if any(message["role"] == "assistant" for message in step.messages) or not math.isfinite(step.reward):
             raise ValueError(
-                f"environment: {step} should have a finite reward, and messages of other roles than assistant"
+                f"environment: {step} must have a finite reward, and messages of other roles than assistant"
             )
         if step.tool_calls:
             if step.reward or step.done:
@@ -143,12 +143,12 @@ class Episode:
                 self.solved_at = len(self.rewards)
         self.ended = step.done or len(self.rewards) == turns
         if not self.ended and not step.messages:
-            raise ValueError(f"environment: {step} is not done and has no messages to go on from")
+            raise ValueError(f"environment: {step} is not done and has no messages; it must have at least one")
         if not self.ended:
             self.messages.extend(step.messages)
 
     def row(self, format_penalty: float) -> dict[str, Any]:
-        """The published fields, then ours (see `drift.store`); earlier turns of a template history beside the last."""
+        """The published fields, then ours (see `drift.store`); with a template history the earlier turns too."""
         keys = [f"t{turn}" for turn in range(1, len(self.rewards) + 1)]
         row = {
             "prompt_id": self.problem.id,
@@ -185,8 +185,8 @@ def play(
     seed: numbers that all samples follow from; each trajectory draws for itself, by its problem's identity and its index,
     whatever is played with it. The bar advances by the trajectories that end. environment: default the one that the
     settings name. failures: counts checks without a verdict; default a count of these episodes alone. Raises CheckError
-    when they are too many or the environment raises, ValueError if it answers what nobody can go on from, and when the
-    chat template does not know tool messages.
+    when they are too many or the environment raises, ValueError if its answer cannot be continued, and when the chat
+    template does not know tool messages.
     """
     if settings.tool is not None:
         chat.check_role(policy.tokenizer, "tool")
@@ -210,7 +210,7 @@ def play(
                 episode.take(prompt, sample, frame.prefill + chat.decode(policy, sample.token_ids), settings.history)
             steps = _stepped(environment, live)
             if len(steps) != len(live):
-                raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there should be one each")
+                raise ValueError(f"environment: {len(steps)} steps for {len(live)} episodes; there must be one each")
             for episode, step in zip(live, steps):
                 episode.answered(step, settings.turns)
             failures.add([step.failed for step in steps])
@@ -229,7 +229,7 @@ def play(
 
 
 def _seed(seed: Sequence[int], episode: Episode, number: int) -> int:
-    """Of a trajectory's turn."""
+    """The seed of a trajectory's turn."""
     problem = int.from_bytes(hashlib.sha256(episode.problem.id.encode()).digest()[:8], "little")
     return int(np.random.SeedSequence([*seed, problem, episode.index, number]).generate_state(1)[0])
 
@@ -237,19 +237,19 @@ def _seed(seed: Sequence[int], episode: Episode, number: int) -> int:
 def _stepped(environment: Environment, live: Sequence[Episode]) -> list[Step]:
     try:
         return environment.step(live)
-    except Exception as error:  # code of somebody's own that meets what a model writes
+    except Exception as error:  # the user's code, on text that a model wrote
         raise CheckError(
             f"{type(environment).__name__}.step failed on a batch of {len(live)} episodes:\n{traceback.format_exc().rstrip()}"
         ) from error
 
 
 def framing(task: Task) -> Framing:
-    """How the task has problems put and replies read; a task that says nothing adds nothing."""
+    """The text around the task's problems and the reading of replies; a task without a framing adds nothing."""
     return getattr(task, "framing", Framing())
 
 
 def default_feedback(task: Task, settings: Settings) -> Feedback:
-    """The words that a wrong answer gets under these settings."""
+    """The reply to a wrong answer under these settings."""
     rule = framing(task).format_rule
     return Feedback(settings.feedback, settings.turns, settings.max_new_tokens, task.answer_tag, rule)
 
@@ -280,8 +280,8 @@ def collect(
 ) -> int:
     """`config.n` trajectories of each problem, appended to the rollout file `path`; returns how many were new.
 
-    config: a `drift.config.RolloutConfig`. Goes on from what is in the file. Raises StoreError where a row of the file
-    is bad, or was sampled by another policy than this one, CheckError when too many checks have no verdict. Rows about a
+    config: a `drift.config.RolloutConfig`. Continues from the rows in the file. Raises StoreError if a row of the
+    file is bad, or was sampled by another policy than this one, CheckError if too many checks have no verdict. Rows about a
     problem whose answer has changed since are sampled and verified again. Metrics of each chunk go to `track` as
     PREFIX/NAME.
     """

@@ -1,4 +1,4 @@
-"""How a problem is put to a model and how its reply is read: system message, instruction, format rule, prefill, parser."""
+"""The text around a problem and the reading of a reply: system message, instruction, format rule, prefill, parser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """The part of a task's settings that rollouts need; what is None adds nothing."""
+    """The part of a task's settings that rollouts need; None adds nothing."""
 
     system: str | None = None
     instruction: str | None = None

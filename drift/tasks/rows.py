@@ -26,8 +26,8 @@ class RowTask:
 
     The prompt is text, "prompt", or a conversation that ends with a user, in "prompt" or "messages". Without "split" a
     row goes where its key's hash sends it; a source that names one must name it in every row. A row with the text and
-    the answer of an earlier one counts once, or is a problem of its own with `task.duplicates` keep. What looks like the
-    same problem in two splits is logged as a warning, with both places. Asking for more problems than a split holds is an
+    the answer of an earlier one counts once, or is a problem of its own with `task.duplicates` keep. A problem that
+    seems to be in two splits is logged as a warning, with both places. Asking for more problems than a split holds is an
     error; all bad rows are named in one.
     """
 
@@ -55,7 +55,7 @@ class RowTask:
     def _add(self, where: str, number: int, row: Row) -> None:
         row = {key: value for key, value in row.items() if not (key == "system" and value is None)}
         if "answer" not in row and ":" in (self.config.scorer or ""):
-            row["answer"] = ""  # a function of the user's own may need none
+            row["answer"] = ""  # the user's function may need none
         *earlier, prompt = _conversation(row, where)
         for name in ("answer", *(("system",) if "system" in row else ())):
             row[name] = _text(row, name, where)
@@ -144,7 +144,7 @@ def _text(row: Row, name: str, where: str) -> str:
     if isinstance(value, list | dict) and name == "answer":
         return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        found = repr(value) if name in row else f"missing beside {', '.join(map(repr, row)) or 'nothing'}"
+        found = repr(value) if name in row else f"missing; the row has {', '.join(map(repr, row)) or 'no columns'}"
         columns = f"; task.columns={{{name}: THEIR_NAME}} says which column it is" if name not in row else ""
         raise TaskError(f"{where}: {name!r} is {found}; it must be text or a number{columns}")
     if not is_whole(str(value)):

@@ -1,7 +1,7 @@
 """Rows of problems from a JSONL file, a Parquet file, or a data set by hub name or folder.
 
 Each row comes as a dict of the names that problems are read by (prompt or messages, answer, system, split), after the
-column map and the template, together with where it stands; what else the row holds is kept.
+column map and the template, together with its place; the row's other columns are kept.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 from drift.tasks.base import TaskError
 
 Row = dict[str, Any]
-Placed = tuple[str, int, Row]  # where it stands, in words; the number of the row or line, from 1; the row
+Placed = tuple[str, int, Row]  # its place as text; the number of the row or line, from 1; the row
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
 class Source(Protocol):
-    """The settings that say where rows are; `drift.config.SourceConfig` and what is made of it."""
+    """The settings of a source of rows: `drift.config.SourceConfig` and classes derived from it."""
 
     @property
     def kind(self) -> str: ...
@@ -65,7 +65,7 @@ def _column(row: Row, name: str, where: str, setting: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value as a prompt shows it: of a list, an item a line."""
+    """A value as a prompt shows it; a list has one item a line."""
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -126,7 +126,7 @@ def _dataset(path: str, subset: str | None, splits: Mapping[str, str]) -> Iterat
                 yield f"{place}, row {number}", number, {**row, "split": ours} if ours else dict(row)
         except TaskError:
             raise
-        except Exception as error:  # of the network, of the hub, of a file's format
+        except Exception as error:  # the network, the hub, a file's format
             raise TaskError(
                 f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}; check the name or the folder, subset, and the "
                 "names of the splits"

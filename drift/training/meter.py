@@ -1,4 +1,4 @@
-"""What a training is measured by: a batch in numbers, a step's outcome, counts that grow, and the names in the log."""
+"""Measures of a training: a batch in numbers, a step's outcome, running counts, and the names in the log."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """By the names of the log. On a shared machine the second tells what the first cannot."""
+        """By the names of the log. The second does not depend on other work on the machine."""
         return {"step_time": time.perf_counter() - self._wall, "step_cpu_time": time.process_time() - self._cpu}
 
 
 @dataclass
 class TrainStats:
-    """What a training did, over all ranks."""
+    """The counts of a training, over all ranks."""
 
     steps: int = 0  # optimizer steps, skipped ones included
     tokens: int = 0  # that went through the model
@@ -85,7 +85,7 @@ class Totals:
 
 
 def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch | TreeBatch]) -> Totals:
-    """What this rank holds of a batch: its trajectories, and the packs they went into."""
+    """This rank's part of a batch: its trajectories, and the packs they went into."""
     flats = [layout.end_to_end(p) for p in packs]
     return Totals(
         samples=len(mine),
@@ -104,7 +104,7 @@ def measure(mine: Sequence[Trajectory], packs: Sequence[PackedBatch | TreeBatch]
 def metrics(
     stats: TrainStats, totals: Totals, result: StepResult, lr: float, took: dict[str, float]
 ) -> dict[str, float]:
-    """What is logged of a step, by the names other trainers use; `took` is what a `Stopwatch` read at its end."""
+    """The metrics of a step, by the names other trainers use; `took` is the reading of a `Stopwatch` at its end."""
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,

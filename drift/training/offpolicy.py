@@ -1,7 +1,7 @@
 """Rows that another policy sampled, corrected for: a sum of log-prob ratios per trajectory (A1, **ours**).
 
-Weighted fine-tuning is towards π_ref·exp(R/β), from samples of the reference. What μ sampled counts exp(log π_ref − log μ)
-times as much, over all that was sampled of the trajectory; the sum is clipped, and the share that was clipped is logged.
+Weighted fine-tuning is towards π_ref·exp(R/β), from samples of the reference. A sample of μ counts exp(log π_ref − log μ)
+times as much, over all sampled tokens of the trajectory; the sum is clipped, and the share that was clipped is logged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def log_ratios(
 ) -> tuple[list[float], dict[str, float]]:
     """log π_ref − log μ of each row, within ±clip, with `policy` as the reference; for `drift.returns.weigh`.
 
-    0 for rows that this very policy sampled, or that do not say who did. Both are log-probs at the row's temperature.
-    max_tokens: of a pack that is scored at once. Also returns what to log about the other rows. Raises StoreError for
+    0 for rows that this very policy sampled, or without a policy's name. Both are log-probs at the row's temperature.
+    max_tokens: of a pack that is scored at once. Also returns metrics of the other rows. Raises StoreError for
     one of them without the sampler's log-probs.
     """
     own = policy.hash()

@@ -58,7 +58,7 @@ def test_a_template_makes_the_prompt_of_several_columns(source):
             "columns.prompt names the column 'nope', and the row has",
         ),
         ({"template": "{nope}", "columns": {"answer": "target"}}, "template names the column 'nope'"),
-        ({}, r"'prompt' is missing beside 'question'.*task.columns=\{prompt: THEIR_NAME\}"),
+        ({}, r"'prompt' is missing; the row has 'question'.*task.columns=\{prompt: THEIR_NAME\}"),
     ],
 )
 def test_a_column_that_is_not_there_is_named(source, settings, words):

@@ -150,7 +150,7 @@ def test_jsonl_named_splits_and_bad_rows(tmp_path, caplog):
     assert re.search(
         r"b\.jsonl:2: this problem looks like the one at \S+b\.jsonl:1, which is in split 'train'", caplog.text
     )
-    with pytest.raises(TaskError, match=r"b\.jsonl:1: 'answer' is missing beside 'prompt'"):
+    with pytest.raises(TaskError, match=r"b\.jsonl:1: 'answer' is missing; the row has 'prompt'"):
         load({"prompt": "1 + 2"})
     with pytest.raises(TaskError, match=r"b\.jsonl:1: 'split' is 'test'"):
         load({"prompt": "1 + 2", "answer": 3, "split": "test"})

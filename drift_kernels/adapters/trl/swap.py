@@ -65,7 +65,7 @@ class FusedLogProb:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OPTIONAL,
     ) -> PerToken:
-        """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1) [N], None for what `outputs` does not name."""
+        """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1) [N], None for those that `outputs` does not name."""
         if is_zero3():
             raise NotImplementedError(
                 "DeepSpeed ZeRO-3 is not supported: its head is empty outside TRL's own function; use ZeRO-2 or FSDP2, "
@@ -96,7 +96,7 @@ class FusedLogProb:
 
 
 class Enabled:
-    """Of `enable`: as a context manager it puts back on exit what was there before."""
+    """The result of `enable`: as a context manager it restores the earlier function on exit."""
 
     def __init__(self, before: Any) -> None:
         self._before = before
@@ -111,8 +111,8 @@ class Enabled:
 def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
     """From here on TRL's trainers take log-probs from `linear_logprob`; the kernel follows the device unless `config` says.
 
-    Usable in a `with` statement. Raises ImportError where TRL is missing or of an unsupported version, RuntimeError
-    where it has no such function or one that takes other arguments.
+    Usable in a `with` statement. Raises ImportError if TRL is missing or of an unsupported version, RuntimeError
+    if it has no such function or one that takes other arguments.
     """
     current = SUPPORTED.seam(MODULE, NAME)
     original = current.replaced if _is_ours(current) else current
@@ -122,7 +122,7 @@ def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
 
 
 def disable() -> None:
-    """TRL's own function again; nothing happens where it is there already."""
+    """TRL's own function again; no effect if it is there already."""
     current = SUPPORTED.seam(MODULE, NAME)
     if _is_ours(current):
         _set(current.replaced)
