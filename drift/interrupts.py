@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
         self.signal, self.saved = signal.Signals(number), saved
 
 
-causes: list[Callable[[], BaseException | None]] = []  # asked at a SIGTERM for what is to be raised in place of Stopped
+causes: list[Callable[[], BaseException | None]] = []  # asked at a SIGTERM for the error to raise in place of Stopped
 _deep = 0  # how many `finishing` blocks the main thread is in
 _noted: int | None = None  # the signal that waits for the end of a step
 

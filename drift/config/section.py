@@ -1,4 +1,4 @@
-"""What every section of a config is: frozen, strict, without unknown keys; and the ranges that settings have."""
+"""The base of every section of a config, and the ranges that settings have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, strict, no unknown keys, no NaN or infinity."""
+    """The base of all sections: frozen, strict, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ class Section(BaseModel):
 def preset(data: dict[str, Any], name: str, values: dict[str, Any], section: str = "") -> dict[str, Any]:
     """`data` with the values that a preset sets; keys that were given other values are contradictions.
 
-    section: whose keys these are, where it is not the one that complains.
+    section: the owner of these keys, if it is not the one that complains.
     """
     given = {key: data.get(key, value) for key, value in values.items()}
     wrong = [key for key, value in given.items() if (tuple(value) if isinstance(value, list) else value) != values[key]]

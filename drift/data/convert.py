@@ -23,7 +23,7 @@ SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet":
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What `drift.tasks.source.read` asks of settings."""
+    """The settings that `drift.tasks.source.read` reads."""
 
     kind: str
     path: str
@@ -34,7 +34,7 @@ class _Source:
 
 @dataclass(slots=True)
 class Converted:
-    """What a conversion did."""
+    """The counts of a conversion."""
 
     rows: Counter[str] = field(default_factory=Counter)  # by split
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
@@ -63,7 +63,7 @@ def convert(
             done.skipped[str(reason)] += 1
         except (KeyError, ValueError, TypeError) as error:
             what = (
-                f"the column {error} is missing beside {', '.join(map(repr, row))}"
+                f"the column {error} is missing; the row has {', '.join(map(repr, row))}"
                 if type(error) is KeyError
                 else error
             )
@@ -98,14 +98,14 @@ def _leaks(rows: dict[str, list[tuple[str, dict[str, Any]]]]) -> list[str]:
 
 
 def _rows(name: str, published: PublishedSet, source: str | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(our split, where it stands, the row) of the source."""
+    """(our split, its place, the row) of the source."""
     path = Path(source) if source else None
     if path and path.is_file():
         split = "eval" if "train" not in published.splits or path.stem.startswith(("test", "eval")) else "train"
         yield from ((split, where, row) for where, _, row in _file(path))
     elif path and path.is_dir():
         inside = {"train": _inside(path, "train"), "eval": [*_inside(path, "test"), *_inside(path, "eval")]}
-        if "train" not in published.splits:  # whatever its one part is called
+        if "train" not in published.splits:  # its one part may have any name
             inside = {"eval": inside["eval"] or inside["train"] or _inside(path, "")}
         if not any(inside.values()):
             raise TaskError(f"{path} holds no train or test file that ends in one of {', '.join(SUFFIXES)}")
@@ -140,5 +140,5 @@ def _subsets(hub: str, subsets: tuple[str, ...]) -> list[str | None]:
         import datasets
 
         return list(datasets.get_dataset_config_names(hub))
-    except Exception as error:  # of the network, of the hub, of a package that is not there
+    except Exception as error:  # the network, the hub, a missing package
         raise TaskError(f"{hub}: its subsets cannot be listed: {' '.join(str(error).split())[:300]}") from error

@@ -1,7 +1,7 @@
 """JSON over HTTP to one server: a bound on requests in flight, a limit of time for each as a whole, and retries.
 
-What may pass (429, 5xx, no answer in time, an answer that was cut off) is tried again after an exponential back-off with
-jitter. A server that cannot be reached is waited for: it may be starting again. What it refuses is not tried again.
+Temporary failures (429, 5xx, no answer in time, an answer that was cut off) are retried after an exponential back-off with
+jitter. A server that cannot be reached is waited for: it may be starting again. A refused request is not retried.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Unreachable(EngineError):
 
 
 class Passing(EngineError):
-    """May go better next time."""
+    """A temporary failure."""
 
 
 class Stopped(Exception):
@@ -50,7 +50,7 @@ class Client:
     url          http://HOST:PORT, without a path; a proxy is taken from the environment
     concurrency  connections at most
     timeout      seconds for one request, from the connection to the last byte of the answer
-    retries      of one request, for what may pass
+    retries      of one request, after temporary failures
     wait         seconds for a server that cannot be reached
     """
 
@@ -84,7 +84,7 @@ class Client:
         self._pool.close()
 
     def once(self, path: str, body: Any = None, stop: threading.Event | None = None) -> Any:
-        """GET, or POST where there is a body; the answer as JSON, or as text where it is none.
+        """GET, or POST if there is a body; the answer as JSON, or as text if it is not JSON.
 
         Raises Unreachable, Passing or Refused; Stopped once `stop` is set or the client is closed.
         """
@@ -139,7 +139,7 @@ class Client:
     ) -> Any:
         """`read` of the answer, after as many tries as it takes; `read` may raise Passing.
 
-        after_failure  is called before each further try and before Refused is raised; what it raises ends the request
+        after_failure  is called before each further try and before Refused is raised; its errors end the request
         stop           once set, a try ends and no further one is made: Stopped is raised
         """
         stop, failures, tries, gone_since = stop or threading.Event(), 0, 0, None

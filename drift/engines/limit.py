@@ -16,9 +16,9 @@ import httpcore2
 
 
 class Limit:
-    """`with limit(seconds, wanted):` bounds what this thread reads and writes inside.
+    """`with limit(seconds, wanted):` bounds the reads and writes of this thread inside.
 
-    wanted: called every `slice_` seconds of waiting; what it raises ends the request.
+    wanted: called every `slice_` seconds of waiting; its errors end the request.
     """
 
     def __init__(self, slice_: float) -> None:

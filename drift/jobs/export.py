@@ -56,7 +56,7 @@ def _trained(run: Path) -> tuple[Path, Config | None]:
         source = run / f"seed-{config.seeds[0]}" / config.trained[-1]
         if not (source / files.MANIFEST).is_file():
             raise RunError(
-                f"{run} is not finished: {source} holds no model yet; the command that began it goes on with it"
+                f"{run} is not finished: {source} holds no model yet; the command that began it continues it"
             )
         return source, config
     if not (run / files.MANIFEST).is_file() or not _is_model(run):
@@ -73,7 +73,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _listed(source: Path) -> list[str]:
-    """The files of the model; what else a run keeps in its folder is left there."""
+    """The files of the model, without the run's other files."""
     return sorted(json.loads((source / files.MANIFEST).read_text(encoding="utf-8"))["files"])
 
 

@@ -65,7 +65,7 @@ def render(tokenizer: Any, messages: Any, add_generation_prompt: bool) -> str:
 def set_defaults(tokenizer: Any, values: dict[str, Any]) -> None:
     """Gives variables of the chat template a value that holds unless a caller gives another; it is saved with the model.
 
-    values: of JSON's simple types, by name. Raises ValueError for what is no name, and for a variable that the template
+    values: of JSON's simple types, by name. Raises ValueError for a string that is no name, and for a variable that the template
     does not read.
     """
     template = tokenizer.chat_template
@@ -95,7 +95,7 @@ def _too_large(template: str) -> str | None:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raises _Late in this thread if what is inside takes longer. Python code ends; one long call of C code does not."""
+    """Raises _Late in this thread if its body takes longer. Python code ends; one long call of C code does not."""
     thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
 
     def late() -> None:

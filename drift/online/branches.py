@@ -2,10 +2,10 @@
 
 A student's pack goes through the model once, and so does a token that its trajectories share (`train.tree`). The same
 trajectories under the teacher's prompts went through it before, with the teacher's weights in place and without gradient;
-their hidden states are laid beside the student's rows, token
-by token, and `drift_kernels.self_distill_loss` makes both losses of the two logits in one pass. The log-probs that
-ratios start from are the policy's own, of the same hidden states: so ratios are 1, and what differs from the sampler's
-log-probs is corrected for, up to a factor of 2 a token.
+their hidden states are aligned with the student's rows,
+token by token, and `drift_kernels.self_distill_loss` makes both losses of the two logits in one pass. Old log-probs are the
+policy's own, of the same hidden states, so ratios are 1. The difference to the sampler's log-probs is corrected for, up to
+a factor of 2 a token.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SEEN = ("teacher_logprobs", "teacher_entropy", "divergence", "rhythm", "gate", "
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """What each branch's sum is divided by; 0 if nothing of the batch is in that branch."""
+    """The denominator of each branch; 0 if nothing of the batch is in that branch."""
 
     policy: float
     distill: float
 
 
 def denominators(batch: Sequence[Sample], config: OnlineConfig) -> Denominators:
-    """Of a step's global batch (`Sample.parts` of all ranks), by `config.denominators`; never of a pack or a rank's share.
+    """Those of a step's global batch (`Sample.parts` of all ranks), by `config.denominators`; never of a pack or a rank's share.
 
     branch: for the policy the response tokens of samples with a policy weight, for the divergence those of samples with a
     teacher. shared: all response tokens, for both. A policy loss that is a mean over sequences counts sequences instead.
@@ -176,7 +176,7 @@ class Branches:
     def _scored(
         self, sides: Sequence[Sequence[Sample]], packs: Sequence[PackedBatch]
     ) -> tuple[list[Tensor | None], drift_kernels.Head | None]:
-        """Hidden states under the present weights of each pack's lessons, laid beside its rows, and a copy of the head.
+        """Hidden states under the present weights of each pack's lessons, aligned with its rows, and a copy of the head.
 
         None for a pack without a lesson; no head if no pack of any rank has one.
         """
@@ -299,7 +299,7 @@ class Branches:
     def _example(
         self, batch: PackedBatch, segment: int, sample: Sample, values: dict[str, Tensor], phase: Phase
     ) -> dict[str, Any]:
-        """What of a sample is worth a look (see `drift.online.examples`); without a teacher, what is the student's."""
+        """The stored values of a sample (see `drift.online.examples`); without a teacher, the student's alone."""
         shown = {
             "bonus" if name == "rebellious" else name: value
             for name, value in values.items()

@@ -1,13 +1,13 @@
 """How kernels are launched: block, warps, stages and rows a program, by shape.
 
-Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of two where that is less; a warp for each 512
+Rule for row kernels: 4,096 columns a block, or the vocabulary's next power of two if that is less; a warp for each 512
 of them, so that a thread has 16 elements (four 16-byte loads) in flight and its running sums fit its registers; rows
-shorter than two blocks share a program until it reads about 64 Ki logits (but for those of distillation).
-Where two rows are read side by side: 1,024 columns a block by 8 warps, since much is computed of them and more threads hide
+shorter than two blocks share a program until it reads about 64 Ki logits (except in distillation).
+If two rows are read side by side: 1,024 columns a block by 8 warps, since the arithmetic is heavy and more threads hide
 it better than longer ones; it needs 40 registers at most. `top_k` has 2,048 columns a block by 8 warps: a column costs it a
 64-bit key and two prefix sums.
-Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 warps, 4 stages; 256 columns on sm_90 where Σe
-is all that is summed (what goes with a tile must fit the registers); 32 of the width and 3 stages on older GPUs, without
+Rule for the scorer: tiles of 128 rows by 128 columns and 64 of the width, 8 warps, 4 stages; 256 columns on sm_90 if Σe
+is the only sum (a tile's state must fit the registers); 32 of the width and 3 stages on older GPUs, without
 descriptors, for TF32 and for 64 rows or fewer; 64 by 64 for fp32 without TF32, which no tensor core multiplies.
 
 The file that DRIFT_TUNING names overrides numbers by kernel, {"triton": {"row_stats": {"warps": 16}}}; the scorer's for more
@@ -54,7 +54,7 @@ FEW_ROWS = 64  # of hidden states, to the scorer
 
 @dataclass(frozen=True)
 class Launch:
-    """Of one kernel. For the scorer `rows` and `block` are the tile's rows and columns, `depth` its share of the width."""
+    """The launch of one kernel. For the scorer `rows` and `block` are the tile's rows and columns, `depth` the width's."""
 
     block: int
     warps: int
@@ -72,20 +72,20 @@ def next_power_of_two(n: int) -> int:
 
 
 def row_rule(vocab: int) -> Launch:
-    """Of a row kernel over `vocab` columns."""
+    """The launch of a row kernel over `vocab` columns."""
     block = min(ROW_BLOCK, max(next_power_of_two(vocab), 128))
     rows = max(1, LOGITS_A_PROGRAM // max(vocab, 1)) if vocab < 2 * ROW_BLOCK else 1
     return Launch(block, max(1, block // ELEMENTS_A_WARP), 1, min(rows, 16))
 
 
 def pair_rule(vocab: int) -> Launch:
-    """Of a kernel that reads a student's row and its teacher's; a program takes one row."""
+    """The launch of a kernel that reads a student's row and its teacher's; a program takes one row."""
     block = min(PAIR_BLOCK, max(next_power_of_two(vocab), 128))
     return Launch(block, block // 128)
 
 
 def key_rule(vocab: int) -> Launch:
-    """Of `top_k`; programs take rows in turn."""
+    """The launch of `top_k`; programs take rows in turn."""
     block = min(KEY_BLOCK, max(next_power_of_two(vocab), 128))
     return Launch(block, max(1, block // 256))
 
@@ -94,7 +94,7 @@ RULES = {"fused_distill": pair_rule, "top_k": key_rule}  # of the other row kern
 
 
 def score_rule(rows: int, kind: str, capability: tuple[int, int], described: bool, sums_only: bool) -> Launch:
-    """Of the scorer over `rows` hidden rows. `kind` is "half", "tf32" or "ieee"; `described`, operands come by descriptors;
+    """The scorer's, over `rows` hidden rows. `kind` is "half", "tf32" or "ieee"; `described`, operands come by descriptors;
     `sums_only`, no sums but Σe are wanted."""
     if kind == "ieee":
         return Launch(64, 8, 2, 64, 32)
@@ -109,19 +109,19 @@ def score_rule(rows: int, kind: str, capability: tuple[int, int], described: boo
 
 
 def row_launch(kernel: str, logits: Tensor) -> Launch:
-    """For `kernel` over logits [C, V]."""
+    """The launch of `kernel` over logits [C, V]."""
     return overridden(kernel, RULES.get(kernel, row_rule)(logits.shape[1]))
 
 
 def score_launch(hidden: Tensor, kind: str, described: bool, sums_only: bool) -> Launch:
-    """For the scorer over hidden [T, D]."""
+    """The launch of the scorer over hidden [T, D]."""
     rule = score_rule(hidden.shape[0], kind, capability(hidden.device), described, sums_only)
     chosen = overridden("score", rule)
     return chosen if kind == "half" and hidden.shape[0] > FEW_ROWS else rule
 
 
 def overridden(kernel: str, rule: Launch) -> Launch:
-    """`rule` with the tuning file's numbers; ValueError names what a launch does not have."""
+    """`rule` with the tuning file's numbers; ValueError for a name that a launch does not have."""
     numbers = tuning("triton", KERNELS).get(kernel, {})
     for name, value in numbers.items():
         if name not in NUMBERS or not isinstance(value, int) or value < 1:
@@ -133,13 +133,14 @@ def overridden(kernel: str, rule: Launch) -> Launch:
 
 @lru_cache(maxsize=32)
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (9, 0) for a CPU, where the interpreter runs what an H100 would."""
+    """Compute capability; (9, 0) for a CPU, where the interpreter runs the kernels of an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def options(launch: Launch) -> dict[str, Any]:
-    """The compiler's. Multiplications are fused with additions in the scorer alone: in a row kernel a target's logit is made
-    by scalar code, and must be bitwise the number that vector code put into the row's maximum and sums."""
+    """Options of the compiler. Multiplications are fused with additions in the scorer alone: in a row kernel a target's
+    logit is made by scalar code, and must be bitwise the number that vector code put into the row's maximum and sums.
+    """
     return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.depth > 0}
 
 
