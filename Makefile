@@ -52,11 +52,11 @@ test-peers: $(PEERS)/.installed
 test-adapters: $(PEERS)/.installed
 	$(PEERS)/bin/$(PYTEST) -q tests/adapters --adapters-report=tests/adapters/ran.txt
 
-# All of them in one environment. verl and torchtitan without their requirements: each asks for versions that the others do not
-# have, for parts that are not used here.
-$(PEERS)/.installed: $(SOURCES) Makefile
+# All of them in one environment, which uses the extensions that $(VENV) compiled. verl and torchtitan without their requirements:
+# each asks for versions that the others do not have, for parts that are not used here.
+$(PEERS)/.installed: $(VENV)/.installed Makefile
 	$(MAKE) VENV=$(PEERS) $(PEERS)/.torch
-	$(PEERS)/bin/pip install -e ".[train,lora,peers]" "pytest>=8" pytest-timeout pytest-xdist hypothesis tensordict==0.15.3 \
+	DRIFT_SKIP_CPU_BUILD=1 DRIFT_SKIP_CUDA_BUILD=1 $(PEERS)/bin/pip install -e ".[train,lora,peers]" "pytest>=8" pytest-timeout pytest-xdist hypothesis tensordict==0.15.3 \
 	  ray==2.60.0 omegaconf hydra-core codetiming torchdata requests einops tyro triton orjson datasets pillow
 	$(PEERS)/bin/pip install --no-deps verl==0.9.1 torchtitan==0.3.0 spmd_types torch_checkpointing expecttest
 	@touch $@
