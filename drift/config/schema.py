@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from drift.config.online import OnlineConfig
 from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
@@ -195,6 +195,11 @@ ONLINE_OPTIMIZER = {"lr": 1e-5, "warmup_steps": 10, "weight_decay": 0.01}  # pub
 EXACT = {"turns": "assistant", "token_reduction": "sum", "normalize": "weights"}
 
 
+def _word(value: Any) -> Any:
+    """`on` and `off` without quotes are true and false in YAML 1.1."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class TrainConfig(Section):
     """Weighted supervised training (A4, A5)."""
 
@@ -228,7 +233,7 @@ class TrainConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = (
         8704  # a trajectory: its oldest prompt turns are cut to fit; by default at most max_tokens
     )
-    tree: Literal["auto", "on", "off"] = (
+    tree: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = (
         "auto"  # tokens that trajectories share go through the model once; auto: if many
     )
     turns: Literal["last", "assistant"] = "last"

@@ -9,6 +9,7 @@ random weights are therefore meant.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from drift.returns import weigh_for_training
 from drift.rollouts.rollout import collect
 from drift.tasks import Task
 from drift.track import Track
-from drift.training import distributed
+from drift.training import distributed, saving, sharding
 from drift.training.guards import ratio_warnings
 from drift.training.offpolicy import log_ratios
 from drift.training.trainer import TrainStats, train
@@ -38,11 +39,11 @@ from drift.types import Trajectory
 _UNITS = ((1e9, " billion"), (1e6, " million"), (1e3, " thousand"), (1, ""))
 
 
-def load(config: Config, path: str | None) -> Policy:
-    """The model at `path`, or the embedded one with random weights, on this rank's device."""
+def load(config: Config, path: str | None, empty: bool = False) -> Policy:
+    """The model at `path`, or the embedded one with random weights, on this rank's device; `empty` as in `load_policy`."""
     transformers_logging.disable_progress_bar()
     model = config.model.model_copy(update={"path": path})
-    return load_policy(model, device=distributed.device(), seed=config.task.seed)
+    return load_policy(model, device=distributed.device(), seed=config.task.seed, empty=empty)
 
 
 def finished(config: Config, folder: Path) -> Policy:
@@ -56,7 +57,8 @@ def about(policy: Policy, path: str | None) -> str:
     size = next(f"{count / unit:.3g}{name}" for unit, name in _UNITS if count >= unit)
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     part = f", of which {trained:,} are trained" if trained < count else ""
-    dtype = str(policy.causal_lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    held = policy.lent.dtypes if hasattr(policy, "lent") else {"": policy.causal_lm.get_input_embeddings().weight.dtype}
+    dtype = str(next(iter(held.values()))).removeprefix("torch.")
     return f"model {path or 'embedded tiny model'}: {size} parameters{part}, {policy.device}, {dtype}"
 
 
@@ -118,8 +120,10 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         locked(out),
         distributed.launched(config.train.timeout) as rank,
         Track(out if rank == 0 else None, config.track.sinks) as track,
+        _spread(config, _policy(config, model, track, fitted=True)) as policy,
     ):
-        policy = _policy(config, model, track)
+        if policy.weights is not None:
+            track.say(about(policy, model or config.model.path))
         policy.check_packing()
         places: list[int] = []
         rows = store.read(rollouts, places=places)
@@ -148,9 +152,21 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
             checkpoint_dir=out / "checkpoints",
             min_weight=config.weights.min_weight,
         )
-        if rank == 0:
-            policy.save(out)
+        saving.save(policy, out)
         return done
+
+
+def _spread(config: Config, policy: Policy) -> AbstractContextManager[Policy]:
+    """A policy without weights reads them as shards, and is trained and saved so."""
+    return nullcontext(policy) if policy.weights is None else sharding.sharded(policy, config.train.shard)
+
+
+def _by_shards(config: Config, path: str | None) -> bool:
+    """Whether no rank needs the whole model: it is trained as shards of a folder's files, and nothing is scored before."""
+    train = config.train
+    files_there = path is not None and any(Path(path).glob("model*.safetensors"))
+    spread = train.shard != "none" and not train.shard_head and distributed.world_size() > 1
+    return spread and files_there and config.weights.off_policy != "correct"
 
 
 def score(config: Config, *, model: str | None = None) -> Evaluation:
@@ -163,7 +179,8 @@ def score(config: Config, *, model: str | None = None) -> Evaluation:
         work.close()
 
 
-def _policy(config: Config, model: str | None, track: Track) -> Policy:
+def _policy(config: Config, model: str | None, track: Track, fitted: bool = False) -> Policy:
+    """fitted: it is only trained, and may be left without weights; then its caller says what it is."""
     base = Path(config.output_dir) / config.name / "base"
     path = model or config.model.path
     if path is None and config.warm_start.enabled:
@@ -173,6 +190,7 @@ def _policy(config: Config, model: str | None, track: Track) -> Policy:
                 "by --model or model.path=…; or take random weights by warm_start.enabled=false"
             )
         path = str(base)
-    policy = load(config, path)
-    track.say(about(policy, path))
+    policy = load(config, path, empty=fitted and _by_shards(config, path))
+    if policy.weights is None:
+        track.say(about(policy, path))
     return policy

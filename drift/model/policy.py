@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import drift_kernels
 from drift import files
 from drift.config import LoRAConfig, ModelConfig
-from drift.model import smollm2, tiny
+from drift.model import hollow, smollm2, tiny
 from drift.model.attention import layout, register
 from drift.model.borders import needs_borders, run_alone, run_packed
 from drift.model.sandbox import set_defaults
 from drift.model.turns import Turns
+from drift.training import sharding
 from drift.types import PackedBatch, TreeBatch
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -36,7 +37,10 @@ class Policy:
     model      as transformers or peft made it; `model.generate` works
     tokenizer  with a chat template
     packed     whether several trajectories run in one pass; False: one after the other
+    weights    the files of a model that is hollow (`drift.model.hollow`): it can be spread over ranks, and nothing else
     """
+
+    weights: hollow.Weights | None = None
 
     def __init__(self, model: Any, tokenizer: Any, *, packed: bool = True) -> None:
         self.model, self.tokenizer, self.packed = model, tokenizer, packed
@@ -120,9 +124,9 @@ class Policy:
                 parameter.copy_(state[name])
 
     def hash(self) -> str:
-        """Sixteen hex digits that change with any weight."""
+        """Sixteen hex digits that change with any weight; if it is spread over ranks, every rank calls this."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
+        for name, parameter in sharding.whole(self):
             digest.update(name.encode())
             digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
@@ -154,13 +158,16 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
+def load_policy(
+    config: ModelConfig, *, device: str | torch.device = "cpu", seed: int = 0, empty: bool = False
+) -> Policy:
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
-    New adapters follow from `seed` too. Raises ValueError where attention cannot run as asked, where the tokenizer has no
-    chat template, for files that cannot be read or differ from their manifest, and for weights that are not finite.
+    New adapters follow from `seed` too. With `empty` a folder's weights stay on the disk (`Policy.weights`). Raises
+    ValueError where attention cannot run as asked, where the tokenizer has no chat template, for files that cannot be
+    read or differ from their manifest, and for weights that are not finite.
     """
-    dtype = DTYPES[config.dtype]
+    dtype, weights = DTYPES[config.dtype], None
     attention = register(config.attention, device=device, dtype=dtype)
     if config.path is None:
         tokenizer = tiny.build_tokenizer()
@@ -180,7 +187,10 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
             options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
+            if empty:
+                model, weights = hollow.build(path, dtype, attention)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, **options)
         except (ValueError, SafetensorError, UnpicklingError, EOFError) as error:  # also of JSON that is cut off
             raise ValueError(
                 f"the model at {config.path!r} cannot be read ({error}); have it written again, or name another"
@@ -189,7 +199,8 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, config.path, is_trainable=True, trust_remote_code=False)
-        _check_finite(model, config.path)
+        if weights is None:
+            _check_finite(model, config.path)
     if config.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -202,7 +213,9 @@ def load_policy(config: ModelConfig, *, device: str | torch.device = "cpu", seed
     policy = Policy(model, tokenizer, packed=config.packed)
     set_defaults(tokenizer, config.chat_template_kwargs)
     _ = policy.eos_ids  # a template without an end of turns is refused now
-    policy.head()  # checked now: a model whose logits cannot be reproduced is refused before anything runs
+    policy.weights = weights
+    if weights is None:
+        policy.head()  # checked now: a model whose logits cannot be reproduced is refused before anything runs
     return policy
 
 

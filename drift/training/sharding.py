@@ -45,18 +45,25 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
 
     Every rank enters, with rank 0's weights. Afterwards `policy` holds what was trained; after an error it holds NaN.
     With `shard_head` its head is a `GatherHidden`. Raises ValueError when the model does not say which of its modules are its
-    layers, or if its head cannot be sharded alone.
+    layers, or if its head cannot be sharded alone. A policy that is spread already is yielded as it is. One that is hollow
+    (`drift.model.hollow`) stays empty: `save` writes what was trained, inside of this.
     """
-    if shard == "none" or distributed.world_size() == 1:
+    if shard == "none" or distributed.world_size() == 1 or is_sharded(policy.model):
         yield policy
         return
-    policy.check_packing()  # a forward pass of whole weights
-    distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad])
-    spread, head = copy.copy(policy), policy.head()
-    spread.lent = Lent(policy.model)
+    hollow = getattr(policy, "weights", None) is not None
+    if hollow and shard_head:
+        raise ValueError("train.shard_head must be false for a model whose weights are read as shards")
+    if not hollow:
+        policy.check_packing()  # a forward pass of whole weights
+    distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad and p.numel()])
+    spread, head = copy.copy(policy), policy.head() if shard_head else None
+    spread.lent = Lent(policy.model, policy.weights if hollow else None)
     spread.model = spread.lent.spread(shard_head)
-    if shard_head:
+    if head is not None:
         spread.head = _head_by_rows(spread.model.get_output_embeddings(), head)
+    if hollow:
+        spread.check_packing()
     del head
     trained = False
     try:
@@ -67,26 +74,36 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
 
 
 class Lent:
-    """The parameters of a model that is trained as shards: empty, unless they are filled."""
+    """The parameters of a model that is trained as shards: empty, unless they are filled.
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.whole = model, list(model.parameters())
+    weights: the files of a hollow model, which is never filled.
+    """
+
+    def __init__(self, model: Any, weights: Any = None) -> None:
+        self.model, self.weights, self.whole = model, weights, list(model.parameters())
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self.shapes, self.shards = [parameter.shape for parameter in self.whole], None
 
     def spread(self, shard_head: bool) -> Any:
         """A model of the same weights in shards; this one is empty afterwards."""
         model: Any = copy.deepcopy(self.model, {id(p): _placeholder(p) for p in self.whole})
-        whole = {id(p): w for p, w in zip(model.parameters(), self.whole, strict=True)}
+        whole = {id(p): (name, w) for (name, p), w in zip(model.named_parameters(), self.whole, strict=True)}
 
         def fetch(unit: torch.nn.Module) -> None:
             for parameter in unit.parameters():
-                if (source := whole.pop(id(parameter), None)) is not None:
-                    parameter.data = source.detach().to(torch.float32 if parameter.requires_grad else source.dtype)
+                if (found := whole.pop(id(parameter), None)) is not None:
+                    name, source = found
+                    values = source.detach() if source.numel() else self._read(name, source)
+                    parameter.data = values.to(torch.float32 if parameter.requires_grad else source.dtype)
                     source.data = source.new_empty(0)
 
         _spread(model, self.whole[0].dtype, fetch, _own_head(model) if shard_head else None)
         self.shards = model
         return model
+
+    def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # of peft
+        return self.weights.read(name).to(like.device, like.dtype)
 
     def empty(self) -> None:
         """Gives the memory back."""
@@ -96,6 +113,8 @@ class Lent:
     @torch.no_grad()
     def fill(self, known: bool = True) -> None:
         """Takes the shards' present weights, or NaN if those are not `known`; every rank calls this, if they are."""
+        if self.weights is not None:
+            return
         if not known:
             for parameter, shape in zip(self.whole, self.shapes):
                 parameter.data = parameter.new_full(shape, float("nan"))
@@ -115,6 +134,19 @@ def empty(policy: Any) -> None:
     """The model that `policy` was spread from holds nothing."""
     if hasattr(policy, "lent"):
         policy.lent.empty()
+
+
+def whole(policy: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters, or those that are trained, whole and in the policy's own type, one at a time, by name.
+
+    Every rank of a policy that is spread goes along.
+    """
+    if hasattr(policy, "lent"):
+        reshard(policy.model)
+    for name, parameter in sorted(policy.model.named_parameters(), key=lambda pair: pair[0]):
+        if parameter.requires_grad or not trained:
+            dtype = policy.lent.dtypes[name] if hasattr(policy, "lent") else parameter.dtype
+            yield name, full(parameter.detach().to(dtype))
 
 
 def rounds(
