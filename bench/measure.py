@@ -52,7 +52,7 @@ class Entry:
 
 
 def counted(times: dict[int, float]) -> dict[int, float]:
-    """Without round 0 where there are others."""
+    """Without round 0 if there are others."""
     return {number: seconds for number, seconds in times.items() if number} or times
 
 

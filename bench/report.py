@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """Installed versions; None where a package is missing."""
+    """Installed versions; None if a package is missing."""
     found: dict[str, str | None] = {}
     for package in sorted(set(packages) | {"torch", "drift-rl"}):
         try:

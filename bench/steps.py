@@ -264,7 +264,7 @@ def alone(case: str, way: str, steps: int, shape: Shape, sizes: bool) -> tuple[d
 
 
 def differences(found: tuple[dict, dict], plain: tuple[dict, dict]) -> str:
-    """What is wrong with losses or gradients; empty where they agree."""
+    """What is wrong with losses or gradients; empty if they agree."""
     (numbers, gradients), (numbers_plain, gradients_plain) = found, plain
     losses, expected = numbers["losses"], numbers_plain["losses"]
     if len(losses) != len(expected):

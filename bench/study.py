@@ -322,7 +322,7 @@ def _gap(verdict: dict[str, Any]) -> str:
 
 
 def splice(file: Path, text: str) -> None:
-    """Puts `text` between the marks of a document. Raises ValueError where they are missing."""
+    """Puts `text` between the marks of a document. Raises ValueError if they are missing."""
     before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

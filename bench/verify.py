@@ -28,7 +28,7 @@ class Result:
     """What is compared: the loss, its gradients, and for the loss's error budget the size of what it sums up."""
 
     loss: Tensor  # 0-d; log-probs [T] of a case that scores
-    hidden: Tensor  # [T, D]; empty, as `weight` is, where there are no gradients
+    hidden: Tensor  # [T, D]; empty, as `weight` is, if there are no gradients
     weight: Tensor  # [n, D], the sampled rows
     scale: float = 0.0  # Σ |token losses|; SCORE_SCALE of log-probs
 

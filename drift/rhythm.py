@@ -62,8 +62,8 @@ def rhythm_weight(
 ) -> Tensor:
     """rhythm_t = 1 + (maximum − 1)·(1 − exp(−d_t/d̄)), with `difference`'s d; in [1, maximum]. Our own reading of B2.
 
-    mean_difference: d̄, of the step before (`StepMean.value`), taken to be at least 1e-3; None, where there was no step
-    before, gives 1 everywhere. Other arguments as in `difference`; where there is no teacher the weight is 1.
+    mean_difference: d̄, of the step before (`StepMean.value`), taken to be at least 1e-3; None, if there was no step
+    before, gives 1 everywhere. Other arguments as in `difference`; if there is no teacher the weight is 1.
     """
     d = difference(student_entropy, teacher_entropy, response_mask, turn_ids)
     if mean_difference is None:
@@ -82,7 +82,7 @@ def rhythm_gate(
 ) -> Tensor:
     """floor + (1 − floor)·clamp((rhythm − 1)/(maximum − 1), 0, 1)^power; 0 outside response_mask. Published (B2).
 
-    Raises ValueError where maximum does not exceed 1.
+    Raises ValueError if maximum does not exceed 1.
     """
     if not maximum > 1:
         raise ValueError(f"maximum is {maximum}; it should be greater than 1, the least rhythm weight")

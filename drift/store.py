@@ -371,7 +371,7 @@ def rewind(path: str | Path, step: int) -> int:
     """Cuts off an online training's rows from the first one past `step` on; returns how many lines went.
 
     For a training that goes on from a checkpoint of that step and will write those rows again. A torn last line goes
-    too. A missing file has nothing to lose. Raises StoreError where a line is not JSON, or a row has no `step`: then
+    too. A missing file has nothing to lose. Raises StoreError if a line is not JSON, or a row has no `step`: then
     another wrote the file.
     """
     path = Path(path)

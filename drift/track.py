@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drift import files
 
 SINKS = ("tensorboard", "wandb", "trackio")
-LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
+LINE_EVERY = 10.0  # seconds between two progress lines if there is no terminal
 
 
 class MissingSink(ImportError):

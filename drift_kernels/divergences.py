@@ -43,10 +43,10 @@ class TeacherTensors:
 
 @dataclass(frozen=True)
 class DistillTokens:
-    """Per-token data of a distillation [N] in the compute dtype; None where not given."""
+    """Per-token data of a distillation [N] in the compute dtype; None if not given."""
 
     weights: Tensor | None = None  # of the divergence; None = 1
-    taught: Tensor | None = None  # bool, where there is a teacher; None = everywhere
+    taught: Tensor | None = None  # bool, True for rows with a teacher; None = all rows
     continues: Tensor | None = None  # bool, whether the row before belongs to the same turn
     rebellious: Tensor | None = None  # w of the bonus; None = 0
     mean_difference: Tensor | None = None  # 0-d, of the step before

@@ -21,7 +21,7 @@ TINY = 1e-8  # keeps the complement of a probability away from 0 in dppo_kl, as 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Per-token data of a loss [N] in the compute dtype; None where not given."""
+    """Per-token data of a loss [N] in the compute dtype; None if not given."""
 
     advantages: Tensor | None = None  # None = 1
     old: Tensor | None = None  # log-probs under the policy that is improved on; None = on-policy

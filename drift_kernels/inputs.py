@@ -98,13 +98,13 @@ def check_data(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_no_tangent(name: str, value: Tensor) -> None:
-    """Raises ValueError where forward-mode autograd would lose what it carries with `value`."""
+    """Raises ValueError if forward-mode autograd would lose what it carries with `value`."""
     if forward_ad.unpack_dual(value).tangent is not None:
         raise ValueError(f"{name} has a tangent, and it would get no further; detach it")
 
 
 def check_off_policy(spec: PolicySpec, old: Tensor | None, rollout: Tensor | None) -> None:
-    """Raises ValueError where nothing says how far the sampler was, and the mask would keep everything."""
+    """Raises ValueError if nothing says how far the sampler was, and the mask would keep everything."""
     if spec.off_policy_threshold is not None and old is None and rollout is None:
         raise ValueError(f"off_policy_threshold={spec.off_policy_threshold} needs rollout_logprobs or old_logprobs")
 

@@ -1,7 +1,7 @@
 """Whether a backbone keeps the sequences of a pack apart: two short sequences, packed, against each one alone.
 
     from drift_kernels.packs import check_packing
-    borders = check_packing(model)          # PackingError where one sequence reads another's state
+    borders = check_packing(model)          # PackingError if one sequence reads another's state
 
 Attention is told the borders of a pack by position ids. Linear attention, state-space layers and convolutions are not:
 their state runs on from one sequence into the next, unless the layer takes borders of its own (`cu_seq_lens_q`,
@@ -110,7 +110,7 @@ def border_arguments(bounds: Tensor) -> dict[str, Any]:
 def check_packing(
     model: Any, layout: Layout | None = None, forward: Forward | None = None, *, borders: Sequence[bool] = (False, True)
 ) -> bool:
-    """Whether layers need the borders of a pack as arguments; PackingError where they mix its sequences either way.
+    """Whether layers need the borders of a pack as arguments; PackingError if they mix its sequences either way.
 
     model     a transformers causal LM; in the check it is in eval mode and, a block at a time, in float32
     layout    default: two sequences of random tokens, end to end

@@ -104,11 +104,11 @@ class Machine:
     kernels: Callable[[str], Any]  # the row kernels of "triton" or "cuda"
     healthy: Callable[[], bool]  # whether the device still answers
     facts: dict[str, Any] = field(default_factory=dict)  # for the report
-    peaks: Peaks | None = None  # for the roofline; None where they are not known
+    peaks: Peaks | None = None  # for the roofline; None if they are not known
     dry: bool = False
 
     def reason(self, role: str) -> str | None:
-        """Why the backend in the place of `role` cannot run; None where it can."""
+        """Why the backend in the place of `role` cannot run; None if it can."""
         return available_backends()[self.backends[role]]
 
     def seconds(self, work: Callable[[], object], best_of: int = 1) -> float:
@@ -127,7 +127,7 @@ class Machine:
 
 
 def gpu() -> Machine:
-    """The current CUDA device; SystemExit where there is none."""
+    """The current CUDA device; SystemExit if there is none."""
     if not torch.cuda.is_available():
         raise SystemExit(
             f"no CUDA device is visible to torch {torch.__version__} (CUDA {torch.version.cuda}): look at nvidia-smi and "

@@ -134,7 +134,7 @@ def _admitted(
 
 
 def _failed(entry: Entry, error: Exception, machine: Machine, say: Say) -> None:
-    """No time for this one; BrokenError where nobody after it would get any."""
+    """No time for this one; BrokenError if nobody after it would get any."""
     entry.fail(line(error))
     if not machine.healthy():
         say(entry.name, entry.reason)

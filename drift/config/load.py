@@ -25,7 +25,7 @@ from drift.config.section import Section
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file, applies `a.b=value` overrides (values are YAML), and checks the whole.
 
-    Raises ConfigError, one line a complaint; OSError where the file cannot be read.
+    Raises ConfigError, one line a complaint; OSError if the file cannot be read.
     """
     raw = _read(path)
     for override in overrides:

@@ -345,7 +345,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     weights: WeightsConfig = WeightsConfig()
     train: TrainConfig = TrainConfig()
-    online: OnlineConfig | None = None  # where it is there, the online method runs in place of the offline one
+    online: OnlineConfig | None = None  # if it is there, the online method runs in place of the offline one
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
 

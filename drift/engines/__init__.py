@@ -75,7 +75,7 @@ def seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def check_prompts(prompts: list[list[int]]) -> None:
-    """Raises ValueError where one is empty."""
+    """Raises ValueError if one is empty."""
     if not all(prompts):
         raise ValueError(f"prompts: number {next(i for i, p in enumerate(prompts) if not p)} is empty")
 
@@ -84,7 +84,7 @@ def check_prompts(prompts: list[list[int]]) -> None:
 def open_engine(config: EngineConfig, policy: Policy, batch_size: int) -> Iterator[Engine]:
     """The engine that `config` names, in step with the policy's weights; inside, `sync` keeps it so.
 
-    batch_size: prompts at once, of an engine in process; a server has its own. Raises EngineError where a server
+    batch_size: prompts at once, of an engine in process; a server has its own. Raises EngineError if a server
     cannot be used, with the command that starts one that can.
     """
     match config.kind:

@@ -52,7 +52,7 @@ class Memory:
     def fill(self, cache: Any, prompts: Sequence[Ids]) -> tuple[list[int], torch.Tensor | None]:
         """Puts into an empty cache what is known of each prompt: how many of its first tokens, and the mask [B, L] of them.
 
-        At least the last token of a prompt is left to compute. Rows are padded on the left; None where nothing is known.
+        At least the last token of a prompt is left to compute. Rows are padded on the left; None if nothing is known.
         """
         self.order = self.order or sorted(self.places)
         found = [self._longest(prompt) for prompt in prompts]

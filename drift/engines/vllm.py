@@ -99,7 +99,7 @@ class VLLMEngine:
     def sync(self) -> None:
         """Hands the policy's weights over, unless the server holds these already, and compares log-probs.
 
-        Raises EngineError where the server does not sample from them afterwards, RuntimeError while a batch is sampled.
+        Raises EngineError if the server does not sample from them afterwards, RuntimeError while a batch is sampled.
         """
         if not self._sampling.acquire(blocking=False):
             raise RuntimeError(

@@ -23,7 +23,7 @@ class State(NamedTuple):
     """What the server's workers say of themselves."""
 
     start: tuple[str, ...]  # of each worker process: another one after a restart
-    version: str | None  # of the weights; None where workers disagree, or hold those that they were started with
+    version: str | None  # of the weights; None if workers disagree, or hold those that they were started with
     vocabulary: int
 
 
@@ -65,7 +65,7 @@ def server_command(
 
 
 def read_state(answer: Any) -> State:
-    """Raises Refused where the workers' answer is not that of `vllm_worker`."""
+    """Raises Refused if the workers' answer is not that of `vllm_worker`."""
     try:
         found = answer["results"]
         versions = {worker["version"] for worker in found}
@@ -78,8 +78,8 @@ def read_state(answer: Any) -> State:
 def read_answer(
     answer: Any, n: int, ends: frozenset[int], prompt: list[int] | None, path: str, vocabulary: int
 ) -> Answer:
-    """The choices of an answer, by their index. Raises Refused where it lacks something or holds what no model of this
-    vocabulary samples, Passing where a sample was cut off."""
+    """The choices of an answer, by their index. Raises Refused if it lacks something or holds what no model of this
+    vocabulary samples, Passing if a sample was cut off."""
 
     def lacks(what: str) -> Refused:
         return Refused(f"{path} gave {what}", 200)

@@ -49,7 +49,7 @@ WATCHED = 64  # trajectories that an arm is compared with the base on
 def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet, writes summary.json and report.html, and returns the summary.
 
-    Raises ConfigError where the folder holds a run with other settings, RunError where an arm has nothing to train on;
+    Raises ConfigError if the folder holds a run with other settings, RunError if an arm has nothing to train on;
     LockedError if another process runs there; WarmStartError, TaskError, StoreError, CheckpointError and WriteError as
     the stages do.
     """

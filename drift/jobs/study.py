@@ -46,7 +46,7 @@ def study(config: Config) -> dict[str, Any]:
 def analyse(run_dir: str | Path, replicates: int = REPLICATES) -> dict[str, Any]:
     """Means, intervals and paired differences of a run folder; written to study.{json,md,svg} there and returned.
 
-    Reads seed-K/eval-ARM.json. Raises ValueError where fewer than two seeds are evaluated in all their arms, or where
+    Reads seed-K/eval-ARM.json. Raises ValueError if fewer than two seeds are evaluated in all their arms, or if
     seeds were evaluated on different numbers of problems.
     """
     records = read(run_dir, rollouts=False)

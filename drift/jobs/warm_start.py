@@ -63,8 +63,8 @@ def warm_start(
 
     A folder that holds a finished warm start is not run again, and `policy` is left alone: load it from there. One that
     was interrupted goes on from its last check. A check above target_high takes the training back to the one before,
-    and checks twice as often from there. Raises WarmStartError where max_steps do not reach the target or a single step
-    jumps over it, TaskError where the task has too few problems, CheckpointError where settings have changed.
+    and checks twice as often from there. Raises WarmStartError if max_steps do not reach the target or a single step
+    jumps over it, TaskError if the task has too few problems, CheckpointError if settings have changed.
     """
     folder, track = Path(folder), track or Track(None, progress=False)
     done = folder / "warm_start.json"

@@ -91,7 +91,7 @@ def layout(batch: PackedBatch | TreeBatch) -> AbstractContextManager[Segments | 
 
 
 def unavailable(kind: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Why `kind` ("varlen" or "sdpa") cannot run, or None where it can. `device` and `dtype`: the model's, if known."""
+    """Why `kind` ("varlen" or "sdpa") cannot run, or None if it can. `device` and `dtype`: the model's, if known."""
     if kind == "sdpa":
         return None
     if importlib.util.find_spec("flash_attn") is None:
@@ -210,7 +210,7 @@ def _outside(module, query, key, value, attention_mask, **kwargs):
 def _check(
     mask: Segments | Tree, module: Any, query: Any, key: Any, options: dict[str, Any], takes: tuple[str, ...]
 ) -> None:
-    """Raises ValueError where the call is not a packed one, or asks for what this implementation does not do."""
+    """Raises ValueError if the call is not a packed one, or asks for what this implementation does not do."""
     total = mask.total
     if query.shape[0] != 1 or query.shape[2] != total or key.shape[2] != total:
         raise ValueError(
@@ -231,7 +231,7 @@ def _check(
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[L, L] bool, causal and at most `window` wide; None where plain causal says the same."""
+    """[L, L] bool, causal and at most `window` wide; None if plain causal says the same."""
     if window is None or length <= window:
         return None
     behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)

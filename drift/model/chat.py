@@ -157,7 +157,7 @@ class Prompts:
 
 
 def check_role(tokenizer: Any, role: str) -> None:
-    """Raises ValueError where the chat template refuses messages of this role, or leaves them out."""
+    """Raises ValueError if the chat template refuses messages of this role, or leaves them out."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     try:
         shown = text(tokenizer, [*messages, {"role": role, "content": _MARK}], add_generation_prompt=True)

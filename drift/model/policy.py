@@ -164,7 +164,7 @@ def load_policy(
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
     New adapters follow from `seed` too. With `empty` a folder's weights stay on the disk (`Policy.weights`). Raises
-    ValueError where attention cannot run as asked, where the tokenizer has no chat template, for files that cannot be
+    ValueError if attention cannot run as asked, if the tokenizer has no chat template, for files that cannot be
     read or differ from their manifest, and for weights that are not finite.
     """
     dtype, weights = DTYPES[config.dtype], None

@@ -90,7 +90,7 @@ def train_online(
     staleness, advantage, pass_rate, had_teacher and routed weights; rows past the step that it goes on from are cut off.
     environment: in place of the one that `config.rollout` names (`drift.rollouts.environments`).
     examples_path: a file that a few responses of a few steps go to, token by token (`drift.online.examples`).
-    Raises ValueError where `config.online` is missing or a trajectory does not fit a pack, CheckpointError where the
+    Raises ValueError if `config.online` is missing or a trajectory does not fit a pack, CheckpointError if the
     folder holds another training.
     """
     first = distributed.rank() == 0

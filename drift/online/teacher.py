@@ -44,7 +44,7 @@ class Teacher:
     parameters: (name, parameter) of the policy, those that are trained; a frozen base needs no shadow.
     masters: name → float32 tensor that a half-precision parameter is a rounding of (`MasterAdamW.masters`); the average
     follows these where they are given, and a parameter itself where they are not.
-    Raises ValueError where a master's name or shape is not a parameter's.
+    Raises ValueError if a master's name or shape is not a parameter's.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave. Raises ValueError where it belongs to other parameters or another kind."""
+        """Takes up what `state_dict` gave. Raises ValueError if it belongs to other parameters or another kind."""
         shadow = state["shadow"]
         if shadow.keys() != self._shadow.keys():
             odd = sorted(shadow.keys() ^ self._shadow.keys())

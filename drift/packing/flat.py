@@ -25,7 +25,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Puts items into bins: longest first, each into the fullest bin with room. Deterministic, O(n log n).
 
     lengths: [n] int64, each from 1 to capacity. Returns [n] int64, the bin of each item; bins count from 0.
-    Raises ValueError naming the first length out of range, TypeError where lengths are not int64.
+    Raises ValueError naming the first length out of range, TypeError if lengths are not int64.
     """
     if lengths.dtype != np.int64:
         raise TypeError(f"lengths is {lengths.dtype}; it should be int64")

@@ -38,7 +38,7 @@ class Map(NamedTuple):
 
 
 def section(records: Records, seeds: Sequence[Seed]) -> str:
-    """Gate and bonus over the responses of the first, a middle and the last stored step; empty where none are stored."""
+    """Gate and bonus over the responses of the first, a middle and the last stored step; empty if none are stored."""
     found = next((seed for seed in seeds if seed.examples), None)
     if found is None:
         return ""

@@ -15,19 +15,19 @@ import numpy as np
 
 
 class Difference(NamedTuple):
-    """A mean over seeds of (one arm - another) and its standard error; NaN where there is one seed."""
+    """A mean over seeds of (one arm - another) and its standard error; NaN if there is one seed."""
 
     mean: float
     stderr: float
 
     @property
     def beyond_twice(self) -> bool:
-        """Whether the mean exceeds twice its standard error; False where there is none."""
+        """Whether the mean exceeds twice its standard error; False if there is none."""
         return self.mean > 2 * self.stderr
 
 
 def mean_stderr(values: Sequence[float]) -> Difference:
-    """Mean and standard error of the mean (n - 1 in the variance). Raises ValueError where there are no values."""
+    """Mean and standard error of the mean (n - 1 in the variance). Raises ValueError if there are no values."""
     if len(values) == 0:
         raise ValueError("values is empty; a mean needs at least one")
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -35,7 +35,7 @@ def mean_stderr(values: Sequence[float]) -> Difference:
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Mean and standard error of `ours - theirs`, seed by seed. Raises ValueError where the lengths differ."""
+    """Mean and standard error of `ours - theirs`, seed by seed. Raises ValueError if the lengths differ."""
     if len(ours) != len(theirs):
         raise ValueError(
             f"ours has {len(ours)} seeds and theirs {len(theirs)}; a paired difference needs the same seeds"
@@ -47,7 +47,7 @@ def bootstrap(solved: Mapping[str, np.ndarray], replicates: int = 10_000, seed: 
     """Bootstrapped means, one a replicate, drawn anew over seeds and over problems, the same draws for every arm.
 
     solved: arm -> [S seeds, P problems], 1 where that seed's model solved that problem, all of one shape.
-    Returns arm -> [replicates] float64. Raises ValueError where the shapes differ or are not [S, P] with S, P >= 1.
+    Returns arm -> [replicates] float64. Raises ValueError if the shapes differ or are not [S, P] with S, P >= 1.
     """
     shapes = {arm: np.shape(table) for arm, table in solved.items()}
     if len(set(shapes.values())) != 1 or len(shape := next(iter(shapes.values()))) != 2 or 0 in shape:

@@ -33,7 +33,7 @@ _DRAWN |= {f"buffer/{name}" for name in ("problems", "fill", "asked", "served")}
 
 
 def learning(records: Records, seeds: Sequence[Seed]) -> str:
-    """Reward and solved share over steps, and the pass rate by difficulty; empty where no step was logged."""
+    """Reward and solved share over steps, and the pass rate by difficulty; empty if no step was logged."""
     if not seeds:
         return ""
     drawn = [
@@ -72,7 +72,7 @@ def routes_by_difficulty(records: Records) -> bool:
 
 
 def name_of(records: Records, series: str, metric: str) -> str:
-    """What a logged curve is called below its training, such as buffer/added; empty where it is of something else."""
+    """What a logged curve is called below its training, such as buffer/added; empty if it is of something else."""
     online = records.config.online if records.config else None
     return f"/{series}/{metric}".partition(f"/{online.algorithm}/")[2] if online else ""
 
@@ -112,7 +112,7 @@ def watched(seeds: Sequence[Seed]) -> str:
 
 
 def warnings(seeds: Sequence[Seed]) -> str:
-    """A notice of the signs of collapse that stood, with their steps; empty where there was none."""
+    """A notice of the signs of collapse that stood, with their steps; empty if there was none."""
     items = []
     for seed in seeds:
         for name, said in SIGNS.items():

@@ -55,7 +55,7 @@ def write(run_dir: str | Path, summary: dict[str, Any] | None = None) -> Path:
 
     summary: in place of summary.json, for a run that writes that file last.
 
-    Raises NotADirectoryError where there is no such folder.
+    Raises NotADirectoryError if there is no such folder.
     """
     records = read(run_dir, summary=summary)
     path = records.path / "report.html"

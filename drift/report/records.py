@@ -41,7 +41,7 @@ class Results:
     corrected: list[list[float | None]] = field(
         default_factory=list
     )  # of turns 2..k, the share of unsolved that it solves
-    sets: dict[str, Results] = field(default_factory=dict)  # of each evaluation set, where there are several
+    sets: dict[str, Results] = field(default_factory=dict)  # of each evaluation set, if there are several
 
 
 @dataclass(slots=True)
@@ -93,8 +93,8 @@ def read(run_dir: str | Path, *, rollouts: bool = True, summary: dict[str, Any] 
 
     summary: in place of summary.json.
 
-    What is missing or cannot be read is noted in `missing`. Raises NotADirectoryError where there is no such folder, and
-    RecordsError where a file holds what no run writes.
+    What is missing or cannot be read is noted in `missing`. Raises NotADirectoryError if there is no such folder, and
+    RecordsError if a file holds what no run writes.
     """
     path = Path(run_dir)
     if not path.is_dir():
@@ -134,7 +134,7 @@ def _json(records: Records, file: Path) -> dict[str, Any] | None:
 
 
 def _read_results(records: Records, summary: dict[str, Any] | None) -> None:
-    """From summary.json where it is there, else from the evaluations that are."""
+    """From summary.json if it is there, else from the evaluations that are."""
     evaluations = _read_evaluations(records)
     arms = {arm for found in evaluations.values() for arm in found}
     complete = [seed for seed, found in evaluations.items() if found.keys() == arms]

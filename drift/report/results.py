@@ -14,7 +14,7 @@ _CSS_COLOURS = {"base": "base", "uniform": "uniform", "success_only": "success",
 
 
 def section(records: Records) -> str:
-    """The table, the two figures, and every seed's numbers; empty where nothing has been evaluated."""
+    """The table, the two figures, and every seed's numbers; empty if nothing has been evaluated."""
     if not records.results:
         return ""
     results, turns = records.results, records.turns

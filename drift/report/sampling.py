@@ -10,7 +10,7 @@ from drift.rollouts.account import account, expected
 
 
 def section(records: Records) -> str:
-    """Some numbers and four histograms over all rollout files; empty where nothing was sampled."""
+    """Some numbers and four histograms over all rollout files; empty if nothing was sampled."""
     sampled = records.sampled
     if not sampled:
         return ""

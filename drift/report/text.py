@@ -24,7 +24,7 @@ def percent(share: float) -> str:
 
 
 def points(difference: Difference) -> str:
-    """A difference of shares in percentage points, with its standard error where there is one."""
+    """A difference of shares in percentage points, with its standard error if there is one."""
     text = f"{100 * difference.mean:+.1f}".replace("-", "−")
     return text if math.isnan(difference.stderr) else f"{text}{THIN}±{THIN}{100 * difference.stderr:.1f}"
 
@@ -63,7 +63,7 @@ def table(columns: Sequence[str], rows: Iterable[str]) -> str:
 
 
 def figures(items: Sequence[tuple[str, str]]) -> str:
-    """(svg, caption) pairs, side by side where there is room."""
+    """(svg, caption) pairs, side by side if there is room."""
     drawn = (
         f"<figure>{svg}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>" for svg, caption in items
     )

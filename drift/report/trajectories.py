@@ -10,7 +10,7 @@ from drift.report.records import Records, Sampled
 from drift.report.text import esc
 
 LONGEST = 4000  # characters of one message that are shown
-ROUTED = {  # of a stored row of an online run, where it is there
+ROUTED = {  # of a stored row of an online run, if it is there
     "advantage": "A =",
     "pass_rate": "pass rate",
     "policy_weight": "policy",
@@ -36,7 +36,7 @@ def section(records: Records) -> str:
 
 
 def of_online(seeds: Sequence[Seed]) -> str:
-    """Siblings of the last stored step of an online run, best first; empty where no trajectories were stored."""
+    """Siblings of the last stored step of an online run, best first; empty if no trajectories were stored."""
     found = next((seed for seed in seeds if seed.last), None)
     if found is None:
         return ""

@@ -49,7 +49,7 @@ class Step:
     messages: Messages = field(default_factory=list)  # appended before the next turn; not after the last one
     reward: float = 0.0  # of the turn; 1 or more is right
     done: bool = False
-    answer: str | None = ""  # as it was read; "" where there is none to compare; None, one that could not be read
+    answer: str | None = ""  # as it was read; "" if there is none to compare; None, one that could not be read
     tool_calls: int = 0  # of the turn
     tool_errors: int = 0  # among them
     failed: str = ""  # why the check has no verdict, such as a traceback; the turn then counts as wrong, and is counted

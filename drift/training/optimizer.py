@@ -36,7 +36,7 @@ class OptimizerConfig(Protocol):
 class MasterAdamW:
     """`masters`: name → float32 tensor that is stepped, for each parameter of `model` that requires a gradient.
 
-    Matrices decay, vectors (norms, biases) do not. Raises ValueError where nothing requires a gradient.
+    Matrices decay, vectors (norms, biases) do not. Raises ValueError if nothing requires a gradient.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -143,5 +143,5 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _fused(tensors) -> bool:
-    """torch's one-kernel AdamW, where there is one; its step counts then lie beside the parameters."""
+    """torch's one-kernel AdamW, if there is one; its step counts then lie beside the parameters."""
     return all(tensor.device.type in ("cpu", "cuda") for tensor in tensors)

@@ -37,7 +37,7 @@ class Support:
         return f'pip install "{self.package}>={self.minimum},<{self.below}"'
 
     def check(self) -> str:
-        """The installed version. Raises ImportError naming the pip command where there is none that is supported."""
+        """The installed version. Raises ImportError naming the pip command if there is none that is supported."""
         try:
             installed = importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ class Support:
         return installed
 
     def seam(self, module: str, name: str) -> Any:
-        """The attribute `name` of `module`, which an adapter replaces; RuntimeError where this version lacks it."""
+        """The attribute `name` of `module`, which an adapter replaces; RuntimeError if this version lacks it."""
         version = self.check()
         try:
             return getattr(importlib.import_module(module), name)
@@ -150,7 +150,7 @@ class WeightedCollator:
     required: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The inner batch and ours; raises ValueError where weights are missing, or not as many as their tokens."""
+        """The inner batch and ours; raises ValueError if weights are missing, or not as many as their tokens."""
         own = (self.token_column, self.example_column)
         if self.required and not any(column in example for column in own for example in examples):
             raise ValueError(

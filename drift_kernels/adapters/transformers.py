@@ -60,7 +60,7 @@ def apply(model: Any, config: dk.KernelConfig = dk.KernelConfig()) -> Any:
 
 
 def remove(model: Any) -> Any:
-    """Undoes `apply`; nothing happens where it was not applied. The same object comes back.
+    """Undoes `apply`; nothing happens if it was not applied. The same object comes back.
 
     Where something else has wrapped the model's forward since (accelerate's mixed precision), ours stays beneath it and
     does nothing.

@@ -26,7 +26,7 @@ PAIR = "fused_distill"  # has launch choices of its own in the tuning file: it k
 
 
 def unavailable() -> str | None:
-    """Why this backend cannot run here; None where it can."""
+    """Why this backend cannot run here; None if it can."""
     try:
         call = library()
     except (ImportError, OSError, AttributeError) as error:
@@ -191,7 +191,7 @@ def fused_policy(
 def top_k(logits: Tensor, chunk: Chunk, teacher_rows: Tensor | None, n: int, k: int) -> Tensor:
     """The k largest logits of products [C, V], largest first and the lower of equal ones before: ids [n, k] int64.
 
-    `teacher_rows` as `TeacherChunk.rows`. A NaN counts as −∞. ValueError where k does not fit
+    `teacher_rows` as `TeacherChunk.rows`. A NaN counts as −∞. ValueError if k does not fit
     into a block's shared memory.
     """
     device, stream = _place(logits)

@@ -203,7 +203,7 @@ class DriftGRPOTrainer(GRPOTrainer):
     def _high_entropy(
         self, hidden: Tensor, head: dk.Head, targets: Tensor, mask: Tensor, options: Any
     ) -> Tensor | None:
-        """Which tokens top_entropy_quantile leaves [B, T], from a scoring pass; None where it leaves all."""
+        """Which tokens top_entropy_quantile leaves [B, T], from a scoring pass; None if it leaves all."""
         if self.top_entropy_quantile >= 1.0:
             return None
         with torch.no_grad():

@@ -116,7 +116,7 @@ _original: dict[str, Any] = {}
 def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
     """From here on verl's fused heads are `linear_logprob`, and its policy losses have `LOSSES` of `losses.py` beside them.
 
-    Usable in a `with` statement. Raises ImportError where verl is missing or of an unsupported version, RuntimeError where
+    Usable in a `with` statement. Raises ImportError if verl is missing or of an unsupported version, RuntimeError if
     it lacks one of the two functions.
     """
     from drift_kernels.adapters.verl.losses import register_all
@@ -130,7 +130,7 @@ def enable(config: dk.KernelConfig = dk.KernelConfig()) -> Enabled:
 
 
 def disable() -> None:
-    """verl's own functions again; nothing happens where they are there already. Registered losses stay: nobody asks them."""
+    """verl's own functions again; nothing happens if they are there already. Registered losses stay: nobody asks them."""
     _set(_original)
 
 

@@ -98,7 +98,7 @@ def policy_token(
     """(loss, d(loss)/dlogp, ratio, kl, clipped) of tokens by the numbers `p`; `old` None is on-policy, `ref` None has no KL."""
     low, high, delta = p.low, p.high, p.delta
     before = logp if old is None else old
-    raw = logp - before  # on-policy 0, but NaN where logp is
+    raw = logp - before  # on-policy 0, but NaN if logp is
     bounded = tl.where(raw > LOG_RATIO_BOUND, LOG_RATIO_BOUND, tl.where(raw < -LOG_RATIO_BOUND, -LOG_RATIO_BOUND, raw))
     r = tl.exp(bounded)
     slope = tl.where((bounded == raw) | (raw != raw), r, 0.0)  # the clamp has none outside; NaN stays NaN

@@ -88,7 +88,7 @@ def sweep(x, bias, V, scale, cap, inverse, ENTROPY: tl.constexpr, EXTRA: tl.cons
 
 @triton.jit
 def target_logit(x, bias, y, valid, V, scale, cap, inverse):
-    """Logits of targets y; NaN where a target lies outside the vocabulary."""
+    """Logits of targets y; NaN if a target lies outside the vocabulary."""
     there = valid & (y >= 0) & (y < V)
     b = None if bias is None else tl.load(bias + y, mask=there, other=0.0)
     return logit(tl.load(x + y, mask=there, other=float("nan")), b, scale, cap, inverse)
