@@ -57,8 +57,7 @@ def about(policy: Policy, path: str | None) -> str:
     size = next(f"{count / unit:.3g}{name}" for unit, name in _UNITS if count >= unit)
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     part = f", of which {trained:,} are trained" if trained < count else ""
-    held = policy.lent.dtypes if hasattr(policy, "lent") else {"": policy.causal_lm.get_input_embeddings().weight.dtype}
-    dtype = str(next(iter(held.values()))).removeprefix("torch.")
+    dtype = str(sharding.dtype_of(policy)).removeprefix("torch.")
     return f"model {path or 'embedded tiny model'}: {size} parameters{part}, {policy.device}, {dtype}"
 
 

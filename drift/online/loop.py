@@ -32,6 +32,7 @@ from drift import interrupts, store
 from drift.config import Config
 from drift.config.algorithms import ALGORITHMS
 from drift.engines import Engine
+from drift.engines.hf import HFEngine
 from drift.model.policy import Policy
 from drift.online import examples
 from drift.online.ahead import Ahead, Still
@@ -175,6 +176,7 @@ class _Loop:
         still = trained is not policy
         self.engine = Still(engine, policy, self.ahead.stop, still) if self.ahead else engine
         sharding.empty(trained)
+        self.in_process = isinstance(engine, HFEngine)  # it samples from the policy's own weights
         self.pending: list[store.Row] | None = None  # the next step's, all ranks', where they are sampled already
         self.algorithm = ALGORITHMS[config.online.algorithm]
         self.optimizer, self.stats = MasterAdamW(trained.model, config.train), OnlineStats()
@@ -203,6 +205,8 @@ class _Loop:
             "the step's weights for the engine"
         ):  # once all ranks have their samples of older ones
             self.engine.sync()
+        if not self.in_process:
+            sharding.empty(self.trained)
         samples = self._sample(number)
         self.guide.route(samples, number)
         if number == 0 and track is not None:
@@ -361,7 +365,7 @@ class _Loop:
             own = self._play(number, number)
             distributed.meet(f"the rollouts of step {number + 1}")
             rows = distributed.gather(own)
-        samples = [read(self.policy, row, self.config.weights) for row in rows]
+        samples = [read(self.trained, row, self.config.weights) for row in rows]
         for place, part in enumerate(part for sample in samples for part in sample.parts):
             part.trajectory.index = place
         set_advantages(samples, self.online.scale_advantages)

@@ -65,7 +65,7 @@ def _write(policy: Any, partial: Path | None, most: int) -> None:
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1)
         (partial / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     model = policy.lent.model
-    model.config.architectures, model.config.dtype = [type(model).__name__], next(iter(policy.lent.dtypes.values()))
+    model.config.architectures, model.config.dtype = [type(model).__name__], sharding.dtype_of(policy)
     model.config.save_pretrained(partial)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(partial)

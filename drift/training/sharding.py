@@ -11,7 +11,8 @@ or none, makes up for it with packs that no loss reads (`rounds`).
 The policy itself is empty meanwhile: a unit at a time, its parameters give their memory to the shards. `fill` lends it the
 present weights, whole, on every rank, gathered one parameter at a time: from that an engine samples, and `empty` takes them
 back. After the training it holds the new weights. So every rank has to be able to hold the policy in its own type, without
-gradients and moments, for as long as it samples.
+gradients and moments, for as long as it samples. A hollow policy (`drift.model.hollow`) has no weights to begin with: each unit
+reads its own from files, and `drift.training.saving` writes them.
 
 Weights that stand in for others (a teacher's, a reference's) are shards too: they are copied into the shards inside of
 `settled`, which lets go of everything that was gathered from those before.
@@ -82,7 +83,8 @@ class Lent:
     def __init__(self, model: Any, weights: Any = None) -> None:
         self.model, self.weights, self.whole = model, weights, list(model.parameters())
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self.shapes, self.shards = [parameter.shape for parameter in self.whole], None
+        self.shapes = [parameter.shape for parameter in self.whole]
+        self.shards: Any = None
 
     def spread(self, shard_head: bool) -> Any:
         """A model of the same weights in shards; this one is empty afterwards."""
@@ -134,6 +136,13 @@ def empty(policy: Any) -> None:
     """The model that `policy` was spread from holds nothing."""
     if hasattr(policy, "lent"):
         policy.lent.empty()
+
+
+def dtype_of(policy: Any) -> torch.dtype:
+    """The type that the policy computes in, which is not that of its shards."""
+    if hasattr(policy, "lent"):
+        return next(iter(policy.lent.dtypes.values()))
+    return policy.causal_lm.get_input_embeddings().weight.dtype
 
 
 def whole(policy: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:

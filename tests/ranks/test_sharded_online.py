@@ -1,5 +1,6 @@
 """train.shard=fsdp with `online` on 1, 2 and 4 ranks against one rank that holds everything: samples, weights, resumption."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ JOBS = {  # name → (online, sections)
     "trust_region": ({"teacher": {"weights": "trust_region", "mix": 0.3}}, {}),
     "weight_mix": ({"teacher": {"weights": "weight_mix", "mix": 0.3}, "watch": {"every": 0}}, {}),
     "frozen": ({"teacher": {"weights": "frozen"}}, {}),
+    "server": ({}, {}),  # which has weights of its own
     "grpo": ({"algorithm": "grpo"}, {}),
     "lora": ({}, {"model": {"lora": LORA}}),
     "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
@@ -37,6 +39,25 @@ WEIGHTS = 1e-4
 
 class Stops(Exception):
     pass
+
+
+class Apart:
+    """An engine with weights of its own, which it takes up in `sync`; meanwhile a spread policy holds none."""
+
+    def __init__(self, policy):
+        self.policy, self.own = policy, copy.deepcopy(policy)
+        self.engine = HFEngine(self.own)
+
+    def sync(self):
+        with torch.no_grad():
+            for own, parameter in zip(self.own.model.parameters(), self.policy.model.parameters(), strict=True):
+                own.copy_(parameter)
+
+    def generate(self, prompts, **options):
+        held = sum(parameter.numel() for parameter in self.policy.model.parameters())
+        assert (held == 0) == (distributed.world_size() > 1)
+        assert self.policy.head().weight.dtype == torch.float32  # as an engine may ask meanwhile
+        return self.engine.generate(prompts, **options)
 
 
 class Breaks(Track):
@@ -61,7 +82,8 @@ def play(folder, name, shard, track=None):
     task.verify = lambda problem, answer: len(answer) % 2 == 0
     with Track(folder / f"{name}-log", progress=False) as own:
         options = {"track": track or own, "checkpoint_dir": folder / name, "rollouts": folder / f"{name}.jsonl"}
-        train_online(policy, HFEngine(policy), task, task.problems("train"), made, seed=3, **options)
+        engine = Apart(policy) if name == "server" else HFEngine(policy)
+        train_online(policy, engine, task, task.problems("train"), made, seed=3, **options)
     return policy
 
 
