@@ -1,5 +1,6 @@
 """`drift train` with train.shard=fsdp: weights go from files into shards and back into files, and no rank holds the whole."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torchrun
 from safetensors.torch import load_file
 from test_offline_ranks import close
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
@@ -61,12 +63,11 @@ def prepare(folder):
 
 
 class Weighed:
-    """Inside, counts the bytes of parameters that this rank holds."""
-
-    def __init__(self):
-        self.spreading, self.training, self.held = 0, 0, []
+    """Inside, counts the bytes of tensors that this rank holds, whoever refers to them."""
 
     def __enter__(self):
+        self.spreading = self.training = 0
+        self.before = living()
         self.step, self.spread = trainer.train_step, sharding.fully_shard
         trainer.train_step, sharding.fully_shard = self.steps, self.spreads
         return self
@@ -79,11 +80,17 @@ class Weighed:
         return self.step(policy, *args, **options)
 
     def spreads(self, unit, **options):
-        parts = {id(p): p for p in (*self.held, *unit.parameters())}
-        self.spreading = max(self.spreading, sharding.local_bytes(parts.values()))
-        made = self.spread(unit, **options)
-        self.held.extend(unit.parameters())
-        return made
+        self.spreading = max(self.spreading, living() - self.before)
+        return self.spread(unit, **options)
+
+
+def living():
+    """Bytes of the storages of all tensors, each once."""
+    gc.collect()
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values()
+    )
 
 
 def main(folder):
