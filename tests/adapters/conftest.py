@@ -101,7 +101,7 @@ def _version(package: str) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    lines = [*_results.values()]
+    lines = [_results[name] for name in sorted(_results)]
     for name in collect_ignore:
         lines.append(f"cannot run  {name}: {missing(Path(name).stem)}")
     if not any(name.startswith("test_") for name in _results):
