@@ -121,7 +121,7 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
         Track(out if rank == 0 else None, config.track.sinks) as track,
         _spread(config, _policy(config, model, track, fitted=True)) as policy,
     ):
-        if policy.weights is not None:
+        if policy.source is not None:
             track.say(about(policy, model or config.model.path))
         policy.check_packing()
         places: list[int] = []
@@ -157,7 +157,7 @@ def fit(config: Config, rollouts: Path, out: Path, *, model: str | None = None, 
 
 def _spread(config: Config, policy: Policy) -> AbstractContextManager[Policy]:
     """A policy without weights reads them as shards, and is trained and saved so."""
-    return nullcontext(policy) if policy.weights is None else sharding.sharded(policy, config.train.shard)
+    return nullcontext(policy) if policy.source is None else sharding.sharded(policy, config.train.shard)
 
 
 def _by_shards(config: Config, path: str | None) -> bool:
@@ -190,6 +190,6 @@ def _policy(config: Config, model: str | None, track: Track, fitted: bool = Fals
             )
         path = str(base)
     policy = load(config, path, empty=fitted and _by_shards(config, path))
-    if policy.weights is None:
+    if policy.source is None:
         track.say(about(policy, path))
     return policy

@@ -37,10 +37,10 @@ class Policy:
     model      as transformers or peft made it; `model.generate` works
     tokenizer  with a chat template
     packed     whether several trajectories run in one pass; False: one after the other
-    weights    the files of a model that is hollow (`drift.model.hollow`): it can be spread over ranks, and nothing else
+    source     the files of a model that is hollow (`drift.model.hollow`): it can be spread over ranks, and nothing else
     """
 
-    weights: hollow.Weights | None = None
+    source: hollow.Weights | None = None
 
     def __init__(self, model: Any, tokenizer: Any, *, packed: bool = True) -> None:
         self.model, self.tokenizer, self.packed = model, tokenizer, packed
@@ -163,7 +163,7 @@ def load_policy(
 ) -> Policy:
     """The policy that `config.path` names (a local folder or a hub name), or the embedded tiny one with weights from `seed`.
 
-    New adapters follow from `seed` too. With `empty` a folder's weights stay on the disk (`Policy.weights`). Raises
+    New adapters follow from `seed` too. With `empty` a folder's weights stay on the disk (`Policy.source`). Raises
     ValueError if attention cannot run as asked, if the tokenizer has no chat template, for files that cannot be
     read or differ from their manifest, and for weights that are not finite.
     """
@@ -213,7 +213,7 @@ def load_policy(
     policy = Policy(model, tokenizer, packed=config.packed)
     set_defaults(tokenizer, config.chat_template_kwargs)
     _ = policy.eos_ids  # a template without an end of turns is refused now
-    policy.weights = weights
+    policy.source = weights
     if weights is None:
         policy.head()  # checked now: a model whose logits cannot be reproduced is refused before anything runs
     return policy

@@ -52,19 +52,20 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
     if shard == "none" or distributed.world_size() == 1 or is_sharded(policy.model):
         yield policy
         return
-    hollow = getattr(policy, "weights", None) is not None
+    hollow = getattr(policy, "source", None) is not None
     if hollow and shard_head:
         raise ValueError("train.shard_head must be false for a model whose weights are read as shards")
     if not hollow:
         policy.check_packing()  # a forward pass of whole weights
     distributed.broadcast([p for p in policy.model.parameters() if p.requires_grad and p.numel()])
     spread, head = copy.copy(policy), policy.head() if shard_head else None
-    spread.lent = Lent(policy.model, policy.weights if hollow else None)
+    spread.lent = Lent(policy.model, policy.source if hollow else None)
     spread.model = spread.lent.spread(shard_head)
     if head is not None:
         spread.head = _head_by_rows(spread.model.get_output_embeddings(), head)
     if hollow:
-        spread.check_packing()
+        with settled(spread.model):
+            spread.check_packing()
     del head
     trained = False
     try:
