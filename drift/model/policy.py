@@ -24,7 +24,6 @@ from drift.model.attention import layout, register
 from drift.model.borders import needs_borders, run_alone, run_packed
 from drift.model.sandbox import set_defaults
 from drift.model.turns import Turns
-from drift.training import sharding
 from drift.types import PackedBatch, TreeBatch
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -123,10 +122,16 @@ class Policy:
             for name, parameter in trained.items():
                 parameter.copy_(state[name])
 
+    def named_weights(self, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, or those that are trained, whole, in order of names; if spread over ranks, every rank calls this."""
+        for name, parameter in sorted(self.model.named_parameters(), key=lambda pair: pair[0]):
+            if parameter.requires_grad or not trained:
+                yield name, parameter.detach()
+
     def hash(self) -> str:
         """Sixteen hex digits that change with any weight; if it is spread over ranks, every rank calls this."""
         digest = hashlib.sha256()
-        for name, parameter in sharding.whole(self):
+        for name, parameter in self.named_weights():
             digest.update(name.encode())
             digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]

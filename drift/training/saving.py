@@ -25,7 +25,7 @@ def save(policy: Any, folder: str | Path, most: int = MOST) -> None:
         return
     with files.into(folder) if first else nullcontext() as partial:
         if hasattr(policy.model, "peft_config"):
-            adapters = {name: tensor.cpu() for name, tensor in sharding.whole(policy, trained=True)}
+            adapters = {name: tensor.cpu() for name, tensor in policy.named_weights(trained=True)}
             if partial is not None:
                 policy.model.save_pretrained(partial, state_dict=adapters)
         else:
@@ -46,7 +46,7 @@ def _write(policy: Any, partial: Path | None, most: int) -> None:
         parts.append(list(bucket))
         bucket.clear()
 
-    for name, tensor in sharding.whole(policy):
+    for name, tensor in policy.named_weights():
         if partial is None:
             continue
         if bucket and sum(t.nbytes for t in bucket.values()) + tensor.nbytes > most:

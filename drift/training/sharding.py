@@ -61,6 +61,7 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
     spread, head = copy.copy(policy), policy.head() if shard_head else None
     spread.lent = Lent(policy.model, policy.source if hollow else None)
     spread.model = spread.lent.spread(shard_head)
+    spread.named_weights = spread.lent.named_weights
     if head is not None:
         spread.head = _head_by_rows(spread.model.get_output_embeddings(), head)
     if hollow:
@@ -108,6 +109,13 @@ class Lent:
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")  # of peft
         return self.weights.read(name).to(like.device, like.dtype)
 
+    def named_weights(self, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """`Policy.named_weights`, gathered one at a time, in the policy's own type."""
+        reshard(self.shards)
+        for name, parameter in sorted(self.shards.named_parameters(), key=lambda pair: pair[0]):
+            if parameter.requires_grad or not trained:
+                yield name, full(parameter.detach().to(self.dtypes[name]))
+
     def empty(self) -> None:
         """Gives the memory back."""
         for parameter in self.whole:
@@ -144,19 +152,6 @@ def dtype_of(policy: Any) -> torch.dtype:
     if hasattr(policy, "lent"):
         return next(iter(policy.lent.dtypes.values()))
     return policy.causal_lm.get_input_embeddings().weight.dtype
-
-
-def whole(policy: Any, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters, or those that are trained, whole and in the policy's own type, one at a time, by name.
-
-    Every rank of a policy that is spread goes along.
-    """
-    if hasattr(policy, "lent"):
-        reshard(policy.model)
-    for name, parameter in sorted(policy.model.named_parameters(), key=lambda pair: pair[0]):
-        if parameter.requires_grad or not trained:
-            dtype = policy.lent.dtypes[name] if hasattr(policy, "lent") else parameter.dtype
-            yield name, full(parameter.detach().to(dtype))
 
 
 def rounds(
