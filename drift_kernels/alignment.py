@@ -33,9 +33,11 @@ def check_old_logprobs(flat: Flat, mask: Tensor, old: Tensor | None, call: Call)
     follow each other, and those with a temperature per row. `mask` [N]: entries that train.
     """
     global _checked
+    if torch.compiler.is_compiling():  # first: a graph that had read `_checked` would be traced again once it changes
+        return
     if _checked or old is None or flat.temperature is not None or flat.rows is not None:
         return
-    if old.device.type != "cpu" or torch.compiler.is_compiling() or type(old) is not Tensor:
+    if old.device.type != "cpu" or type(old) is not Tensor:
         return
     _checked = True
     has_next = torch.ones(flat.shape, dtype=torch.bool)

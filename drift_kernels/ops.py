@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,17 @@ def pointwise_loss(
     loss may read token i alone. That is checked on each call by comparing fn of the whole with fn of its halves; a function
     that mixes tokens, and tensors that require grad (passed or read by `fn`), raise ValueError. Default normalizer: the
     number of unmasked positions.
+
+    Under torch.compile it runs as written between two graphs, since no op of a graph takes a Python function;
+    `fullgraph=True` refuses that.
     """
+    if torch.compiler.is_compiling():
+        from drift_kernels import uncompiled
+
+        options: dict[str, Any] = {"rows": rows, "active": active, "outputs": outputs, "normalizer": normalizer}
+        return uncompiled.pointwise(
+            pointwise_loss, hidden, head, targets, fn, *per_token_tensors, **options, config=config
+        )
     flat = flatten(hidden, head, targets, rows, active)
     for i, tensor in enumerate(per_token_tensors):
         if tensor.requires_grad:

@@ -258,8 +258,9 @@ def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bo
     earlier thinking.
     """
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    empty = f"row {name!r}: its last assistant message is empty or missing; leave the row out"
     if not assistants or not messages[assistants[-1]]["content"]:
-        raise ValueError(f"row {name!r}: its last assistant message is empty or missing; leave the row out")
+        raise ValueError(empty)
     marked = [{**m, "content": f"{_MARK}{i}{_MARK}"} if i in assistants else m for i, m in enumerate(messages)]
     shown = text(tokenizer, marked)
     around = []  # the template's words after each assistant message
@@ -278,6 +279,8 @@ def _places(tokenizer: Any, name: str, messages: Messages, whole: str, every: bo
                 raise ValueError(f"row {name!r}: the content of message {i + 1}, an assistant's, must be text")
             break
         content = content if whole[:stop].endswith(content) else content.strip()
+        if not content and number == 0:
+            raise ValueError(f"{empty} (the chat template strips its white space)")
         if whole[stop:end] != after or not whole[:stop].endswith(content):
             if number == 0 or every:
                 which = len(assistants) - number

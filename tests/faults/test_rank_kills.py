@@ -25,7 +25,13 @@ KINDS = {
 }
 LOST = r"(rank \d is gone|the store that the ranks share is gone|the ranks did not meet within .*)"
 EARLY = r"stopped\. What was finished is kept"  # torchrun's SIGTERM came before the ranks had met
-SAID = re.compile(f"({LOST}|{EARLY}); the same command goes on from ")
+MET = re.compile(r"^(warm start: |model .*; run folder )", re.MULTILINE)  # the first rank's words after that
+GOES_ON = "; the same command goes on from "
+
+
+def explains(sentence: str, said: str) -> bool:
+    """Whether a rank's last words tell why it ended; that it was told to stop is enough before the ranks have met."""
+    return re.match(f"({LOST if MET.search(said) else f'{LOST}|{EARLY}'}){GOES_ON}", sentence) is not None
 
 
 def start(file: Path) -> subprocess.Popen:
@@ -76,6 +82,13 @@ def test_ranks_killed_at_random_instants_end_with_the_same_bits(reference, tmp_p
         if rank is None or status == 0:
             continue
         for sentence in torchrun.sentences(said):
-            assert SAID.match(sentence), said[-3000:]
+            assert explains(sentence, said), said[-3000:]
     whole(file)
     assert differences(folder, expected) == {}
+
+
+def test_the_words_of_a_stop_count_only_before_the_ranks_have_met():
+    stopped = f"stopped. What was finished is kept{GOES_ON}checkpoint 3"
+    assert explains(stopped, "drift: run x: model embedded tiny model in float32, run folder x\n")
+    assert not explains(stopped, "model embedded tiny model: 9 parameters, cpu, float32; run folder x\n")
+    assert explains(f"rank 1 is gone{GOES_ON}checkpoint 3", "warm start: 40% of the check problems solved\n")

@@ -211,6 +211,20 @@ def test_content_that_the_template_or_the_user_says_too(policy, said):
         assert before == chat.text(policy.tokenizer, talk[:1], True).removesuffix("<think>\n")
 
 
+@pytest.mark.parametrize("turns", ["assistant", "last"])
+@pytest.mark.parametrize("said", [" ", "  \n "])
+def test_a_last_message_of_white_space_is_empty_if_the_template_strips_it(policy, said, turns):
+    messages = [*START, {"role": "assistant", "content": "16"}, START[0], {"role": "assistant", "content": said}]
+    row = {"prompt_id": "p", "messages": messages}
+    if "trim" in policy.tokenizer.chat_template:
+        with pytest.raises(ValueError, match=r"row 'p': its last assistant message is empty .*strips its white space"):
+            chat.to_trajectories(policy, row, index=0, turns=turns)
+        return
+    [made] = chat.to_trajectories(policy, row, index=0, turns=turns)
+    last = made.turns[-1]
+    assert policy.tokenizer.decode(made.token_ids[last.start : last.stop]) == f"{said}<|im_end|>"
+
+
 def test_an_empty_last_message_is_refused_by_row_and_an_earlier_one_trains_its_end_alone(policy):
     row = {"prompt_id": "p", "messages": [*START, {"role": "assistant", "content": ""}]}
     with pytest.raises(ValueError, match="row 'p': its last assistant message is empty"):
