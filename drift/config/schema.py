@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from drift.config.online import OnlineConfig
 from drift.config.section import BelowOne, Count, LearningRate, Positive, Rate, Section, Share, Weight, preset
@@ -18,6 +18,7 @@ from drift.config.source import FOLDER, FUNCTION, EvalSet, ProblemsConfig, known
 FORMAT_RULE = (
     "Think step by step first if you like, inside <think> and </think>. Then answer inside <{tag}> and </{tag}>."
 )
+ADDRESS = r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?"  # of a server
 PATTERNS = {  # what text that does not fit one should do
     FOLDER: "be letters, digits, '_', '-' and '.', since it names a folder",
 }
@@ -129,27 +130,49 @@ class WarmStartConfig(Section):
 
 
 class EngineConfig(Section):
-    """What samples: the policy in process, or a vLLM server (docs/engines.md)."""
+    """What samples: the policy in process, or vLLM servers (docs/engines.md)."""
 
     kind: Literal["hf", "vllm"] = "hf"
-    url: str = "http://127.0.0.1:8000"  # of the server
-    concurrency: Positive = 64  # requests in flight
+    url: str | None = None  # of the server; null is http://127.0.0.1:8000
+    urls: list[str] = []  # in place of url, of several servers, which share the work
+    concurrency: Positive = 64  # requests in flight, of each rank, to each server
     timeout: Rate = 600.0  # seconds for the answer to one request
     retries: Count = 5  # of a request that was put off, cut off, or not answered in time
     wait: Rate = 600.0  # seconds for a server that was reached before and is not now, such as while it restarts
     folder: str | None = None  # for weights on their way, seen by both sides; null is the system's temporary one
     tolerance: Rate | None = None  # nats between server and policy after a handover; null is 1e-3, or 0.1 in bfloat16
 
-    @field_validator("url")
+    @field_validator("url", "urls", mode="before")
     @classmethod
-    def _plain_address(cls, url: str) -> str:
-        """Not repeated in the complaint, since it may hold a secret."""
-        if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", url):
+    def _plain_addresses(cls, given: Any, info: ValidationInfo) -> Any:
+        """Not repeated in the complaint, since they may hold a secret."""
+        several = info.field_name == "urls"
+        if given is None and not several:
+            return None
+        if isinstance(given, list) != several:
+            raise ValueError("must be a list of addresses" if several else "must be one address; urls takes a list")
+        for url in given if several else [given]:
+            if not isinstance(url, str) or not re.fullmatch(ADDRESS, url):
+                raise ValueError(
+                    f"{'each ' if several else ''}must read http://HOST:PORT, without USER:PASSWORD@, white space, a path, "
+                    "a query or a fragment; a key is read from the environment, as VLLM_API_KEY"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _one_list_of_servers(self) -> EngineConfig:
+        if self.url is not None and self.urls:
             raise ValueError(
-                "must read http://HOST:PORT, without USER:PASSWORD@, white space, a path, a query or a fragment; a key "
-                "is read from the environment, as VLLM_API_KEY"
+                f"url {self.url} and urls {self.urls} both name servers; leave url out, and list all in urls"
             )
-        return url
+        if len(set(self.addresses)) < len(self.addresses):
+            raise ValueError(f"urls {self.urls} should not name one twice")
+        return self
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of all servers, without a slash at the end."""
+        return [url.rstrip("/") for url in self.urls or [self.url or "http://127.0.0.1:8000"]]
 
 
 class RolloutConfig(Section):

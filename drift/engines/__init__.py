@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,11 +81,18 @@ def check_prompts(prompts: list[list[int]]) -> None:
 
 
 @contextmanager
-def open_engine(config: EngineConfig, policy: Policy, batch_size: int) -> Iterator[Engine]:
+def open_engine(
+    config: EngineConfig,
+    policy: Policy,
+    batch_size: int,
+    tell: Callable[[str, str | None], None] | None = None,
+) -> Iterator[Engine]:
     """The engine that `config` names, in step with the policy's weights; inside, `sync` keeps it so.
 
-    batch_size: prompts at once, of an engine in process; a server has its own. Raises EngineError if a server
-    cannot be used, with the command that starts one that can.
+    batch_size  prompts at once, of an engine in process; a server has its own
+    tell        of servers that are set aside, or back (`VLLMEngine`); by default on standard error
+
+    Raises EngineError if a server cannot be used, with the command that starts one that can.
     """
     match config.kind:
         case "hf":
@@ -95,6 +102,6 @@ def open_engine(config: EngineConfig, policy: Policy, batch_size: int) -> Iterat
         case "vllm":
             from drift.engines.vllm import VLLMEngine
 
-            with VLLMEngine(policy, config) as engine:
+            with VLLMEngine(policy, config, tell) as engine:
                 engine.sync()
                 yield engine

@@ -40,6 +40,10 @@ class Passing(EngineError):
     """A temporary failure."""
 
 
+class Exhausted(EngineError):
+    """Temporary failures, as often as it was tried."""
+
+
 class Stopped(Exception):
     """Another thread gave up, or the client was closed."""
 
@@ -158,7 +162,7 @@ class Client:
             except Passing as error:
                 gone_since, tries = None, tries + 1
                 if tries > self.retries:
-                    raise EngineError(f"{error}; it was tried {tries} times (engine.retries={self.retries})") from error
+                    raise Exhausted(f"{error}; it was tried {tries} times (engine.retries={self.retries})") from error
             failures += 1
             if stop.wait(backoff(failures)):
                 raise Stopped

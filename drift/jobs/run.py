@@ -3,7 +3,7 @@ With `online:` in the config one training takes their place, which samples as it
 
 Everything lies in one folder, and each stage leaves a file there, so that a run that was stopped goes on:
 
-    config.yaml  metrics.jsonl  seconds.json  summary.json  report.html
+    config.yaml  metrics.jsonl  seconds.json  summary.json  report.html  servers.json (lost ones)
     base/                     the warm-started model, and its evaluation
     rollouts.jsonl            the first seed's trajectories; later seeds' lie in seed-K/
     seed-K/ARM/               the trained model (while it is trained: checkpoints), later rounds' rollouts-N.jsonl;
@@ -28,7 +28,7 @@ from drift import files, report, store
 from drift.config import Config
 from drift.engines import Engine, open_engine
 from drift.engines.hf import HFEngine
-from drift.jobs import lengths, sampled, stages
+from drift.jobs import lengths, sampled, servers, stages
 from drift.jobs.evaluate import lines
 from drift.jobs.folder import Clock, RunError, claim, finished, locked, rollout_path, write_json
 from drift.jobs.summary import evaluation, summarise
@@ -117,7 +117,7 @@ class _Job:
 
     def _engine(self) -> AbstractContextManager[Engine]:
         """Opened for each stage, which finds it in step with the policy's weights."""
-        return open_engine(self.config.engine, self.policy, self.config.rollout.batch_size)
+        return open_engine(self.config.engine, self.policy, self.config.rollout.batch_size, servers.teller(self.track))
 
     def seed(self, seed: int) -> None:
         """Rollouts and all arms of one seed."""

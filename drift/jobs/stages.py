@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from drift import store
 from drift.config import Config, ConfigError
 from drift.engines import open_engine
-from drift.jobs import sampled
+from drift.jobs import sampled, servers
 from drift.jobs.evaluate import Evaluation, average, evaluate
 from drift.jobs.folder import locked
 from drift.jobs.work import Work, prepare
@@ -66,7 +66,7 @@ def sample_into(
 ) -> int:
     """Appends `rollout.n` trajectories of every training problem to `path`; returns how many were new."""
     problems = task.problems("train")
-    with open_engine(config.engine, policy, config.rollout.batch_size) as engine:
+    with open_engine(config.engine, policy, config.rollout.batch_size, servers.teller(track)) as engine:
         return collect(policy, engine, task, problems, config.rollout, path, seed, track, prefix)
 
 
@@ -89,7 +89,7 @@ def evaluated(config: Config, policy: Policy, work: Work, track: Track) -> Evalu
     """multi@k and single-turn accuracy of `policy` on the evaluation problems, or on each of `eval.sets` and on average."""
     how = config.rollout
     options: dict[str, Any] = {key: getattr(how, key) for key in ("history", "tool", "tool_calls", "environment")}
-    with open_engine(config.engine, policy, config.eval.batch_size) as engine:
+    with open_engine(config.engine, policy, config.eval.batch_size, servers.teller(track)) as engine:
         done = {
             name: evaluate(policy, engine, task, problems, config.eval, name=name, track=track, **options)
             for name, (task, problems) in work.evaluations.items()

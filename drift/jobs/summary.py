@@ -8,6 +8,7 @@ from typing import Any
 from drift import store
 from drift.config import Config
 from drift.jobs.folder import RunError, read_json, rollout_path
+from drift.jobs.servers import losses
 from drift.report.intervals import paired_difference
 from drift.returns import weigh
 
@@ -34,6 +35,7 @@ def summarise(config: Config, folder: Path, seconds: dict[str, float]) -> dict[s
         "results": results,
         "paired": _paired(results, multi),
         "failed_checks": _failed(config, folder),
+        **({"lost_servers": lost} if (lost := losses(folder)) else {}),
         "settings": _picked(config),
         **({"online": online} if online else _sampled(config, folder)),
         "seconds": seconds | {"total": sum(seconds.values())},

@@ -33,6 +33,9 @@ def section(records: Records) -> str:
     )
     if failed := records.summary.get("failed_checks", {}).get("evaluations", 0):
         note += f'<p class="bad">{count_of(failed, "check", "checks")} of the evaluations had no verdict and count as wrong.</p>'
+    if lost := records.summary.get("lost_servers"):
+        times = ", ".join(f"{esc(url)} {count_of(number, 'time', 'times')}" for url, number in lost.items())
+        note += f'<p class="bad">Servers were set aside, and others did their work: {times}.</p>'
     drawn = [(plots.by_seed(results, turns), "A grey line joins the arms of one seed; a bar is an arm’s mean.")]
     if all(result.by_turn for result in results.values()):
         drawn.insert(0, (plots.by_turn(results), "Mean over seeds; the band is one standard error."))

@@ -24,8 +24,8 @@ class StandIn:
 
     faults   one for each completion from now on, first come first served: an HTTP status, "drop" (no answer), "abort" (one
              sample is cut off), "restart" (the process dies: other start, first weights, no answer), seconds to wait, an event
-             to wait for, "drip" and "drip headers" (a byte at a time), a function of a completion's choices that returns
-             others, or None
+             to wait for, "die" (as `die` does), "drip" and "drip headers" (a byte at a time), a function of a completion's
+             choices that returns others, or None
     lacks    parts of "ids", "prompt ids", "same prompt", "logprobs", "n", "completions", "rpc", "extension", "adapters"
     raw      log-probs before temperature
     keys     the Authorization header of each request
@@ -43,8 +43,13 @@ class StandIn:
 
     def boot(self):
         """A new process with the weights it was started with."""
+        self.dead = False
         self.start, self.version, self.adapters = uuid.uuid4().hex, None, {}
         self.model.load_state_dict(self.first)
+
+    def die(self):
+        """No request is answered until `boot`, those in flight included."""
+        self.dead = True
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"standing": self})
@@ -62,6 +67,10 @@ class StandIn:
 
     def answer(self, path, body):
         """(status, content), or None for no answer."""
+        found = None if self.dead else self.living(path, body)
+        return None if self.dead else found
+
+    def living(self, path, body):
         name = path.partition("?")[0]
         if name.startswith("/v1/") and name.endswith("completions"):
             return self.count(name, body)
@@ -127,6 +136,8 @@ class StandIn:
             return fault, None
         elif fault == "drop":
             return None
+        elif fault == "die":
+            self.die()
         elif fault == "restart":
             with self.computing:
                 self.boot()

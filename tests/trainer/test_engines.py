@@ -69,7 +69,8 @@ def opened(policy, server, **changes):
 
 def impatient(engine, seconds):
     """A time-out from here on: what opens the engine may take its time on a busy machine."""
-    engine.client.timeout = seconds
+    for one in engine.servers:
+        one.client.timeout = seconds
 
 
 def as_pairs(samples):

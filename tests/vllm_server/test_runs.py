@@ -45,9 +45,9 @@ class Noted(VLLMEngine):
 
     made: ClassVar[list[Noted]] = []
 
-    def __init__(self, policy, config):
+    def __init__(self, policy, config, tell=None):
         self.states, self.threads = [], set()
-        super().__init__(policy, config)
+        super().__init__(policy, config, tell)
         Noted.made.append(self)
 
     def sync(self):

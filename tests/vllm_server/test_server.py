@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import MODEL
 
-from drift.config import EngineConfig, LoRAConfig, parse
+from drift.config import EngineConfig, EvalConfig, LoRAConfig, parse
 from drift.engines import EngineError
 from drift.engines.hf import HFEngine
 from drift.engines.vllm import COMPLETIONS, RPC, VLLMEngine
+from drift.jobs.evaluate import evaluate
 from drift.jobs.warm_start import warm_start
 from drift.model.policy import load_policy
 from drift.online import train_online
@@ -78,7 +79,8 @@ class Watched(VLLMEngine):
     def __init__(self, policy, config):
         self.before, self.gaps, self.moved, self.versions = load_policy(MODEL), [], [], []
         super().__init__(policy, config)
-        self.once, self.client.once = self.client.once, self.ask_once
+        client = self.servers[0].client
+        self.once, client.once = client.once, self.ask_once
 
     def sync(self):
         super().sync()
@@ -152,21 +154,72 @@ def test_the_same_call_gives_the_same_samples_and_greedy_ones_are_the_policys(po
     assert gap(policy, [prompt], [sample], 1.0) < PARITY
 
 
+class Kept:
+    """An engine that keeps what it was asked for, and its samples."""
+
+    def __init__(self, engine):
+        self.engine, self.calls = engine, []
+
+    def generate(self, prompts, **options):
+        samples = self.engine.generate(prompts, **options)
+        self.calls.append((prompts, options, samples))
+        return samples
+
+
+def mass_above(policy, prompt, sample, temperature):
+    """For each sampled token, the probability of all tokens that are likelier: below top_p inside the nucleus."""
+    ids = torch.tensor([prompt + sample.token_ids])
+    with policy.inference():
+        logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+    chances = torch.softmax(logits.double() / temperature, -1)
+    own = chances.gather(1, torch.tensor(sample.token_ids)[:, None])
+    return (chances * (chances > own * (1 + 1e-4))).sum(-1)  # a tie in the last bits is none
+
+
+def check_cut(policy, engine, task):
+    """One-turn samples of an evaluation at top_p=0.9 are within the nucleus, and those at 1 are not all."""
+    worst = {}
+    for top_p in (0.9, 1.0):
+        how = EvalConfig(turns=1, samples=16, temperature=1.0, top_p=top_p, max_new_tokens=8)
+        kept = Kept(engine)
+        evaluate(policy, kept, task, task.problems("eval"), how)
+        cut = [call for call in kept.calls if call[1]["temperature"] > 0]
+        assert {options["top_p"] for _, options, _ in cut} == {top_p}
+        masses = [
+            mass_above(policy, prompt, sample, 1.0)
+            for prompts, _, samples in cut
+            for prompt, sample in zip(prompts, samples, strict=True)
+        ]
+        assert len(masses) == 16 * len(task.problems("eval"))
+        worst[top_p] = float(torch.cat(masses).max())
+    assert worst[0.9] < 0.9 + PARITY
+    assert worst[1.0] > 0.9 + 10 * PARITY  # so that samples without the cut would have shown
+
+
+def test_an_evaluation_with_a_cut_samples_from_the_nucleus(policy, server):
+    task = load_task(parse(CONFIG).task)
+    with VLLMEngine(policy, settings(server)) as engine:
+        engine.sync()
+        check_cut(policy, engine, task)
+    task.close()
+
+
 def test_a_reload_that_forgets_the_tied_head_is_seen(policy, server):
     """What vLLM's own route does on a CPU, and why the workers are extended."""
     with VLLMEngine(policy, settings(server)) as engine:
         engine.sync()
-        ordinary, kept = engine._call, policy.state()
+        [one] = engine.servers
+        ordinary, kept = one._call, policy.state()
 
-        def plain(method, *arguments):
+        def plain(stop, method, *arguments):
             if method == "drift_load":
-                engine.client.ask(RPC, {"method": "reload_weights", "kwargs": {"weights_path": arguments[0]}})
+                one.client.ask(RPC, {"method": "reload_weights", "kwargs": {"weights_path": arguments[0]}})
                 return
-            ordinary(method, *arguments)
+            ordinary(stop, method, *arguments)
 
         with torch.no_grad():
             policy.causal_lm.get_input_embeddings().weight.mul_(1.1)
-        engine._call = plain
+        one._call = plain
         with pytest.raises(EngineError, match="differ from the policy's"):
             engine.sync()
         policy.restore(kept)
@@ -191,7 +244,7 @@ def test_adapters(policy, server, tmp_path):
             assert gap(adapted, prompts, samples, 0.7) > 10 * PARITY
         with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
             served = [model["id"] for model in json.load(answer)["data"]]
-        assert [name for name in served if name.startswith("drift-")] == [engine.model]
+        assert [name for name in served if name.startswith("drift-")] == [engine.servers[0].model]
 
 
 def test_a_server_whose_log_probs_are_those_before_temperature_is_refused(policy, started):
