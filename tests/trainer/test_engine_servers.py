@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -212,13 +213,22 @@ def test_one_that_fails_at_every_request_gives_them_to_the_others(policy, server
 
 
 def test_a_request_at_which_all_fail_ends_the_batch(policy, servers):
-    with opened(policy, servers, [], retries=1) as engine:
+    """Although each is used again before the last has failed."""
+
+    def fails(body, fault, ordinary):
+        if body["max_tokens"] == 1:  # of a comparison of log-probs
+            return ordinary("", body, fault)
+        time.sleep(0.4)
+        return 503, {"error": {"message": "made up"}}
+
+    with opened(policy, servers, told := [], retries=1) as engine:
+        clear(servers)
         for server in servers:
-            server.faults = [503] * 200
+            server.complete = lambda _, body, fault, ordinary=server.complete: fails(body, fault, ordinary)
         with pytest.raises(EngineError, match=r"HTTP 503: made up; it was tried 2 times"):
             engine.generate(PROMPTS[:1], seed=3, **HOW)
-        for server in servers:
-            server.faults = []
+    assert sum(len(asked(server)) for server in servers) == 2 * 3
+    assert any(lost is None for _, lost in told)
 
 
 def test_all_dead_end_the_batch_once_they_were_waited_for(policy, servers):
