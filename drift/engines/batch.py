@@ -25,7 +25,7 @@ POLL = 1.0  # seconds between two looks at which servers should be asked again
 class Fleet(Protocol):
     """The servers, in the order in which equally loaded ones get work."""
 
-    servers: Sequence[Server]
+    servers: list[Server]
 
     def set_aside(self, server: Server, error: EngineError) -> bool:
         """Gives it no more work. False if it is the last one that gets any, and therefore stays."""
