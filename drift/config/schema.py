@@ -151,7 +151,8 @@ class EngineConfig(Section):
             return None
         if isinstance(given, list) != several:
             raise ValueError("must be a list of addresses" if several else "must be one address; urls takes a list")
-        for url in given if several else [given]:
+        listed: list[Any] = given if isinstance(given, list) else [given]
+        for url in listed:
             if not isinstance(url, str) or not re.fullmatch(ADDRESS, url):
                 raise ValueError(
                     f"{'each ' if several else ''}must read http://HOST:PORT, without USER:PASSWORD@, white space, a path, "
