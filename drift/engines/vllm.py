@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from drift.config import EngineConfig
 from drift.engines import EngineError, Sample, check_prompts, seeds
 from drift.engines.batch import Batch
@@ -33,7 +35,6 @@ from drift.engines.vllm_server import (
 )
 from drift.model.policy import Policy
 from drift.track import Track
-from drift.training import distributed
 
 __all__ = ["COMPLETIONS", "RPC", "VLLMEngine", "server_command"]
 
@@ -66,7 +67,7 @@ class VLLMEngine:
 
     def _connect(self) -> None:
         urls, setting = self.config.addresses, "engine.urls" if self.config.urls else "engine.url"
-        first = distributed.rank() % len(urls)  # so that ranks with few requests do not all begin with one server
+        first = _rank() % len(urls)  # so that ranks with few requests do not all begin with one server
         for url in urls[first:] + urls[:first]:
             self.servers.append(Server(url, setting, self.weights, self.config, lambda own=url: self._others(own)))
         absent: dict[Server, Lost] = {}
@@ -229,4 +230,8 @@ def say(line: str, lost: str | None) -> None:
 
 
 def _of_rank(line: str) -> str:
-    return f"rank {rank}: {line}" if (rank := distributed.rank()) else line
+    return f"rank {rank}: {line}" if (rank := _rank()) else line
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

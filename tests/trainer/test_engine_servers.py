@@ -14,9 +14,8 @@ from tiny_policy import causal_lm
 
 from drift import cli, store
 from drift.config import ConfigError, EngineConfig, dump, load, parse
-from drift.engines import EngineError, batch, open_engine, vllm_server
+from drift.engines import EngineError, batch, open_engine, vllm, vllm_server
 from drift.model.policy import load_policy
-from drift.training import distributed
 
 __all__ = ["_quick", "policy"]  # fixtures
 PROMPTS = [[5, 6 + i % 9, 7 + i // 9] for i in range(24)] + [[5, 6, 7]] * 3
@@ -118,7 +117,7 @@ def test_the_least_loaded_gets_the_next_request(policy, servers):
 
 def test_each_rank_begins_with_a_server_of_its_own(policy, servers, monkeypatch):
     for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(vllm, "_rank", lambda rank=rank: rank)
         with opened(policy, servers) as engine:
             clear(servers)
             engine.generate(PROMPTS[:1], seed=3, **HOW)
