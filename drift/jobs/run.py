@@ -38,6 +38,7 @@ from drift.model import chat
 from drift.model.policy import Policy
 from drift.online import train_online
 from drift.returns import weigh_for_training
+from drift.rollouts.resume import count_corrected
 from drift.track import Track, plain
 from drift.training import distributed
 from drift.training.reference import Reference
@@ -126,6 +127,8 @@ class _Job:
         for arm in self.config.trained:
             if arm not in missing:
                 self._evaluate(f"seed-{seed}/{arm}", folder / f"eval-{arm}.json", folder / arm)
+        if distributed.rank() == 0 and not self.config.online:
+            self._say_corrected(seed, [arm for arm in self.config.trained if arm not in missing])
         if missing:
             folder.mkdir(exist_ok=True)
             self.policy.restore(self.start)
@@ -135,6 +138,15 @@ class _Job:
                 self._offline(seed, folder, missing)
         if distributed.rank() == 0:
             files.write(folder / "eval-base.json", (self.folder / "base" / "eval.json").read_bytes())
+
+    def _say_corrected(self, seed: int, done: Sequence[str]) -> None:
+        """Names the arms that were trained before answers of training problems changed: they are not trained again."""
+        path = rollout_path(self.folder, self.config, seed)
+        if done and (changed := count_corrected(path, self.task.problems("train"))):
+            self.track.say(
+                f"seed-{seed}: WARNING: {', '.join(done)} trained on {changed} trajectories checked against answers that have "
+                f"changed, and will not be trained again; remove {self.folder / f'seed-{seed}'} to train all arms on the new ones"
+            )
 
     def _online(self, seed: int, folder: Path) -> None:
         name, inside = f"seed-{seed}/{folder.name}", folder / "checkpoints"

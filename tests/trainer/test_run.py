@@ -252,6 +252,27 @@ def test_a_corrected_answer_of_an_evaluation_problem_is_verified_again(whole, tm
     )  # the base, 5 arms that were done
 
 
+def test_arms_that_were_done_before_a_training_answer_changed_are_named(whole, tmp_path, capfd):
+    """They are not trained again, which is said with the remedy."""
+    config, folder, _ = whole
+    copy, problems = tmp_path / "digits", Path(config.task.path)
+    shutil.copytree(folder, copy)
+    for name in ("summary.json", "seed-1/eval-drift.json"):
+        (copy / name).unlink()
+    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    corrected = [row if row["split"] != "train" else {**row, "answer": "none"} for row in rows]
+    other = tmp_path / "digits.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in corrected))
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(problems), str(other)))
+    again = changed(config, output_dir=str(tmp_path), task={"path": str(other)}, arms=["uniform", "drift"])
+    run(again)
+    said = " ".join(capfd.readouterr().err.split())
+    done = "trajectories checked against answers that have changed, and will not be trained again; remove"
+    assert said.count(done) == 2
+    assert "seed-0: WARNING: uniform, drift trained on" in said
+    assert "seed-1: WARNING: uniform trained on" in said
+
+
 def test_arms_start_from_the_base_and_rounds_from_the_round_before(tmp_path, monkeypatch):
     config = changed(quarters(tmp_path), seeds=[0], arms=["uniform", "drift"], train={"rounds": 2})
     sampled, started, collect, train = [], [], stages.collect, module.train
