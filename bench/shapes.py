@@ -131,8 +131,8 @@ def _config_of(model: ModelConfig) -> Any:
             f"{', '.join(PUBLISHED)}; download its config.json and name the folder"
         )
     kind, sizes = PUBLISHED[bare]
-    extra = {"head_dim": 128} if kind is Qwen3Config else {}
-    return kind(**dict(zip(SIZES, sizes)), **extra)
+    shape: dict[str, Any] = dict(zip(SIZES, sizes))
+    return kind(**shape, **({"head_dim": 128} if kind is Qwen3Config else {}))
 
 
 def _first_two(config: Any) -> dict[str, Any]:
@@ -143,7 +143,8 @@ def _first_two(config: Any) -> dict[str, Any]:
 def _with_lora(made: Any, lora: LoRAConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    named = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    alpha: Any = lora.alpha  # peft says int, and multiplies by it
+    named = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     return get_peft_model(made, named)
 
 

@@ -12,7 +12,7 @@ def _call(op: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return op(*args, **options)
 
 
-pointwise = torch.compiler.disable(
+pointwise: Any = torch.compiler.disable(
     _call,
     reason="pointwise_loss calls fn, a Python function, on each chunk of rows, and no op of a graph takes a function; "
     "without fullgraph=True it runs between two graphs",

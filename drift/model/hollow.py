@@ -70,10 +70,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Inside, a parameter of a module that is made has a shape and no memory; buffers are computed as ever."""
     plain = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        plain(module, name, parameter)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        plain(self, name, param)
 
     nn.Module.register_parameter = register
     try:

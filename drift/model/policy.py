@@ -133,7 +133,8 @@ class Policy:
         digest = hashlib.sha256()
         for name, parameter in self.named_weights():
             digest.update(name.encode())
-            digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+            values: Any = parameter.to("cpu").contiguous().view(torch.uint8).numpy()
+            digest.update(values)
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:

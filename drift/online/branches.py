@@ -171,7 +171,7 @@ class Branches:
             weight = torch.cat(((1 - share) * head.weight, share * policy.weight), 1)
             bias = None if head.bias is None or policy.bias is None else torch.lerp(head.bias, policy.bias, share)
             head = replace(head, weight=weight, bias=bias)
-        return [None if hidden is None else drift_kernels.Teacher(hidden, head) for hidden in hiddens]
+        return [None if hidden is None or head is None else drift_kernels.Teacher(hidden, head) for hidden in hiddens]
 
     def _scored(
         self, sides: Sequence[Sequence[Sample]], packs: Sequence[PackedBatch]

@@ -215,7 +215,8 @@ class _Shards:
 
     def __init__(self, path: Path) -> None:
         self.reader = dcp.FileSystemReader(path / SHARDS)
-        self.sizes = {key: list(entry.size) for key, entry in self.reader.read_metadata().state_dict_metadata.items()}
+        entries: dict[str, Any] = self.reader.read_metadata().state_dict_metadata
+        self.sizes = {key: list(entry.size) for key, entry in entries.items()}
 
     def shapes(self, name: str) -> dict[str, list[int]]:
         return {key.removeprefix(f"{name}/"): size for key, size in self.sizes.items() if key.startswith(f"{name}/")}

@@ -161,7 +161,8 @@ class DriftSFTTrainer(SFTTrainer):
         one = None if num_items_in_batch is None else torch.ones_like(total)
         found = super().compute_loss(model_like, inputs, return_outputs=return_outputs, num_items_in_batch=one)
         if self._sharing is not None:
-            self._metrics["train" if self.model.training else "eval"]["tokens_shared"].append(self._sharing.saved)
+            mode = "train" if self.model is not None and self.model.training else "eval"
+            self._metrics[mode]["tokens_shared"].append(self._sharing.saved)
         return found
 
 
