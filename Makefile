@@ -33,11 +33,11 @@ test: $(VENV)/.dev
 
 # Several processes under torchrun, over gloo: minutes, on two cores.
 test-ranks: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/ranks -q --durations=5
+	$(BIN)/$(PYTEST) tests/ranks -q --durations=5
 
 # Kills, full disks, damaged files, bad rows. More kills: DRIFT_KILLS=50.
 test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/$(PYTEST) tests/faults
 
 # Online training while servers, workers and the trainer itself fail; the figures are those of docs/reliability.md.
 MINUTES := 30
