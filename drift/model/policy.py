@@ -21,7 +21,7 @@ from drift import files
 from drift.config import LoRAConfig, ModelConfig
 from drift.model import hollow, smollm2, tiny
 from drift.model.attention import layout, register
-from drift.model.borders import needs_borders, run_alone, run_packed
+from drift.model.borders import backbone, needs_borders, run_alone, run_packed
 from drift.model.sandbox import set_defaults
 from drift.model.turns import Turns
 from drift.types import PackedBatch, TreeBatch
@@ -99,8 +99,10 @@ class Policy:
             raise ValueError(f"{type(self.causal_lm).__name__} {reason}, and trees have none; set train.tree=off")
         ids, positions = batch.input_ids[None], batch.position_ids[None]
         with layout(batch):
-            out = self.causal_lm.base_model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
-        return out.last_hidden_state[0]
+            hidden = backbone(
+                self.causal_lm, input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
+            )
+        return hidden[0]
 
     def head(self, temperature: float | torch.Tensor = 1.0) -> drift_kernels.Head:
         """lm_head as the ops take it, tied or not, LoRA included; temperature: one number, or one a row [T]."""

@@ -283,6 +283,8 @@ class Branches:
                 measured.examples.append(self._example(batch, segment, sample, values, phase))
         mask, count = batch.response_mask, batch.response_mask.sum()
         measured.add(tokens_shared=(len(batch.input_ids) - len(laid.input_ids), len(batch.input_ids)))
+        pairs, own = (int((pack.position_ids + 1).sum()) for pack in (batch, laid))
+        measured.add(attention_shared=(pairs - own, pairs))
         measured.add(entropy=(scored.entropy[mask].sum(), count))
         if batch.rollout_logprobs is not None:
             measured.add(sampler_kl=((batch.rollout_logprobs - scored.logprobs)[mask].sum(), count))

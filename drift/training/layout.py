@@ -38,10 +38,6 @@ def packs(policy: Backbone, trajectories: Sequence[Trajectory], config: TrainCon
     not, and as `pack` does.
     """
     options = {"max_length": config.longest, **options}
-    if config.shard != "none":  # ranks would decide, and try the model, each by its own share
-        if config.tree == "on":
-            raise ValueError(f"train.tree is on with train.shard {config.shard!r}; set train.tree=off, or shard=none")
-        return pack(trajectories, config.max_tokens, **options)
     if config.tree == "on" and (reason := unsuited(policy)):
         raise ValueError(f"train.tree is on, but {reason}; set train.tree=off, or auto, which checks the model")
     if config.tree != "off":

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 
 import drift_kernels
 from drift.packing import pack
-from drift.training import distributed
+from drift.training import distributed, layout
 from drift.types import PackedBatch, Trajectory, TreeBatch, Turn
 
 
@@ -64,9 +64,10 @@ def sharded(policy: Any, shard: str, shard_head: bool = False) -> Iterator[Any]:
     spread.named_weights = spread.lent.named_weights
     if head is not None:
         spread.head = _head_by_rows(spread.model.get_output_embeddings(), head)
-    if hollow:
-        with settled(spread.model):
+    with settled(spread.model):
+        if hollow:
             spread.check_packing()
+        layout.unsuited(spread)  # all ranks try it here: later each decides by its own share
     del head
     trained = False
     try:
@@ -165,8 +166,12 @@ def rounds(
         yield from packs
         return
     most = int(max(distributed.gather([len(packs)])))
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    gathered = [
+        unit for unit in _units(model) if unit is not head
+    ]  # with shard_head: its gradient is of the share itself
     for number, batch in enumerate([*packs, *[_idle()] * (most - len(packs))], 1):
-        for unit in _units(model) if gradients else ():
+        for unit in gathered if gradients else ():
             unit.set_requires_gradient_sync(number == most, recurse=False)
         yield batch
 

@@ -56,14 +56,14 @@ def accumulate(
     loss = torch.zeros((), device=device)
     for batch in sharding.rounds(policy.model, packs):
         batch = batch.to(device)
-        hidden = policy.hidden(batch)
+        hidden, head = policy.hidden(batch), policy.head()
         part = drift_kernels.weighted_cross_entropy(
             hidden,
-            policy.head(),
+            head,
             batch.targets,
             batch.token_weights,
             normalizer=normalizer,
-            rows=batch.rows if isinstance(batch, TreeBatch) else None,
+            rows=_rows(batch, head),
             active=batch.active,
             config=kernel,
         ).loss
@@ -71,6 +71,13 @@ def accumulate(
         optimizer.collect()
         loss += part.detach()
     return loss
+
+
+def _rows(batch: PackedBatch | TreeBatch, head: drift_kernels.Head) -> torch.Tensor | None:
+    """`rows=` of a loss. Ranks that share a head make the same call, whether their packs are trees or not."""
+    if isinstance(batch, TreeBatch):
+        return batch.rows
+    return None if head.parallel is None else torch.arange(len(batch.targets), device=batch.targets.device)
 
 
 def train_step(

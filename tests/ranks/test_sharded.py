@@ -10,6 +10,7 @@ import torchrun
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_offline_ranks import close, skewed
+from test_tree_training import family
 from tiny_policy import LORA, SHAPE, Policy, config, some
 from transformers.models.qwen2 import Qwen2Config
 
@@ -27,6 +28,13 @@ JOBS = {
         config(batch_size=1, max_tokens=40),
     ),  # all ranks but one have no sample
     "checkpointing": (lambda: Policy(checkpointing=True), skewed, config(batch_size=5, max_tokens=40)),
+    "trees": (lambda: Policy(), family, config(batch_size=5, max_tokens=40, tree="on", epochs=2.0)),
+    "trees and rows": (lambda: Policy(UNTIED), family, config(batch_size=5, max_tokens=40, tree="on")),
+    "trees and checkpointing": (
+        lambda: Policy(checkpointing=True),
+        family,
+        config(batch_size=5, max_tokens=40, tree="on"),
+    ),
     "lora": (lambda: Policy(lora=LoraConfig(**LORA)), skewed, config(batch_size=5, max_tokens=40)),
     "bfloat16": (lambda: Policy(dtype=torch.bfloat16), skewed, config(batch_size=5, max_tokens=40)),
 }
@@ -45,11 +53,11 @@ def main(out):
 
             def watched(spread, *args, name=name, policy=policy, held=held, heads=heads, **options):
                 held.append([sharding.local_bytes(p) for p in (spread.model.parameters(), policy.model.parameters())])
-                heads.append(type(spread.head().parallel).__name__ if name == "rows" else None)
+                heads.append(type(spread.head().parallel).__name__ if "rows" in name else None)
                 return step(spread, *args, **options)
 
             trainer.train_step = watched
-            settings = settings.model_copy(update={"shard": "fsdp", "shard_head": name == "rows"})
+            settings = settings.model_copy(update={"shard": "fsdp", "shard_head": "rows" in name})
             with Track(out / name, progress=False) as track:
                 stats = trainer.train(policy, rows(), settings, seed=2, track=track, checkpoint_dir=out / name / "c")
             save_file(policy.weights(), out / f"{name}-{rank}.safetensors")
@@ -66,7 +74,7 @@ def alone(tmp_path_factory):
     """name → (weights, losses, gradient norms) of one rank that holds everything."""
     found, folder = {}, tmp_path_factory.mktemp("alone")
     for name, (make, rows, settings) in JOBS.items():
-        policy = make()
+        policy, settings = make(), settings.model_copy(update={"tree": "off"})
         with Track(folder / name, progress=False) as track:
             stats = trainer.train(policy, rows(), settings, seed=2, track=track)
         found[name] = policy.weights(), stats.losses, norms(folder / name)
@@ -92,8 +100,12 @@ def out(request, tmp_path_factory):
     return request.param, folder
 
 
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def norms(folder):
-    return [json.loads(line)["train/grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/grad_norm"] for row in rows_of(folder)]
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -107,6 +119,12 @@ def test_shards_give_the_losses_and_weights_of_one_rank(name, out, alone):
             losses, rel=2e-2 if half else 1e-4
         )
     assert norms(folder / name) == pytest.approx(expected, rel=3e-2 if half else 1e-4)
+
+
+def test_siblings_of_a_rank_share_their_tokens_on_trees(out):
+    ranks, folder = out
+    if ranks < 4:  # of five rows in a step, four ranks have one or two each
+        assert max(row["train/tokens_shared"] for row in rows_of(folder / "trees")) > 0.1
 
 
 def test_each_rank_holds_its_part_and_nothing_else(out):
@@ -123,7 +141,8 @@ def test_each_rank_holds_its_part_and_nothing_else(out):
 
 def test_a_head_of_counted_rows_is_never_gathered(out):
     ranks, folder = out
-    heads = {json.loads((folder / f"rows-{rank}.json").read_text())["head"] for rank in range(ranks)}
+    names = [f"{name}-{rank}.json" for name in ("rows", "trees and rows") for rank in range(ranks)]
+    heads = {json.loads((folder / name).read_text())["head"] for name in names}
     assert heads == {"NoneType" if ranks == 1 else "GatherHidden"}
 
 

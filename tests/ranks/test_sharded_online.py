@@ -33,6 +33,7 @@ JOBS = {  # name → (online, sections)
     "lora": ({}, {"model": {"lora": LORA}}),
     "checkpointing": ({}, {"model": {"gradient_checkpointing": True}}),
     "bfloat16": ({"steps": 1}, {"model": {"dtype": "bfloat16"}}),
+    "trees": ({}, {}),
 }
 WEIGHTS = 1e-4
 
@@ -76,7 +77,8 @@ def play(folder, name, shard, track=None):
     """The policy after four steps of four problems; trajectories in FOLDER/NAME.jsonl, checkpoints every two steps."""
     online, sections = JOBS[name]
     algorithm = online.get("algorithm", "drift")
-    train = {"save_every": 2, "shard": shard, "max_tokens": 128, "max_length": 128, "tree": "off"}
+    train = {"save_every": 2, "shard": shard, "max_tokens": 128, "max_length": 128}
+    train["tree"] = "on" if name == "trees" and shard != "none" else "off"
     made = config(folder / "task", algorithm, online={"distill": {"top_k": None}} | online, train=train, **sections)
     policy, task = load_policy(made.model, seed=0), WordTask(4)
     task.verify = lambda problem, answer: len(answer) % 2 == 0
