@@ -5,6 +5,8 @@ take turns in one process, so a ratio pairs times taken within seconds of each o
 processors is noted too, since it bears a busy machine. The recipe is transformers' `Trainer`
 with micro-batches of two rows padded to the longer one and logits of every position, as the offline method was published.
 Nobody is timed whose first gradient differs. Peak memory is that of a fresh process.
+
+With `--folder` the rows are the first batch that a run trained on, with the run's own model and settings.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,9 +35,11 @@ from torch import Tensor
 
 from bench import memory
 from bench.report import RESULTS, machine, progress, versions
+from drift import config, packing, returns, store
 from drift.config import TrainConfig
+from drift.jobs import stages
 from drift.model import attention, tiny
-from drift.model.policy import Policy
+from drift.model.policy import Policy, load_policy
 from drift.training import layout, trainer
 from drift.training.meter import Stopwatch
 from drift.training.optimizer import MasterAdamW
@@ -43,6 +48,7 @@ from drift.types import Trajectory, Turn
 WAYS = ("shared", "unshared", "recipe")
 CLOCKS = ("step_time", "step_cpu_time")  # by the wall, and of the process on its processors
 TURNS = 5
+FULL = 16  # siblings of the groups that the aims are for
 TOLERANCE = 1e-4  # of the gradient of a parameter, in units of its largest entry
 
 
@@ -50,7 +56,7 @@ TOLERANCE = 1e-4  # of the gradient of a parameter, in units of its largest entr
 class Shape:
     """The model, and the tokens of a turn; a quarter of them is the environment's, the others are trained."""
 
-    t: int = 32
+    t: int = 16
     V: int = 8192
     D: int = 384
     layers: int = 6
@@ -78,6 +84,7 @@ CASES = {
     "branches": Case("branches after the third turn", branches=4),
     "apart": Case("nothing shared", apart=True, reach=1.02),
 }
+ROOM = TrainConfig().max_tokens  # of a pack, by default
 
 
 def group(case: Case, n: int, shape: Shape) -> list[Trajectory]:
@@ -119,22 +126,18 @@ def model(shape: Shape, implementation: str) -> Any:
 
 
 class Ours:
-    """drift's trainer, on trees if they pay (`train.tree=auto`) or never."""
+    """drift's trainer over rows, laid out as `settings.tree` says."""
 
-    def __init__(self, tree: str, case: Case, n: int, shape: Shape, max_tokens: int | None) -> None:
-        self.rows = group(case, n, shape)
-        room = max_tokens or sum(len(row.token_ids) for row in self.rows)
-        self.config = TrainConfig(tree=tree, turns="assistant", max_tokens=room, max_length=room, lr=1e-5)  # type: ignore[arg-type]
-        self.policy = Policy(model(shape, attention.register("sdpa")), tiny.build_tokenizer())
-        self.optimizer = MasterAdamW(self.policy.model, self.config)
-        self.policy.model.train()
+    def __init__(self, policy: Policy, rows: Sequence[Trajectory], settings: TrainConfig) -> None:
+        self.policy, self.rows, self.config = policy, rows, settings
+        self.optimizer = MasterAdamW(policy.model, settings)
+        policy.model.train()
         self.tokens = 0
 
     def packs(self) -> Sequence[layout.Batch]:
         """The rows, laid out."""
-        return layout.packs(
-            self.policy, self.rows, self.config, turns="assistant", token_reduction=self.config.token_reduction
-        )
+        chosen = self.config
+        return layout.packs(self.policy, self.rows, chosen, turns=chosen.turns, token_reduction=chosen.token_reduction)
 
     def gradient(self) -> dict[str, Tensor]:
         """By name, of the mean over samples; the weights stay."""
@@ -217,11 +220,27 @@ class Recipe:
         return found
 
 
-def make(way: str, case: Case, n: int, shape: Shape, max_tokens: int | None) -> Ours | Recipe:
+TREE = {"shared": "auto", "unshared": "off"}  # `train.tree` of a way
+
+
+def make(way: str, case: Case, n: int, shape: Shape, max_tokens: int) -> Ours | Recipe:
     """One of `WAYS`."""
     if way == "recipe":
         return Recipe(case, n, shape)
-    return Ours("auto" if way == "shared" else "off", case, n, shape, max_tokens)
+    settings = TrainConfig(tree=TREE[way], turns="assistant", max_tokens=max_tokens, max_length=max_tokens, lr=1e-5)  # type: ignore[arg-type]
+    policy = Policy(model(shape, attention.register("sdpa")), tiny.build_tokenizer())
+    return Ours(policy, group(case, n, shape), settings)
+
+
+def of_run(way: str, folder: Path) -> Ours:
+    """`shared` or `unshared`, over the first batch that the offline run in `folder` trained on."""
+    chosen = config.load(folder / "config.yaml")
+    policy, rows = load_policy(chosen.model, seed=0), store.read(folder / "rollouts.jsonl")
+    weights, _ = returns.weigh_for_training(rows, chosen.weights)
+    trajectories = stages.weighted(chosen, policy, rows, weights)
+    batch = trainer._batch(len(trajectories), chosen.train.batch_size, chosen.seeds[0], 0)
+    settings = chosen.train.model_copy(update={"tree": TREE[way]})
+    return Ours(policy, [trajectories[i] for i in batch], settings)
 
 
 def difference(found: dict[str, Tensor], want: dict[str, Tensor]) -> str:
@@ -238,10 +257,10 @@ def difference(found: dict[str, Tensor], want: dict[str, Tensor]) -> str:
 # --- a case ---
 
 
-def peak(way: str, name: str, n: int, shape: Shape, max_tokens: int | None) -> int:
+def peak(way: str, name: str, n: int, shape: Shape, max_tokens: int) -> int:
     """Bytes by which a step raises what is resident, in this process."""
     one = make(way, CASES[name], n, shape, max_tokens)
-    small = make(way, CASES[name], 2, SMALL, None)  # libraries and threads are up
+    small = make(way, CASES[name], 2, SMALL, ROOM)  # libraries and threads are up
     small.step()
     if isinstance(one, Ours):
         layout.unsuited(one.policy)
@@ -254,7 +273,7 @@ def peak(way: str, name: str, n: int, shape: Shape, max_tokens: int | None) -> i
     return memory.high_water() - before
 
 
-def alone(way: str, name: str, n: int, shape: Shape, max_tokens: int | None) -> int:
+def alone(way: str, name: str, n: int, shape: Shape, max_tokens: int) -> int:
     """`peak` in a fresh process. RuntimeError with its last words if it dies."""
     request = json.dumps([way, name, n, asdict(shape), max_tokens])
     command = [sys.executable, "-m", "bench.trees", "--run", request]
@@ -265,24 +284,16 @@ def alone(way: str, name: str, n: int, shape: Shape, max_tokens: int | None) -> 
 
 
 def measure(
-    name: str,
-    n: int,
-    shape: Shape,
-    rounds: int,
-    max_tokens: int | None,
-    ways: Sequence[str],
-    sizes: bool,
-    say: Callable[[str], None],
+    name: str, n: int, runs: dict[str, Ours | Recipe], rounds: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """A case as plain data. RuntimeError if a way's gradient differs from that of `unshared`."""
-    case = CASES[name]
-    runs = {way: make(way, case, n, shape, max_tokens) for way in ways}
     say(f"{name}, n = {n}: gradients")
     want = runs["unshared"].gradient()
     for way, run in runs.items():
         if wrong := difference(run.gradient(), want):
             raise RuntimeError(f"{name}, {way}: {wrong}")
     del want
+    ways = list(runs)
     times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(rounds):
         for way in ways if number % 2 == 0 else ways[::-1]:
@@ -290,15 +301,9 @@ def measure(
             gc.collect()
             times[way].append(runs[way].step())
     tokens = {way: run.tokens for way, run in runs.items()}
-    del runs
-    gc.collect()
-    found: dict[str, Any] = {"name": name, "n": n, "tokens": tokens, "times": times, "bytes": {}}
-    for way in ways if sizes else ():
-        say(f"{name}, n = {n}, memory: {way}")
-        found["bytes"][way] = alone(way, name, n, shape, max_tokens)
     share = tokens["shared"] / tokens["unshared"]
-    reach = case.reach if case.reach is not None else 1.25 * share
-    found |= {"share": share, "reach": reach if n == 16 else None, "best": {}, "ratio": {}, "paired": {}}
+    found: dict[str, Any] = {"name": name, "n": n, "tokens": tokens, "times": times, "bytes": {}, "share": share}
+    found |= {"reach": reach(name, share) if n == FULL else None, "best": {}, "ratio": {}, "paired": {}}
     for clock in CLOCKS:
         read = {way: [seconds[clock] for seconds in rounds] for way, rounds in times.items()}
         best = {way: min(seconds) for way, seconds in read.items()}
@@ -308,17 +313,44 @@ def measure(
     return found
 
 
+def reach(name: str, share: float) -> float | None:
+    """Which ratio of steps a case aims at."""
+    if name not in CASES:
+        return None
+    aim = CASES[name].reach
+    return 1.25 * share if aim is None else aim
+
+
+def packing_speed(shape: Shape) -> dict[str, float]:
+    """Tokens that each layout packs in a second of the process's own time, from trajectories to tensors."""
+    rows = group(CASES["template"], 64, shape)
+    tokens, found = sum(len(row.token_ids) for row in rows), {}
+    for name in ("tree", "pack"):
+        seconds = []
+        for _ in range(5):
+            start = time.process_time()
+            getattr(packing, name)(rows, ROOM, turns="assistant")
+            seconds.append(time.process_time() - start)
+        found[name] = tokens / min(seconds)
+    return found
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Machine, versions, and the table."""
     where, shape = results["machine"], Shape(**results["shape"])
+    described = (
+        f"Qwen3 with D {shape.D}, {shape.layers} layers, V {shape.V:,}, fp32; {TURNS} turns of {shape.t} tokens, "
+    )
+    described += f"{shape.t - shape.t // 4} of them trained"
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in results["versions"].items())
     out = [
         f"{where['cpu']} ({', '.join(where['isa']) or where['torch_isa']}), {where['threads']} threads, {results['date']}. "
         f"{packages}. Python {where['python']}.",
         "",
-        f"Qwen3 with D {shape.D}, {shape.layers} layers, V {shape.V:,}, fp32; {TURNS} turns of {shape.t} tokens, "
-        f"{shape.t - shape.t // 4} of them trained; AdamW; "
-        f"{'a pack for everything' if results['max_tokens'] is None else 'max_tokens ' + str(results['max_tokens'])}.",
+        f"{results['folder'] or described}; AdamW; packs of at most {results['max_tokens']:,} tokens.",
+        "",
+        f"Layout, of own time: trees {results['packing']['tree'] / 1e6:.1f} and flat packs "
+        f"{results['packing']['pack'] / 1e6:.1f} million tokens a second.",
         "",
         "A ratio of steps is that of the best, with the median over pairs; the second one is of the process's own time on its "
         "processors, which bears a busy machine. Seconds and MiB are those of shared, unshared, recipe.",
@@ -333,7 +365,7 @@ def markdown(results: dict[str, Any]) -> str:
         ratios = [f"{case['ratio'][clock]:.2f} ({case['paired'][clock]:.2f})" for clock in CLOCKS]
         own = case["best"]["step_cpu_time"]
         cells = [
-            CASES[case["name"]].title,
+            CASES[case["name"]].title if case["name"] in CASES else case["name"],
             str(case["n"]),
             f"{tokens['shared']:,} ÷ {tokens['unshared']:,} = {case['share']:.2f}",
             "–" if case["reach"] is None else f"≤ {case['reach']:.2f}",
@@ -352,10 +384,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m bench.trees", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which (default all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which (default all)")
-    parser.add_argument("--n", nargs="+", type=int, default=[16], help="siblings of a group (default 16)")
+    parser.add_argument(
+        "--n", nargs="+", type=int, default=[4, 8, 16, 64], help="siblings of a group (default 4 8 16 64)"
+    )
+    parser.add_argument(
+        "--full", nargs="*", type=int, default=[FULL], help="of those, with recipe and memory (default 16)"
+    )
+    parser.add_argument("--folder", type=Path, help="in place of the cases: of an offline run, whose batch is stepped")
     parser.add_argument("--tokens", type=int, default=Shape.t, help=f"of a turn (default {Shape.t})")
-    parser.add_argument("--max-tokens", type=int, help="of a pack (default: everything in one)")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each way that are timed (default 3)")
+    parser.add_argument("--max-tokens", type=int, default=ROOM, help=f"of a pack (default {ROOM})")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="timed steps of each way at n = 16, others as long (default 3)"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it work at all")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the report (default bench/results)")
@@ -374,17 +414,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(["transformers", "accelerate"]),
         "shape": asdict(shape),
+        "folder": None,
         "max_tokens": args.max_tokens,
+        "packing": packing_speed(shape),
         "cases": [],
     }
     stem = args.out / ("trees-smoke" if args.smoke else "trees")
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = memory.available() is None and not args.no_memory
     jobs = [(name, n) for name in args.cases for n in args.n]
-    ways = [way for way in WAYS if way in args.ways]
+    if args.folder is not None:
+        stem, jobs = stem.with_name(f"{stem.name}-{args.folder.name}"), [(args.folder.name, 0)]
+        chosen = config.load(args.folder / "config.yaml")
+        results |= {"folder": f"a batch of {chosen.train.batch_size} rows of {chosen.model.path}"}
+        results |= {"max_tokens": chosen.train.max_tokens}
     with progress(len(jobs)) as (say, advance):
         for name, n in jobs:
-            results["cases"].append(measure(name, n, shape, args.rounds, args.max_tokens, ways, sizes, say))
+            if args.folder is not None:
+                runs: dict[str, Ours | Recipe] = {way: of_run(way, args.folder) for way in TREE}
+                found = measure(name, len(runs["shared"].rows), runs, args.rounds, say)
+            else:
+                ways = [way for way in WAYS if way in args.ways and (way in TREE or n in args.full)]
+                runs = {way: make(way, CASES[name], n, shape, args.max_tokens) for way in ways}
+                found = measure(name, n, runs, max(1, args.rounds * FULL // n), say)
+                runs.clear()
+                for way in ways if sizes and n in args.full else ():
+                    say(f"{name}, n = {n}, memory: {way}")
+                    found["bytes"][way] = alone(way, name, n, shape, args.max_tokens)
+            results["cases"].append(found)
             stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
             stem.with_suffix(".md").write_text(markdown(results))
             advance()

@@ -22,7 +22,7 @@ def test_a_group_of_sixteen_has_the_tokens_that_its_turns_and_prompts_count(name
 
 @pytest.mark.parametrize("name", ["template", "branches"])
 def test_every_way_has_the_same_gradient(name):
-    runs = {way: trees.make(way, trees.CASES[name], 4, SMALL, None) for way in trees.WAYS}
+    runs = {way: trees.make(way, trees.CASES[name], 4, SMALL, trees.ROOM) for way in trees.WAYS}
     found = {way: run.gradient() for way, run in runs.items()}
     for way in trees.WAYS:
         assert trees.difference(found[way], found["unshared"]) == "", way
@@ -39,6 +39,7 @@ def test_a_way_with_another_gradient_is_named():
 def test_the_table_has_a_line_for_every_case_and_size(tmp_path, capsys):
     which = ["--ways", "shared", "unshared", "--cases", "long", "apart", "--n", "2", "4"]
     found = trees.main(["--smoke", "--no-memory", "--rounds", "1", *which, "--out", str(tmp_path)])
+    assert found["packing"]["tree"] > 1e6
     assert [(case["name"], case["n"]) for case in found["cases"]] == [(c, n) for c in ("long", "apart") for n in (2, 4)]
     assert json.loads((tmp_path / "trees-smoke.json").read_text())["cases"] == found["cases"]
     table = (tmp_path / "trees-smoke.md").read_text()
