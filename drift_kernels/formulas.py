@@ -128,10 +128,12 @@ def _vespo(logprobs: Tensor, advantages: Tensor, tokens: Tokens, spec: PolicySpe
 
 
 def picked(logprobs: Tensor, advantages: Tensor, tokens: Tokens, spec: PolicySpec) -> Tensor:
-    """Which tokens a covariance objective selects [N] bool; no gradient. A token of weight 0 takes no part."""
+    """Which tokens a covariance objective selects [N] bool; no gradient. Non-finite data at a weight of 0 takes no part."""
     logp, counts = logprobs.detach(), torch.ones_like(logprobs, dtype=torch.bool)
     if tokens.weights is not None:
-        counts = tokens.weights != 0
+        finite = logp.isfinite() & advantages.isfinite()
+        finite = finite if tokens.old is None else finite & tokens.old.isfinite()
+        counts = (tokens.weights != 0) | finite
     number = int(counts.sum())
     if not number:
         return torch.zeros_like(counts)
@@ -308,5 +310,10 @@ def read_at(weights: Tensor, tokens: Tokens, spec: PolicySpec) -> Tokens:
         own["advantages"] = tokens.advantages
     if not spec.reads_sequences:
         own |= {"old": tokens.old, "rollout": tokens.rollout}
-    kept = {name: torch.where(weights != 0, value, 0.0) for name, value in own.items() if value is not None}
+    batch = spec.scope == "batch"  # whose selection reads finite data of every token
+    kept = {
+        name: torch.where((weights != 0) | (value.isfinite() & batch), value, 0.0)
+        for name, value in own.items()
+        if value is not None
+    }
     return replace(tokens, **kept)

@@ -93,12 +93,12 @@ def counting(targets: Tensor, active: Tensor | None, tokens: Tokens, call: Call)
     an entry is read as long as any of those counts.
     """
     mask, spec = unmasked(targets, active, call.head.ignore_index), call.spec
-    if DENSE_OUTPUTS.intersection(call.outputs):
+    if DENSE_OUTPUTS.intersection(call.outputs) or spec.scope == "batch":
         return mask
     counts = mask
     if tokens.weights is not None:
         counts = counts & (tokens.weights != 0)
-    if tokens.advantages is not None and spec.vanishes and spec.scope != "batch":
+    if tokens.advantages is not None and spec.vanishes:
         advantaged = mask & (tokens.advantages != 0)
         counts = counts & (_of_a_sequence(advantaged, tokens) if spec.traits.mean_advantage else advantaged)
     if not spec.reads_sequences:
