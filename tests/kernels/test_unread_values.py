@@ -55,7 +55,7 @@ SPECS = {
 def test_nan_at_a_weight_of_zero(backend, name, where):
     """The data that a token's own loss alone reads; a sequence's ratio reads log-probs of tokens without a weight too."""
     if where in ("hidden", "advantages") and name in ("clip_cov", "kl_cov"):
-        pytest.skip("a selection over the call reads the log-prob and advantage of every token")
+        pytest.skip("a selection over the call counts every token, those of weight 0 too, as verl does")
     spec, results = SPECS[name][0], []
     for value in (0.3, torch.nan):
         data = {"hidden": HIDDEN.clone(), "advantages": ADVANTAGES.clone()}
