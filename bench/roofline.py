@@ -2,14 +2,14 @@
 
 Predictions, not measurements: no GPU has run these kernels. A stage takes as long as its products at the share of the peak
 that such products reach, or as its bytes at a share of the memory's bandwidth, whichever is longer; stages follow one
-another, since they share both.
+another, since they share both. Within a stage there are two bounds: products and bytes overlap wholly, or not at all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drift_kernels.gpu_sweep import capacity, padded
+from drift_kernels.gpu_sweep import WORKSPACE_BYTES, capacity, flushes, padded, workspace_share
 
 GEMM_SHARE = 0.73  # of the peak: 42 ms for the three products of 8192 × 4096 × 151,936, as TRL's maintainers publish
 COPY_SHARE = 0.85  # of the peak: assumed
@@ -24,12 +24,14 @@ class Peaks:
 
 
 H100 = Peaks(989e12, 3.35e12)  # SXM
+H200 = Peaks(989e12, 4.8e12)
+B200 = Peaks(2250e12, 8.0e12)
 KNOWN = {  # by what torch calls the device; the first whose words are all in the name
     "H100 PCIe": Peaks(756e12, 2.0e12),
     "H100": H100,
     "GH200": Peaks(989e12, 4.0e12),
-    "H200": Peaks(989e12, 4.8e12),
-    "B200": Peaks(2250e12, 8.0e12),
+    "H200": H200,
+    "B200": B200,
     "A100 80GB PCIe": Peaks(312e12, 1.935e12),
     "A100 80GB": Peaks(312e12, 2.039e12),
     "A100": Peaks(312e12, 1.555e12),
@@ -59,6 +61,12 @@ class Stage:
         return max(self.limits(peaks))
 
 
+def bounds(stages: list[Stage], peaks: Peaks) -> tuple[float, float]:
+    """Seconds of the stages one after another, if products and bytes of each overlap wholly, and if not at all."""
+    limits = [stage.limits(peaks) for stage in stages]
+    return sum(map(max, limits)), sum(map(sum, limits))
+
+
 def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list[Stage]:
     """A loss with all its gradients over T rows that count, bf16, through `drift_kernels.gpu_sweep`; a kernel that keeps a
     row on chip does not read it `twice`."""
@@ -73,7 +81,7 @@ def training(T: int, D: int, V: int, workspace: int, twice: bool = True) -> list
 
 def _gradients(T: int, D: int, V: int, staged: int, room: int) -> list[Stage]:
     """What follows the row kernels, by the rows of the block and of the buffer of gradients."""
-    product, width, buffers = 2.0 * T * V * D, padded(V), -(-T // (room // staged * staged))
+    product, width, buffers = 2.0 * T * V * D, padded(V), flushes(T, staged, room)
     return [
         Stage("dh = dlogits·W", product, 2 * T * width + buffers * 2 * V * D + 4 * T * D),
         Stage("dW += dlogitsᵀ·h, fp32 sums", product, 2 * T * width + buffers * 8 * V * D - 4 * V * D),
@@ -139,9 +147,31 @@ def table(title: str, stages: list[Stage]) -> str:
     return "\n".join(lines)
 
 
+SHAPES = ((8192, 4096, 151_936), (4096, 4096, 151_936), (8192, 4096, 128_256))
+GPUS = {"H100": H100, "H200": H200, "B200": B200}
+FREE = 40 * 10**9  # bytes, of which the default workspace is a share
+
+
+def bounds_table() -> str:
+    """Markdown: both bounds of training, by shape, workspace, backend and GPU."""
+    lines = [f"| rows × D × V | workspace | backend | {' | '.join(GPUS)} |", "|---|---|---|" + "---|" * len(GPUS)]
+    for T, D, V in SHAPES:
+        for workspace in (WORKSPACE_BYTES, workspace_share(FREE)):
+            for backend in ("Triton", "CUDA"):
+                stages, cells = training(T, D, V, workspace, twice=backend == "Triton"), []
+                for peaks in GPUS.values():
+                    bare = sum(stage.limits(peaks)[0] for stage in stages)
+                    low, high = bounds(stages, peaks)
+                    cells.append(f"{1e3 * low:.1f}–{1e3 * high:.1f} ms, {low / bare:.2f}–{high / bare:.2f} ×")
+                shape = f"{T:,} × {D:,} × {V:,}"
+                lines.append(f"| {shape} | {workspace >> 30} GiB | {backend} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the tables that docs/gpu.md quotes."""
-    T, D, V, workspace = 8192, 4096, 151_936, 1 << 30
+    print(bounds_table(), end="\n\n")
+    (T, D, V), workspace = SHAPES[0], WORKSPACE_BYTES
     shape = f"{T} × {D} × {V:,}, bf16"
     tables = {
         f"Training, {shape}, workspace 1 GiB: Triton": training(T, D, V, workspace),

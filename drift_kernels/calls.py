@@ -20,7 +20,8 @@ class KernelConfig:
     """How an op runs; never what it computes.
 
     backend          "auto" picks by the device of `hidden`; asking for one that cannot run raises with its reason
-    workspace_bytes  scratch for logits and what goes with them; None = 256 MiB on a CPU, 1 GiB on a GPU
+    workspace_bytes  scratch for logits and what goes with them; None = 256 MiB on a CPU; on a GPU a
+                     quarter of its free memory, at least 1 GiB
     check_finite     raise on non-finite `old_logprobs`, `ref_logprobs`, advantages or weights of rows that count
     accumulate_into_grad  add dW, times this number, to the fp32 `weight.grad` in the forward: no [V, D] of its own. The number
                      is what backward will scale the loss by (1 for loss.backward()); backward raises where it is another

@@ -2,7 +2,7 @@
 
 Logits come out of the product in fp32 into a block of some 512 rows. Gradients are written out of place, in the inputs'
 type, into a buffer of more rows, and the products of dhidden and dweight run once for each full buffer: adding to an fp32
-dweight reads and writes 8 bytes an element, whatever the number of rows. Block and buffer share `workspace_bytes`.
+dweight reads and writes 8 bytes an element, whatever the number of rows. Block and buffer share the workspace.
 
 Nothing here waits for the GPU. Rows that turn out to have no gradient stay in as zeros (squeezing them out would have to
 wait for their number). Targets are not checked on the host: one that is out of range makes its log-prob NaN.
@@ -24,7 +24,8 @@ from drift_kernels.plan import Plan, even_spans
 from drift_kernels.products import gradient_dtype
 from drift_kernels.tensors import Grads, Inputs, LoRAHead, compute_dtype
 
-WORKSPACE_BYTES = 1 << 30
+WORKSPACE_BYTES = 1 << 30  # at least, unless the caller names a number
+FREE_SHARE = 4  # else one part in so many of the free memory
 STAGED_ROWS = 512  # of fp32 logits, while gradients are made
 SCORED_ROWS = 2048  # while none are
 TILE_ROWS = 64  # chunks are a multiple of it, as a product's tiles are
@@ -67,6 +68,42 @@ def aligned(count: int, width: int, dtype: torch.dtype, device: torch.device) ->
 def padded(width: int) -> int:
     """`width` up to the next multiple of `ALIGNMENT`."""
     return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def workspace_share(free: int) -> int:
+    """Bytes of workspace on a GPU with `free` bytes: the largest power of two in a quarter of them, at least 1 GiB.
+
+    A power of two, so that small changes of the free memory change neither the blocks nor the order of the sums.
+    """
+    return max(WORKSPACE_BYTES, 1 << max(free // FREE_SHARE, 1).bit_length() - 1)
+
+
+def workspace_of(call: Call, device: torch.device) -> int:
+    """Bytes of workspace of `call`: its own number, else a share of the free memory of the GPU.
+
+    The memory that torch keeps without using it is free too. Asking for it is a query of the driver and of torch's own
+    counters: no stream is waited for. While a graph is captured, nothing is asked and the least is taken.
+    """
+    if call.config.workspace_bytes is not None:
+        return call.config.workspace_bytes
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return WORKSPACE_BYTES
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return workspace_share(torch.cuda.mem_get_info(device)[0] + kept)
+
+
+def flushes(count: int, staged: int, room: int) -> int:
+    """How often the gradients of `count` rows go into dweight, by the rows of the block and of the buffer."""
+    return -(-count // (room // staged * staged))
+
+
+def even_room(count: int, staged: int, room: int) -> int:
+    """Rows of a buffer for `count` rows, at most `room`: as many buffers as `room` needs, and all about equally full.
+
+    Whole blocks of `staged` rows, so 2,048 + 2,048 rows instead of 2,560 + 1,536: a short product fills a GPU badly.
+    """
+    each = -(-count // flushes(count, staged, room))
+    return min(count, -(-each // staged) * staged)
 
 
 def capacity(workspace: int, V: int, D: int, itemsize: int, need_grad: bool, reserved: int = 0) -> tuple[int, int]:
@@ -118,12 +155,12 @@ class GpuSweep:
         # In fp16 a gradient that is divided by the normaliser first would underflow: `finish` and `total` divide by this.
         self.pending_divisor: Tensor | None = None
         V, D = x.weight.shape
-        self.workspace = call.config.workspace_bytes or WORKSPACE_BYTES
+        self.workspace = workspace_of(call, self.device)
         self.operand = torch.promote_types(x.hidden.dtype, x.weight.dtype)  # of products, and of the gradients in them
         once, each = reserved
         self.limit, self.room = capacity(self.workspace - once, V, D, self.operand.itemsize, call.need_grad, each)
         self.limit = min(self.limit, max(plan.count, 1))
-        self.room = min(self.room, max(plan.count, 1))
+        self.room = even_room(max(plan.count, 1), self.limit, self.room)
         self.logits: Tensor | None = None
         self.gradients: Tensor | None = None
         out_of_range = x.targets.masked_fill(x.targets < 0, V)  # a log-prob of NaN, except for
@@ -297,11 +334,12 @@ class GpuSweep:
         adjacent = x.hidden.stride(1) == x.weight.stride(1) == 1
         if plan.row_ptr is not None or x.lora is not None or x.hidden.dtype != x.weight.dtype or not adjacent:
             return None
+        kernels = backends.scorer(self.call.config.backend, self.backend)
         targets, inverse = plan.take_entries(self.targets), plan.take_rows(self.inverse_temperature)
         for start, stop in even_spans(plan.count, self.workspace // (2 * x.hidden[:1].nbytes)):
             hidden = hidden_rows(x.hidden, plan, start, stop)
             *_, chunk = chunk_of(plan, start, stop, targets, inverse, self.bias, self.call.head)
-            scores = self.kernels.score(hidden, x.weight, chunk, self.call.outputs)
+            scores = kernels.score(hidden, x.weight, chunk, self.call.outputs)
             if scores is None:
                 return None
             for name, values in scores.items():

@@ -21,10 +21,11 @@ from bench.gpu.machine import Machine
 from bench.gpu.peers import contenders
 from bench.measure import Entry, GemmLimit, paired
 from bench.peers import Contender, Loss
+from drift_kernels.calls import Call
+from drift_kernels.gpu_sweep import workspace_of
 
 CHUNKS = (1024, 2048, 4096, 8192)  # rows of the bare GEMMs; the limit is the fastest of these
 SECONDS = 20.0  # of rounds in a case; after the third one, no further round begins beyond it
-WORKSPACE = 1 << 30  # the default on a GPU
 
 _DENSE = Case("dense-8192x4096x151936", "mean", 8, 1024, 151_936, torch.bfloat16, D=4096)
 CASES = {
@@ -165,7 +166,8 @@ def predicted(case: Case, shares: Shares, machine: Machine, role: str) -> float 
     """Seconds by the roofline; None for a GPU whose peaks are not known."""
     if machine.peaks is None:
         return None
-    cuda, shape = role == "cuda", (round(shares.read * case.T), case.D, case.V, WORKSPACE)
+    workspace = workspace_of(Call(), torch.device(machine.device))
+    cuda, shape = role == "cuda", (round(shares.read * case.T), case.D, case.V, workspace)
     twice = not (cuda and float(machine.facts.get("capability", 0)) >= 9)
     if case.loss == "score":
         stages = roofline.scoring(*shape)["staged" if cuda else "score kernel"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     CHECKED: tuple[RowKernels, ...] = (cpu, cuda, triton)  # the type checker holds them to the contract
 
-AUTO = {"cpu": "cpu", "cuda": "triton"}  # the backend of each device
+AUTO = {"cpu": "cpu", "cuda": "triton"}  # the backend of each device, unless `prefers_cuda`
 
 
 def available_backends() -> dict[str, str | None]:
@@ -62,6 +62,27 @@ def _triton_reason() -> str | None:
 REASONS: dict[str, Callable[[], str | None]] = {"cpu": _cpu_reason, "triton": _triton_reason, "cuda": _cuda_reason}
 
 
+def prefers_cuda(index: int | None) -> bool:
+    """Whether "auto" takes the CUDA backend on the GPU of that index (None: the current one). It does if
+
+    - its library is built and runs here;
+    - the GPU has clusters (sm_90 and later). They keep a row on chip, so that it is read once; Triton reads it twice.
+      Older GPUs have no clusters, and their gain is smaller: they stay with Triton.
+    """
+    return _reason("cuda") is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+prefers_cuda._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # as `_reason`
+
+
+def scorer(asked: str, chosen: str) -> RowKernels:
+    """The module whose `score` serves a call that `asked` for a backend and runs on the `chosen` one.
+
+    Under "auto" it is Triton's if Triton can run: the CUDA backend has no scorer, and would make logits.
+    """
+    return load("triton" if asked == "auto" and chosen == "cuda" and _reason("triton") is None else chosen)
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors. Loads Triton."""
     triton = importlib.import_module("triton")
@@ -74,6 +95,8 @@ def resolve(name: str, device: torch.device) -> str:
     if name == "reference":
         return name
     wanted = AUTO.get(device.type, "") if name == "auto" else name
+    if name == "auto" and device.type == "cuda" and prefers_cuda(device.index):
+        wanted = "cuda"
     if not wanted:
         raise RuntimeError(
             f"backend='auto' has no kernels for device {device}; use backend='reference' or move to a CPU"

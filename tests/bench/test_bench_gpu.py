@@ -214,3 +214,20 @@ def test_a_gpus_peaks_are_found_by_its_name():
     assert roofline.peaks_of("NVIDIA H100 PCIe") == roofline.KNOWN["H100 PCIe"]
     assert roofline.peaks_of("NVIDIA A100-SXM4-80GB") == roofline.KNOWN["A100 80GB"]
     assert roofline.peaks_of("an abacus") is None
+
+
+def test_both_bounds_of_a_training_step():
+    stages = [roofline.Stage("products", 73e10, 85e9), roofline.Stage("bytes", 0, 17e9)]
+    low, high = roofline.bounds(stages, roofline.Peaks(1e12, 1e11))
+    assert low == pytest.approx(1.0 + 0.2)  # 1 s of products against 1 s of bytes, then 0.2 s of bytes
+    assert high == pytest.approx(1.0 + 1.0 + 0.2)
+
+
+def test_the_roofline_knows_one_flush():
+    """The default workspace with 40 GB free spares the fp32 dweight's traffic: written once, never read back."""
+    T, D, V = roofline.SHAPES[0]
+    least, share = (roofline.training(T, D, V, w)[3].bytes for w in (1 << 30, roofline.workspace_share(roofline.FREE)))
+    assert least - share == 3 * 8 * V * D
+    table = roofline.bounds_table()
+    assert all(f"{t:,} × {d:,} × {v:,}" in table for t, d, v in roofline.SHAPES)
+    assert all(name in table for name in ("H100", "H200", "B200", "Triton", "CUDA"))
