@@ -1,4 +1,4 @@
-"""Partial credit for sums, for `task.scorer`: `bench.graded:digits` (configs/graded.yaml)."""
+"""Partial credit for sums, for `task.scorer`: `bench.graded:digits` (bench/graded.yaml)."""
 
 
 def digits(answer: str, gold: str, problem: dict) -> float:

@@ -199,6 +199,12 @@ def load_policy(
                 model, weights = hollow.build(path, dtype, attention)
             else:
                 model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except OSError as error:
+            if Path(path).is_dir():
+                raise
+            raise ValueError(
+                f"model.path={path!r} is not a folder here, and the hub does not give it: {str(error).splitlines()[0]}"
+            ) from error
         except (ValueError, SafetensorError, UnpicklingError, EOFError) as error:  # also of JSON that is cut off
             raise ValueError(
                 f"the model at {config.path!r} cannot be read ({error}); have it written again, or name another"

@@ -283,6 +283,13 @@ class _Loop:
         track.say(f"first step: {first.line(parser, self.config.rollout.max_new_tokens)}")
         if warning := first.warning(parser):
             track.say(f"first step: WARNING: {warning}")
+        untaught = self.algorithm.teacher and all(sample.taught is None for sample in samples)
+        if untaught and self.guide.phase(0).name == "warmup":
+            warmup = self.online.curriculum.warmup_steps
+            track.say(
+                "first step: WARNING: nothing is trained: the warm-up trains samples with a teacher, and no problem has a right "
+                f"answer to teach with. It lasts online.curriculum.warmup_steps={warmup} steps; 0 leaves it out"
+            )
 
     def _tool_use(self, samples: Sequence[Sample]) -> dict[str, float]:
         if self.environment is None and self.config.rollout.tool is None:

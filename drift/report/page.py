@@ -161,8 +161,8 @@ def _nothing_learnt(records: Records) -> str:
     items = "".join(f"<li>{item}</li>" for item in still)
     return (
         '<div class="notice" role="note"><b>Nothing was learnt: the gradient was 0 in every step.</b>'
-        f"<ul>{items}</ul>Samples of a problem that all have the same reward teach nothing. See how many were solved, and how "
-        "many answers could not be read.</div>"
+        f"<ul>{items}</ul>Samples of a problem that all have the same reward teach nothing, and the online warm-up trains only "
+        "samples with a teacher. See how many were solved, and how many answers could not be read.</div>"
     )
 
 

@@ -113,6 +113,16 @@ def test_stored_values_are_those_of_the_formulas(tmp_path, monkeypatch):
     assert boosted > 0
 
 
+def test_a_warm_up_without_a_right_answer_says_that_nothing_is_trained(tmp_path):
+    words = "warmup_steps=10 steps; 0 leaves it out"
+    for algorithm, rare, expected in (("drift", 999, True), ("drift", 2, False), ("grpo", 999, False)):
+        folder = tmp_path / f"{algorithm}-{rare}"
+        folder.mkdir()
+        _, track, _ = trained(folder, algorithm, rare=rare)
+        assert any(words in line for line in track.said) is expected
+        assert (track.logged[1]["grad_norm"] == 0) == (rare == 999)
+
+
 def test_a_training_without_a_teacher_stores_what_the_student_shows(tmp_path):
     _, _, rows = trained(tmp_path, "grpo", watch={"examples": 1, "responses": 3})
     assert [row["step"] for row in rows] == [4, 4, 4]

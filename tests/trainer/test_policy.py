@@ -261,3 +261,14 @@ def test_gradient_checkpointing_is_on_where_asked():
     torch.testing.assert_close(grads[0], grads[1])
     assert not plain.causal_lm.base_model.layers[0].gradient_checkpointing
     assert frugal.causal_lm.base_model.layers[0].gradient_checkpointing
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_says_both(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise OSError("We couldn't connect to the hub\nmore")
+
+    monkeypatch.setattr("drift.model.policy.AutoTokenizer.from_pretrained", unreachable)
+    with pytest.raises(
+        ValueError, match=r"model\.path='nope' is not a folder here, and the hub does not give it: We could"
+    ):
+        load_policy(ModelConfig(path="nope"))
