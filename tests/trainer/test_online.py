@@ -27,7 +27,7 @@ from drift.rhythm import StepMean
 from drift.rollouts import rollout
 from drift.routing import DifficultyRouter
 from drift.track import Track
-from drift.training import checkpoint
+from drift.training import checkpoint, layout
 from drift.training.offpolicy import log_ratios
 from drift.training.optimizer import MasterAdamW
 
@@ -330,13 +330,16 @@ def test_what_is_stored_of_a_step(tmp_path, talkative):
     assert any(row["advantage"] for row in rows)
 
 
-def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talkative, capfd):
+def test_a_trained_model_refuses_or_corrects_what_others_sampled(tmp_path, talkative, capfd, monkeypatch):
     """`drift train` on the trajectories of an online run: the base's own are taken as they are, later ones corrected."""
     made = config(tmp_path, online={"steps": 3}, train={"lr": 3e-3}, rollout={"turns": 2, "temperature": 0.8})
     path = tmp_path / "rollouts.jsonl"
     play_through(made, None, rollouts=path)
     base, rows = load_policy(made.model, seed=0), store.read(path)
+    packs, laid = layout.packs, []
+    monkeypatch.setattr(layout, "packs", lambda *args, **options: laid.append(packs(*args, **options)) or laid[-1])
     ratios, stats = log_ratios(base, rows, 50.0, max_tokens=100)
+    assert layout.saved(laid[0]) > 0.1  # scored on prefix trees
     for row, ratio in zip(rows, ratios):
         if row["step"] == 1:
             assert ratio == 0
