@@ -160,7 +160,8 @@ class GpuSweep:
         once, each = reserved
         self.limit, self.room = capacity(self.workspace - once, V, D, self.operand.itemsize, call.need_grad, each)
         self.limit = min(self.limit, max(plan.count, 1))
-        self.room = even_room(max(plan.count, 1), self.limit, self.room)
+        if call.need_grad:
+            self.room = even_room(max(plan.count, 1), self.limit, self.room)
         self.logits: Tensor | None = None
         self.gradients: Tensor | None = None
         out_of_range = x.targets.masked_fill(x.targets < 0, V)  # a log-prob of NaN, except for
