@@ -77,7 +77,8 @@ def _try(policy: Backbone) -> str | None:
     rates = [name for name, value in named.items() if "drop" in name and isinstance(value, (int, float)) and value]
     modules = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     if rates or modules:
-        return f"the model has dropout ({', '.join(rates) or 'in a module'}): siblings would share what is dropped"
+        names = ", ".join(rates) or "of a module, such as lora_dropout"
+        return f"the model has dropout ({names}): siblings would share what is dropped"
     device, kind = next(model.parameters()).device, type(model).__name__
     ids = [[1, 2, 3, 1], [1, 2, 3, 2], [1, 2, 2]]
     sequences = [Trajectory("", row, [Turn(1, len(row))], index=i) for i, row in enumerate(ids)]

@@ -92,7 +92,10 @@ class DriftSFTTrainer(SFTTrainer):
         columns = set(dataset.column_names or next(iter(dataset)))
         weight, per_token = self._columns
         if dataset_name == "train" and not columns & set(self._columns):
-            raise ValueError(f"the dataset has columns {sorted(columns)}, but neither {weight!r} nor {per_token!r}")
+            raise ValueError(
+                f"the dataset has columns {sorted(columns)}, but neither {weight!r} nor {per_token!r}; "
+                "add one, or train rows without weights by SFTTrainer with trl.enable()"
+            )
         if per_token in columns and "input_ids" not in columns:
             raise ValueError(
                 f"{per_token!r} needs a dataset that is tokenised: which token is which is not known before"
